@@ -1,0 +1,1 @@
+//! Everything that knows the NBD standard, and nothing that knows migrations.

@@ -62,7 +62,7 @@ pub const RECEIVE_BUFFER: usize = 256 * KIB;
 /// Reply buffer of one server connection, in bytes: replies gather there and leave together.
 pub const REPLY_BUFFER: usize = 256 * KIB;
 /// Largest piece in which a request that needs a worker moves through memory, in bytes.
-pub const SLOT_BUFFER: usize = 256 * KIB;
+pub const SLOT_BUFFER: usize = 128 * KIB;
 /// Most requests of one connection that wait for a disk or at the gate while the connection is read on.
 pub const SLOTS: usize = 16;
 /// Most extents in one block status reply.
@@ -75,3 +75,50 @@ pub const CONNECTIONS_PER_DISK_MAX: usize = 8;
 const _: () = assert!(SLOT_BUFFER <= RECEIVE_BUFFER, "a parked request must fit a slot");
 const _: () = assert!(RECEIVE_BUFFER <= PAYLOAD_MAX as usize, "larger requests stream through the buffer");
 const _: () = assert!(OPTION_PAYLOAD_MAX > EXPORT_NAME_MAX + 64, "an INFO with the longest name must be readable");
+
+// ---- disks -------------------------------------------------------------------------------------------------------
+
+/// Alignment of offset, length and memory that a disk opened with `cache=none` wants, in bytes. Requests that have it
+/// bypass the page cache, the others take the way through it.
+pub const DIRECT_ALIGN: usize = 4096;
+/// Bytes that one system call writes where zeroes have to be written out.
+pub const ZERO_WRITE: usize = 64 * KIB;
+/// A disk that took longer than this for a small write is not written from a connection's own thread for a while.
+pub const SLOW_WRITE: Duration = Duration::from_millis(2);
+/// So many writes go to the workers after a slow one.
+pub const SLOW_WRITE_MEMORY: u32 = 256;
+/// Longest READ that a connection's own thread serves from the page cache; longer ones go to a worker.
+pub const INLINE_READ_MAX: usize = 64 * KIB;
+/// Where a target cannot tell its holes (a block device), it is probed in so many places for data.
+pub const PROBES: u64 = 1024;
+/// Bytes read at each probe.
+pub const PROBE_BYTES: usize = 64 * KIB;
+
+// ---- the gate ----------------------------------------------------------------------------------------------------
+
+/// Longest quiesce, drain included, before SEAL is sent: after it the gate opens and the guest goes on.
+pub const QUIESCE_MAX: Duration = Duration::from_secs(5);
+/// How often a request that waits at the gate looks whether its client is still there.
+pub const GATE_LOOK: Duration = Duration::from_millis(100);
+/// Longest wait for the requests in flight when dirty tracking is armed, or for a dead connection's last ones.
+pub const DRAIN_MAX: Duration = Duration::from_secs(60);
+
+// ---- writing back on the destination -----------------------------------------------------------------------------
+
+/// A receiving disk is synced in the background whenever so many bytes have come since the last time.
+pub const WRITE_BACK_BYTES: u64 = 32 * MIB as u64;
+/// ... or so much time has passed with anything written.
+pub const WRITE_BACK_PERIOD: Duration = Duration::from_millis(200);
+/// A receiving disk never has more bytes than this written and not yet synced: writers wait.
+pub const UNSYNCED_MAX: u64 = 256 * MIB as u64;
+
+// ---- the mirror --------------------------------------------------------------------------------------------------
+
+/// Largest region that the mirror takes at once, in bytes.
+pub const REGION_MAX: usize = MIB;
+/// Most regions of one disk in flight at once, over all its connections.
+pub const REGIONS_IN_FLIGHT_MAX: usize = 128;
+
+const _: () = assert!(RECEIVE_BUFFER.is_multiple_of(DIRECT_ALIGN) && SLOT_BUFFER.is_multiple_of(DIRECT_ALIGN));
+const _: () = assert!(WRITE_BACK_BYTES < UNSYNCED_MAX, "writers must not wait before the write-back begins");
+const _: () = assert!(REGION_MAX <= PAYLOAD_MAX as usize, "a region travels as one request");

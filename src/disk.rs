@@ -1,0 +1,526 @@
+//! One disk image or block device: the only file that opens one, reads it, writes it, or asks what is in it.
+//!
+//! A [`Disk`] is stateless between calls but for two facts: whether a sync has ever failed (rule D9: told once by the
+//! kernel, remembered here for good), and what the file system turned out not to support. Nobody but `export.rs` calls
+//! the functions that change a disk.
+
+use std::fmt;
+use std::io::{Error, ErrorKind, IoSlice, IoSliceMut, Result};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::{Advice, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom};
+use rustix::io::{Errno, ReadWriteFlags};
+
+use crate::limits::{DIRECT_ALIGN, PROBE_BYTES, PROBES, SECTOR, ZERO_WRITE};
+
+/// How the host's page cache is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Cache {
+    /// Through the page cache; a flush makes durable.
+    #[default]
+    Writeback,
+    /// Past the page cache (`O_DIRECT`) wherever a request is aligned; a flush makes durable what the device caches.
+    None,
+}
+
+/// Who may use the disk beside this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Read and write; nobody else on this host may have it open for us or for QEMU.
+    ReadWrite,
+    /// Read only; others may read too.
+    ReadOnly,
+    /// Read and write, and so do others: no lock is taken (a cluster file system inside, for example).
+    Shared,
+}
+
+/// Why a disk could not be opened or created.
+#[derive(Debug)]
+pub enum OpenError {
+    /// Nothing is there.
+    Missing,
+    /// A directory, a socket, a pipe.
+    NotADisk(&'static str),
+    /// The size is not a multiple of 512 bytes.
+    OddSize(u64),
+    /// Another process has it locked.
+    InUse,
+    /// Something is there already where a new file was to be created.
+    Exists,
+    /// The system's word.
+    System(Error),
+}
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Missing => f.write_str("no such file"),
+            Self::NotADisk(what) => write!(f, "is {what}, not a file or a block device"),
+            Self::OddSize(size) => write!(f, "its size of {size} bytes is not a multiple of {SECTOR}"),
+            Self::InUse => f.write_str("in use by another process"),
+            Self::Exists => f.write_str("exists already"),
+            Self::System(error) => write!(f, "{error}"),
+        }
+    }
+}
+
+impl std::error::Error for OpenError {}
+
+impl From<Errno> for OpenError {
+    fn from(errno: Errno) -> Self {
+        match errno {
+            Errno::NOENT => Self::Missing,
+            Errno::EXIST => Self::Exists,
+            other => Self::System(other.into()),
+        }
+    }
+}
+
+/// What tells one image from another on this host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    device: u64,
+    inode: u64,
+}
+
+/// A run of bytes that is either all data, as far as the file system knows, or all hole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Where it begins, in bytes.
+    pub offset: u64,
+    /// How long it is, in bytes; never 0.
+    pub length: u64,
+    /// A hole: nothing allocated, reads as zero.
+    pub hole: bool,
+}
+
+/// What a disk holds, before anybody writes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// The file system says that there is nothing but holes: all of it reads as zero.
+    Hole,
+    /// No data was found where it was looked for, but that was not everywhere: not known to read as zero.
+    LooksEmpty,
+    /// There is data.
+    Data,
+}
+
+/// An open disk.
+#[derive(Debug)]
+pub struct Disk {
+    file: OwnedFd,
+    /// The same file opened past the page cache, with `cache=none`.
+    direct: Option<OwnedFd>,
+    size: u64,
+    block_device: bool,
+    identity: Identity,
+    /// A sync failed once: nothing written since the last good one can be trusted (D9).
+    poisoned: AtomicBool,
+    /// Reads that must not wait are possible here.
+    nowait: AtomicBool,
+}
+
+impl Disk {
+    /// Opens and locks an existing file or block device.
+    ///
+    /// # Errors
+    /// [`OpenError`] says what is wrong with it; nothing is changed.
+    pub fn open(path: &Path, access: Access, cache: Cache) -> std::result::Result<Self, OpenError> {
+        let stat = rustix::fs::stat(path)?;
+        let block_device = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => false,
+            FileType::BlockDevice => true,
+            FileType::Directory => return Err(OpenError::NotADisk("a directory")),
+            FileType::CharacterDevice => return Err(OpenError::NotADisk("a character device")),
+            FileType::Fifo => return Err(OpenError::NotADisk("a pipe")),
+            FileType::Socket => return Err(OpenError::NotADisk("a socket")),
+            _ => return Err(OpenError::NotADisk("something else")),
+        };
+        let mode = if access == Access::ReadOnly { OFlags::RDONLY } else { OFlags::RDWR };
+        let file = rustix::fs::open(path, mode | OFlags::CLOEXEC, Mode::empty())?;
+        Self::from_file(path, file, block_device, access, cache)
+    }
+
+    /// Creates a sparse file of `size` bytes and opens it; never touches one that exists.
+    ///
+    /// # Errors
+    /// [`OpenError`]; a file that was created and cannot be used is removed again.
+    pub fn create(path: &Path, size: u64, cache: Cache) -> std::result::Result<Self, OpenError> {
+        if size == 0 || !size.is_multiple_of(SECTOR) {
+            return Err(OpenError::OddSize(size));
+        }
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let file = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?;
+        let made = rustix::fs::ftruncate(&file, size)
+            .map_err(OpenError::from)
+            .and_then(|()| Self::from_file(path, file, false, Access::ReadWrite, cache));
+        if made.is_err() {
+            let _ = rustix::fs::unlink(path);
+        }
+        made
+    }
+
+    fn from_file(
+        path: &Path,
+        file: OwnedFd,
+        block_device: bool,
+        access: Access,
+        cache: Cache,
+    ) -> std::result::Result<Self, OpenError> {
+        lock(&file, access)?;
+        let stat = rustix::fs::fstat(&file)?;
+        let size = if block_device {
+            rustix::fs::seek(&file, SeekFrom::End(0))?
+        } else {
+            u64::try_from(stat.st_size).unwrap_or(0)
+        };
+        if size == 0 || !size.is_multiple_of(SECTOR) {
+            return Err(OpenError::OddSize(size));
+        }
+        let direct = match cache {
+            Cache::Writeback => None,
+            Cache::None => {
+                let mode = if access == Access::ReadOnly { OFlags::RDONLY } else { OFlags::RDWR };
+                Some(rustix::fs::open(path, mode | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty())?)
+            }
+        };
+        let identity = if block_device {
+            Identity { device: u64::MAX, inode: stat.st_rdev }
+        } else {
+            Identity { device: stat.st_dev, inode: stat.st_ino }
+        };
+        Ok(Self {
+            file,
+            direct,
+            size,
+            block_device,
+            identity,
+            poisoned: AtomicBool::new(false),
+            nowait: AtomicBool::new(true),
+        })
+    }
+
+    /// Its size in bytes, a multiple of 512, as it was when opened.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Which image this is, whatever path led to it.
+    #[must_use]
+    pub fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// Whether requests bypass the page cache where they can: then every one of them waits for the device.
+    #[must_use]
+    pub fn is_direct(&self) -> bool {
+        self.direct.is_some()
+    }
+
+    /// Reads exactly `buffer.len()` bytes at `offset`.
+    ///
+    /// # Errors
+    /// The device's error; [`ErrorKind::UnexpectedEof`] if the file has become shorter.
+    pub fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        let mut done = 0;
+        while done < buffer.len() {
+            let at = offset + done as u64;
+            let rest = &mut buffer[done..];
+            match rustix::io::pread(self.way(rest.as_ptr(), rest.len(), at), &mut *rest, at) {
+                Ok(0) => return Err(Error::new(ErrorKind::UnexpectedEof, "the image has become shorter")),
+                Ok(n) => done += n,
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads `buffer.len()` bytes at `offset` if that needs no waiting for the device. `false`: it would, and what the
+    /// buffer holds means nothing.
+    #[must_use]
+    pub fn read_cached(&self, buffer: &mut [u8], offset: u64) -> bool {
+        if self.direct.is_some() || !self.nowait.load(Ordering::Relaxed) {
+            return false;
+        }
+        let wanted = buffer.len();
+        let flags = ReadWriteFlags::NOWAIT;
+        match rustix::io::preadv2(&self.file, &mut [IoSliceMut::new(buffer)], offset, flags) {
+            Ok(n) => n == wanted,
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+                self.nowait.store(false, Ordering::Relaxed);
+                false
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// Writes all of `bytes` at `offset`; with `durable` (FUA) they are on stable storage afterwards.
+    ///
+    /// # Errors
+    /// The device's error. Part of the bytes may have been written.
+    pub fn write(&self, bytes: &[u8], offset: u64, durable: bool) -> Result<()> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = offset + done as u64;
+            let rest = &bytes[done..];
+            match rustix::io::pwrite(self.way(rest.as_ptr(), rest.len(), at), rest, at) {
+                Ok(0) => return Err(Error::from(ErrorKind::WriteZero)),
+                Ok(n) => done += n,
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        if durable { self.flush() } else { Ok(()) }
+    }
+
+    /// Makes everything written so far durable.
+    ///
+    /// # Errors
+    /// The device's error. The kernel tells it once and may then believe the lost pages clean, so every later flush of
+    /// this disk fails too (D9).
+    pub fn flush(&self) -> Result<()> {
+        if self.poisoned.load(Ordering::Acquire) {
+            return Err(Error::other("an earlier sync failed"));
+        }
+        rustix::fs::fdatasync(&self.file).map_err(|errno| {
+            self.poisoned.store(true, Ordering::Release);
+            errno.into()
+        })
+    }
+
+    /// The guest needs `length` bytes at `offset` no more: their room is given back where the file system can do so.
+    /// What they read as afterwards is not promised.
+    ///
+    /// # Errors
+    /// The device's error; that it cannot trim is none.
+    pub fn trim(&self, offset: u64, length: u64) -> Result<()> {
+        match self.allocate(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, length) {
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) | Ok(()) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Makes `length` bytes at `offset` read as zero. With `may_punch` as a hole where possible, else allocated. With
+    /// `fast` only if that costs no writing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] when `fast` and not possible; else the device's error.
+    pub fn write_zeroes(&self, offset: u64, length: u64, may_punch: bool, fast: bool) -> Result<()> {
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let range = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+        for way in [punch, range].into_iter().skip(usize::from(!may_punch)) {
+            match self.allocate(way, offset, length) {
+                Ok(()) => return Ok(()),
+                Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        if fast {
+            return Err(Error::from(ErrorKind::Unsupported));
+        }
+        self.write_out_zeroes(offset, length)
+    }
+
+    fn allocate(&self, flags: FallocateFlags, offset: u64, length: u64) -> std::result::Result<(), Errno> {
+        loop {
+            match rustix::fs::fallocate(&self.file, flags, offset, length) {
+                Err(Errno::INTR) => {}
+                result => return result,
+            }
+        }
+    }
+
+    fn write_out_zeroes(&self, offset: u64, length: u64) -> Result<()> {
+        const PAGE: [u8; 4096] = [0; 4096];
+        let pages = [IoSlice::new(&PAGE); ZERO_WRITE / PAGE.len()];
+        let (mut at, end) = (offset, offset + length);
+        while at < end {
+            let left = usize::try_from(end - at).unwrap_or(usize::MAX);
+            let written = if left >= ZERO_WRITE {
+                rustix::io::pwritev(&self.file, &pages, at)
+            } else {
+                rustix::io::pwrite(&self.file, &PAGE[..left.min(PAGE.len())], at)
+            };
+            match written {
+                Ok(n) => at += n as u64,
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks for `length` bytes at `offset` to be brought into the page cache; only a hint.
+    pub fn prefetch(&self, offset: u64, length: u64) {
+        let _ = rustix::fs::fadvise(&self.file, offset, std::num::NonZeroU64::new(length), Advice::WillNeed);
+    }
+
+    /// The extent at `offset`, at most up to `end`. What the file system cannot tell counts as data.
+    ///
+    /// # Errors
+    /// The device's error.
+    pub fn extent(&self, offset: u64, end: u64) -> Result<Extent> {
+        let end = end.min(self.size);
+        let data = |until: u64| Extent { offset, length: until.min(end) - offset, hole: false };
+        match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(at) if at > offset => Ok(Extent { offset, length: at.min(end) - offset, hole: true }),
+            Ok(_) => match rustix::fs::seek(&self.file, SeekFrom::Hole(offset)) {
+                Ok(at) if at > offset => Ok(data(at)),
+                Ok(_) | Err(Errno::INVAL | Errno::NXIO | Errno::OPNOTSUPP) => Ok(data(end)),
+                Err(e) => Err(e.into()),
+            },
+            Err(Errno::NXIO) => Ok(Extent { offset, length: end - offset, hole: true }),
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(data(end)),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Bytes that the file system holds data for; all of it where it cannot say.
+    ///
+    /// # Errors
+    /// The device's error.
+    pub fn data_bytes(&self) -> Result<u64> {
+        let (mut at, mut data) = (0, 0);
+        while at < self.size {
+            let extent = self.extent(at, self.size)?;
+            data += if extent.hole { 0 } else { extent.length };
+            at += extent.length;
+        }
+        Ok(data)
+    }
+
+    /// Looks whether anything is on the disk. A file tells its holes; allocated runs and block devices are probed at
+    /// the beginning, at the end, and at a bounded number of places between.
+    ///
+    /// # Errors
+    /// The device's error.
+    pub fn content(&self) -> Result<Content> {
+        let data = self.data_bytes()?;
+        if data == 0 {
+            return Ok(Content::Hole);
+        }
+        let mut buffer = vec![0; PROBE_BYTES];
+        let stride = (data / PROBES).max(PROBE_BYTES as u64);
+        let mut at = 0;
+        while at < self.size {
+            let extent = self.extent(at, self.size)?;
+            if !extent.hole && !self.probes_zero(extent, stride, &mut buffer)? {
+                return Ok(Content::Data);
+            }
+            at += extent.length;
+        }
+        Ok(Content::LooksEmpty)
+    }
+
+    fn probes_zero(&self, extent: Extent, stride: u64, buffer: &mut [u8]) -> Result<bool> {
+        let end = extent.offset + extent.length;
+        let last = end.saturating_sub(buffer.len() as u64).max(extent.offset);
+        let mut at = extent.offset;
+        loop {
+            let length = usize::try_from(end - at).unwrap_or(usize::MAX).min(buffer.len());
+            let piece = &mut buffer[..length];
+            self.read(piece, at)?;
+            if !is_zero(piece) {
+                return Ok(false);
+            }
+            if at >= last {
+                return Ok(true);
+            }
+            at = (at + stride).min(last);
+        }
+    }
+
+    /// Free bytes on the file system that holds the image, and which file system that is; `None` for a block device,
+    /// which needs none.
+    ///
+    /// # Errors
+    /// The system's error.
+    pub fn free_space(&self) -> Result<Option<(u64, u64)>> {
+        if self.block_device {
+            return Ok(None);
+        }
+        let stat = rustix::fs::fstatvfs(&self.file)?;
+        Ok(Some((self.identity.device, stat.f_bavail.saturating_mul(stat.f_frsize))))
+    }
+
+    /// The descriptor a request goes through: past the page cache where that is wanted and everything is aligned. The
+    /// kernel keeps the two ways coherent.
+    fn way(&self, memory: *const u8, length: usize, offset: u64) -> BorrowedFd<'_> {
+        match &self.direct {
+            Some(direct)
+                if offset.is_multiple_of(DIRECT_ALIGN as u64)
+                    && length.is_multiple_of(DIRECT_ALIGN)
+                    && memory.addr().is_multiple_of(DIRECT_ALIGN) =>
+            {
+                direct.as_fd()
+            }
+            _ => self.file.as_fd(),
+        }
+    }
+}
+
+/// Locks an image against a second blockferry (`flock`) and against QEMU (whose byte-range locks a whole-file one
+/// collides with). The kernel drops both when the process ends. They stay ours only as long as nobody else in this
+/// process opens and closes the same file; that is one reason why only this file opens images.
+fn lock(file: &OwnedFd, access: Access) -> std::result::Result<(), OpenError> {
+    let operation = match access {
+        Access::ReadWrite => FlockOperation::NonBlockingLockExclusive,
+        Access::ReadOnly => FlockOperation::NonBlockingLockShared,
+        Access::Shared => return Ok(()),
+    };
+    for result in [rustix::fs::flock(file, operation), rustix::fs::fcntl_lock(file, operation)] {
+        match result {
+            Err(Errno::AGAIN | Errno::ACCESS) => return Err(OpenError::InUse),
+            // A file system without locks (some network ones): the operator's own care.
+            Ok(()) | Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Whether every byte is zero.
+#[must_use]
+pub fn is_zero(bytes: &[u8]) -> bool {
+    // Whole lines first: the comparison of a fixed-size array becomes a few vector instructions.
+    let (lines, tail) = bytes.as_chunks::<64>();
+    lines.iter().all(|line| *line == [0; 64]) && tail.iter().all(|byte| *byte == 0)
+}
+
+/// Memory for requests, aligned as a disk with `cache=none` wants it. Fresh memory is not touched until it is used.
+#[derive(Debug)]
+pub struct AlignedBuffer {
+    memory: Vec<u8>,
+    start: usize,
+    length: usize,
+}
+
+impl AlignedBuffer {
+    /// `length` bytes of zero.
+    #[must_use]
+    pub fn new(length: usize) -> Self {
+        let memory = vec![0; length + DIRECT_ALIGN];
+        let start = memory.as_ptr().addr().wrapping_neg() % DIRECT_ALIGN;
+        Self { memory, start, length }
+    }
+}
+
+impl std::ops::Deref for AlignedBuffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.memory[self.start..self.start + self.length]
+    }
+}
+
+impl std::ops::DerefMut for AlignedBuffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[self.start..self.start + self.length]
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,111 @@
+//! What a disk promises, on a real file system.
+
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use super::{Access, AlignedBuffer, Cache, Content, Disk, OpenError, is_zero};
+use crate::limits::MIB;
+
+fn scratch() -> tempfile::TempDir {
+    tempfile::tempdir().expect("a scratch directory")
+}
+
+fn new_disk(dir: &tempfile::TempDir, mib: usize) -> (PathBuf, Disk) {
+    let path = dir.path().join("disk.raw");
+    let disk = Disk::create(&path, (mib * MIB) as u64, Cache::Writeback).expect("created");
+    (path, disk)
+}
+
+#[test]
+fn what_is_not_a_disk_is_named() {
+    let dir = scratch();
+    let text = |path: &std::path::Path| match Disk::open(path, Access::ReadWrite, Cache::Writeback) {
+        Err(e) => e.to_string(),
+        Ok(_) => panic!("opened"),
+    };
+    assert_eq!(text(&dir.path().join("none")), "no such file");
+    assert_eq!(text(dir.path()), "is a directory, not a file or a block device");
+    assert_eq!(text(std::path::Path::new("/dev/null")), "is a character device, not a file or a block device");
+    std::fs::write(dir.path().join("odd"), [0; 700]).expect("written");
+    assert_eq!(text(&dir.path().join("odd")), "its size of 700 bytes is not a multiple of 512");
+}
+
+#[test]
+fn a_second_user_is_refused_and_a_second_reader_is_not() {
+    let dir = scratch();
+    let (path, disk) = new_disk(&dir, 1);
+    assert!(matches!(Disk::open(&path, Access::ReadWrite, Cache::Writeback), Err(OpenError::InUse)));
+    assert!(matches!(Disk::open(&path, Access::ReadOnly, Cache::Writeback), Err(OpenError::InUse)));
+    assert!(matches!(Disk::create(&path, 512, Cache::Writeback), Err(OpenError::Exists)));
+    drop(disk);
+    let _one = Disk::open(&path, Access::ReadOnly, Cache::Writeback).expect("a reader");
+    let _two = Disk::open(&path, Access::ReadOnly, Cache::Writeback).expect("another reader");
+}
+
+#[test]
+fn zeroes_and_trims_read_as_zero_and_stay_thin() {
+    let dir = scratch();
+    let (path, disk) = new_disk(&dir, 4);
+    assert_eq!(disk.content().expect("looked"), Content::Hole);
+    disk.write(&vec![7; 2 * MIB], 0, false).expect("written");
+    assert_eq!(disk.content().expect("looked"), Content::Data);
+    disk.write_zeroes(0, MIB as u64, true, true).expect("punched");
+    disk.write_zeroes(MIB as u64, 512, false, false).expect("zeroed");
+    let mut back = vec![1; MIB + 512];
+    disk.read(&mut back, 0).expect("read");
+    assert!(is_zero(&back));
+    assert!(disk.extent(0, u64::MAX).expect("asked").hole, "the punched part is a hole");
+    disk.trim(0, disk.size()).expect("trimmed");
+    assert_eq!(disk.content().expect("looked"), Content::Hole);
+    assert_eq!(std::fs::metadata(path).expect("there").len(), (4 * MIB) as u64);
+}
+
+#[test]
+fn written_out_zeroes_stop_where_they_should() {
+    let dir = scratch();
+    let (_, disk) = new_disk(&dir, 1);
+    disk.write(&vec![7; MIB], 0, false).expect("written");
+    disk.write_out_zeroes(1000, 200_000).expect("zeroed");
+    let mut back = vec![0; MIB];
+    disk.read(&mut back, 0).expect("read");
+    assert!(back[..1000].iter().chain(&back[201_000..]).all(|b| *b == 7));
+    assert!(is_zero(&back[1000..201_000]));
+}
+
+#[test]
+fn direct_and_cached_requests_see_each_other() {
+    let dir = tempfile::tempdir_in(".").expect("on a real file system");
+    let path = dir.path().join("disk.raw");
+    let Ok(disk) = Disk::create(&path, MIB as u64, Cache::None) else {
+        eprintln!("SKIP: no O_DIRECT on this file system");
+        return;
+    };
+    let mut buffer = AlignedBuffer::new(8192);
+    buffer.fill(3);
+    disk.write(&buffer, 4096, false).expect("direct");
+    disk.write(&[4; 10], 4100, false).expect("through the cache");
+    disk.read(&mut buffer, 4096).expect("direct");
+    assert_eq!((buffer[3], buffer[4], buffer[13], buffer[14]), (3, 4, 4, 3));
+}
+
+#[test]
+fn a_probe_finds_data_at_the_very_end() {
+    let dir = scratch();
+    let (path, disk) = new_disk(&dir, 8);
+    disk.write(&vec![0; 8 * MIB], 0, false).expect("allocated");
+    assert_eq!(disk.content().expect("looked"), Content::LooksEmpty);
+    let other = std::fs::OpenOptions::new().write(true).open(path).expect("opened");
+    other.write_all_at(&[1], (8 * MIB - 1) as u64).expect("written");
+    assert_eq!(disk.content().expect("looked"), Content::Data);
+}
+
+#[test]
+fn a_file_that_became_shorter_is_an_error_and_not_zeroes() {
+    let dir = scratch();
+    let (path, disk) = new_disk(&dir, 1);
+    let other = std::fs::OpenOptions::new().write(true).open(path).expect("opened");
+    other.set_len(4096).expect("cut");
+    let mut back = [0; 8192];
+    assert!(disk.read(&mut back, 0).is_err());
+    assert!(!disk.read_cached(&mut back, 0));
+}

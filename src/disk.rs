@@ -283,13 +283,19 @@ impl Disk {
     /// The device's error. The kernel tells it once and may then believe the lost pages clean, so every later flush of
     /// this disk fails too (D9).
     pub fn flush(&self) -> Result<()> {
-        if self.poisoned.load(Ordering::Acquire) {
+        if self.is_poisoned() {
             return Err(Error::other("an earlier sync failed"));
         }
         rustix::fs::fdatasync(&self.file).map_err(|errno| {
             self.poisoned.store(true, Ordering::Release);
             errno.into()
         })
+    }
+
+    /// Whether a sync has ever failed (D9).
+    #[must_use]
+    pub fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::Acquire)
     }
 
     /// The guest needs `length` bytes at `offset` no more: their room is given back where the file system can do so.

@@ -5,6 +5,7 @@
 
 pub mod dirty;
 pub mod disk;
+pub mod export;
 pub mod limits;
 pub mod nbd;
 pub mod socket;

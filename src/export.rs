@@ -1,0 +1,581 @@
+//! An export: one disk, its gate, its dirty map, and the connections that use it.
+//!
+//! Every byte that changes a disk passes through here, whoever sends it: a [`Visit`] is a connection that has come in
+//! through one of the doors, and its `write`, `write_zeroes` and `trim` are the only callers of the disk's. The gate
+//! decides who may change the disk at this moment:
+//!
+//! | gate | guest door | migration door |
+//! |---|---|---|
+//! | [`Gate::Incoming`] | reads; writes refused | refused |
+//! | [`Gate::Receiving`] | reads; writes refused | writes |
+//! | [`Gate::Sealed`] | reads; writes refused | refused |
+//! | [`Gate::Serving`] | everything | refused |
+//! | [`Gate::Quiesced`] | reads and flushes; writes wait | refused |
+//! | [`Gate::Fenced`] | refused, but for flush | refused |
+//!
+//! # The life of a guest write (D2, D3)
+//!
+//! `admit` takes the gate's lock, looks at the gate and counts the write in; the disk is written without any lock; the
+//! `Drop` of the admission takes the lock again, marks the dirty map *if one is armed now*, and counts the write out.
+//! Only then does the server reply. The mark is in a `Drop` because a write that failed half-way has changed the disk
+//! too.
+//!
+//! Because a write looks for the map after it has changed the disk, and under the lock under which [`Export::arm`]
+//! puts the map there, a write that is not marked was on the disk before the map was armed, and the bulk pass, which
+//! asks for extents later, sees it. `arm` drains the gate once all the same (D1): the rule then holds whatever becomes
+//! of the order in `Drop`.
+//!
+//! # Connections that have hung up (D11)
+//!
+//! A VMM that reconnects sends again what was not answered. If its old connection's last write were still sitting in a
+//! socket buffer and were served *after* the new connection's requests, it would put old bytes over newer ones. So a
+//! new connection of an export first ends those that have hung up, waits until what they had admitted is finished, and
+//! only then is served; and a write is admitted only if its connection still lives.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::dirty::DirtyMap;
+use crate::disk::Disk;
+use crate::limits::{DRAIN_MAX, GATE_LOOK, UNSYNCED_MAX, WRITE_BACK_BYTES, WRITE_BACK_PERIOD};
+use crate::socket::Socket;
+
+/// Who may change the disk now. See the table above.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gate {
+    /// This host does not own the disk and receives nothing.
+    Incoming,
+    /// A migration writes; the guest does not yet.
+    Receiving,
+    /// Everything has been received; nobody writes until ownership is settled.
+    Sealed,
+    /// This host owns the disk and the guest uses it.
+    Serving,
+    /// This host owns the disk; guest writes wait.
+    Quiesced,
+    /// Another host owns the disk, or may: refuses for good.
+    Fenced,
+}
+
+/// Through which door a connection came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Door {
+    /// The guest's VMM, or any client of a plain export.
+    Guest,
+    /// Another host's mirror.
+    Migration,
+}
+
+/// Whether a write may wait at a closed gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Patience {
+    /// Come back at once with [`Fault::WouldWait`].
+    Now,
+    /// Wait until the gate opens, the export is fenced, or the connection has gone.
+    Wait,
+}
+
+/// Why a request was not done.
+#[derive(Debug)]
+pub enum Fault {
+    /// The gate is closed for the moment, and the caller would not wait.
+    WouldWait,
+    /// The connection has hung up or was ended: nobody is left to be answered.
+    Gone,
+    /// This host does not own the disk (yet), or the export is read-only: `EPERM`.
+    NotPermitted,
+    /// Another host owns the disk: `ESHUTDOWN`.
+    Fenced,
+    /// The disk's own error.
+    Disk(io::Error),
+}
+
+impl From<io::Error> for Fault {
+    fn from(error: io::Error) -> Self {
+        Self::Disk(error)
+    }
+}
+
+/// One disk offered under a name.
+#[derive(Debug)]
+pub struct Export {
+    name: String,
+    read_only: bool,
+    inner: Mutex<Inner>,
+    /// Something that somebody waits for has changed: the gate, a count that reached zero, a connection that left.
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct Inner {
+    gate: Gate,
+    disk: Option<Arc<Disk>>,
+    map: Option<Arc<DirtyMap>>,
+    /// Requests admitted and not finished, by the generation in which they were admitted: a drain begins another
+    /// generation and waits for the old one, so that later requests cannot keep it waiting.
+    in_flight: [u64; 2],
+    generation: usize,
+    /// Threads that wait on `changed`; nobody is woken, and no system call made, when there are none.
+    waiting: u32,
+    connections: Vec<Arc<Connection>>,
+    /// Bytes received from a migration and not synced yet (D13).
+    unsynced: u64,
+    /// Guest writes refused because this host does not own the disk (M11 wants to know).
+    refused_guest_writes: u64,
+}
+
+/// One connection as the export knows it.
+#[derive(Debug)]
+struct Connection {
+    socket: Arc<Socket>,
+    door: Door,
+    /// Ended from our side: nothing more of it is admitted.
+    dead: AtomicBool,
+}
+
+impl Connection {
+    fn end(&self) {
+        self.dead.store(true, Ordering::Release);
+        self.socket.shutdown();
+    }
+}
+
+impl Export {
+    /// An export in the given gate state; without a disk it cannot be opened yet.
+    #[must_use]
+    pub fn new(name: &str, disk: Option<Arc<Disk>>, read_only: bool, gate: Gate) -> Arc<Self> {
+        let inner = Inner {
+            gate,
+            disk,
+            map: None,
+            in_flight: [0; 2],
+            generation: 0,
+            waiting: 0,
+            connections: Vec::new(),
+            unsynced: 0,
+            refused_guest_writes: 0,
+        };
+        Arc::new(Self { name: name.to_owned(), read_only, inner: Mutex::new(inner), changed: Condvar::new() })
+    }
+
+    /// The disk's name, which is the export's name at the guest door.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether writes are refused for good, whoever owns the disk.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// The disk behind it, if there is one yet.
+    #[must_use]
+    pub fn disk(&self) -> Option<Arc<Disk>> {
+        self.lock().disk.clone()
+    }
+
+    /// Puts a disk behind an export that had none, or takes it away (`None`) when nobody uses it.
+    pub fn set_disk(&self, disk: Option<Arc<Disk>>) {
+        self.lock().disk = disk;
+    }
+
+    /// The gate as it stands.
+    #[must_use]
+    pub fn gate(&self) -> Gate {
+        self.lock().gate
+    }
+
+    /// Moves the gate; whoever waits there is looked at again. Quiescing is [`quiesce`]'s business.
+    pub fn set_gate(&self, gate: Gate) {
+        let mut inner = self.lock();
+        if inner.gate != gate {
+            log::debug!("export {}: gate {:?} becomes {gate:?}", self.name, inner.gate);
+            inner.gate = gate;
+        }
+        drop(inner);
+        self.changed.notify_all();
+    }
+
+    /// How many guest writes were refused because this host does not own the disk.
+    #[must_use]
+    pub fn refused_guest_writes(&self) -> u64 {
+        self.lock().refused_guest_writes
+    }
+
+    /// How many connections are open through `door`.
+    #[must_use]
+    pub fn connections(&self, door: Door) -> usize {
+        self.lock().connections.iter().filter(|c| c.door == door).count()
+    }
+
+    /// Begins dirty tracking (D1): the map is in place, then everything that was admitted before is drained. Only after
+    /// this returns may the first extent be asked for.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::TimedOut`] if a request stays in the disk for longer than [`DRAIN_MAX`]; tracking is off then.
+    pub fn arm(&self, map: &Arc<DirtyMap>) -> io::Result<()> {
+        let mut inner = self.lock();
+        inner.map = Some(Arc::clone(map));
+        if self.drain(inner, Instant::now() + DRAIN_MAX) {
+            Ok(())
+        } else {
+            self.disarm();
+            Err(io::Error::from(io::ErrorKind::TimedOut))
+        }
+    }
+
+    /// Ends dirty tracking.
+    pub fn disarm(&self) {
+        self.lock().map = None;
+    }
+
+    /// Lets a connection in through `door`. For the guest door this is where rule D11 is kept: see above.
+    ///
+    /// # Errors
+    /// What the client is told: there is no disk yet, or a dead sister's last request does not come to an end.
+    pub fn enter(self: &Arc<Self>, door: Door, socket: &Arc<Socket>) -> Result<Visit, &'static str> {
+        let mut inner = self.lock();
+        let Some(disk) = inner.disk.clone() else { return Err("this disk does not exist yet") };
+        let connection = Arc::new(Connection { socket: Arc::clone(socket), door, dead: AtomicBool::new(false) });
+        inner.connections.push(Arc::clone(&connection));
+        let visit = Visit { export: Arc::clone(self), disk, connection };
+        if door == Door::Guest {
+            let gone: Vec<_> = inner.connections.iter().filter(|c| c.door == door && c.socket.has_hung_up()).collect();
+            gone.iter().for_each(|c| c.end());
+            let still_there = |inner: &Inner| {
+                let ended = |c: &Connection| c.door == door && c.dead.load(Ordering::Acquire);
+                inner.connections.iter().any(|c| ended(c) && !Arc::ptr_eq(c, &visit.connection))
+            };
+            self.changed.notify_all();
+            let (inner, waited) = self.wait_until(inner, Instant::now() + DRAIN_MAX, |inner| !still_there(inner));
+            drop(inner);
+            if !waited {
+                return Err("an earlier connection's request is not finished");
+            }
+        }
+        Ok(visit)
+    }
+
+    /// Ends every connection that came through `door`: nothing more of them is admitted, and when this returns `true`
+    /// all that was admitted is finished and their threads are gone. `false`: not within [`DRAIN_MAX`].
+    #[must_use]
+    pub fn end_connections(&self, door: Door) -> bool {
+        let inner = self.lock();
+        inner.connections.iter().filter(|c| c.door == door).for_each(|c| c.end());
+        self.changed.notify_all();
+        let gone = |inner: &Inner| !inner.connections.iter().any(|c| c.door == door);
+        self.wait_until(inner, Instant::now() + DRAIN_MAX, gone).1
+    }
+
+    /// Writes back what a migration brings, while it brings it (D13), so that the sync before SEALED is short. Returns
+    /// when the gate is no longer [`Gate::Receiving`]. A failed sync poisons the disk (D9), and the migration learns of
+    /// it by its next request.
+    pub fn write_back(&self) {
+        let mut inner = self.lock();
+        let mut last = Instant::now();
+        while inner.gate == Gate::Receiving {
+            let due = inner.unsynced > 0 && (inner.unsynced >= WRITE_BACK_BYTES || last.elapsed() >= WRITE_BACK_PERIOD);
+            let Some(disk) = inner.disk.clone().filter(|_| due) else {
+                inner = self.wait(inner, WRITE_BACK_PERIOD);
+                continue;
+            };
+            let bytes = inner.unsynced;
+            drop(inner);
+            if let Err(error) = disk.flush() {
+                log::error!("write back: disk {}: {error}", self.name);
+            }
+            last = Instant::now();
+            inner = self.lock();
+            inner.unsynced -= bytes;
+            self.wake(&inner);
+        }
+    }
+
+    /// Waits for everything admitted before now. `false` when `deadline` passes first.
+    fn drain<'a>(&'a self, mut inner: MutexGuard<'a, Inner>, deadline: Instant) -> bool {
+        // An earlier drain that ran into its deadline may have left requests in the other generation: they count too.
+        for _ in 0..2 {
+            let old = inner.generation;
+            inner.generation = 1 - old;
+            let (guard, drained) = self.wait_until(inner, deadline, |inner| inner.in_flight[old] == 0);
+            if !drained {
+                return false;
+            }
+            inner = guard;
+        }
+        true
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, mut inner: MutexGuard<'a, Inner>, timeout: Duration) -> MutexGuard<'a, Inner> {
+        inner.waiting += 1;
+        let (mut inner, _) = self.changed.wait_timeout(inner, timeout).unwrap_or_else(PoisonError::into_inner);
+        inner.waiting -= 1;
+        inner
+    }
+
+    fn wait_until<'a>(
+        &'a self,
+        mut inner: MutexGuard<'a, Inner>,
+        deadline: Instant,
+        done: impl Fn(&Inner) -> bool,
+    ) -> (MutexGuard<'a, Inner>, bool) {
+        while !done(&inner) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return (inner, false);
+            }
+            inner = self.wait(inner, left);
+        }
+        (inner, true)
+    }
+
+    fn wake(&self, inner: &Inner) {
+        if inner.waiting > 0 {
+            self.changed.notify_all();
+        }
+    }
+}
+
+/// A connection that has come in through a door and may use the export. Dropped when its last request is finished.
+#[derive(Debug)]
+pub struct Visit {
+    export: Arc<Export>,
+    disk: Arc<Disk>,
+    connection: Arc<Connection>,
+}
+
+impl Visit {
+    /// The disk, for reading what needs no gate: its size and extents.
+    #[must_use]
+    pub fn disk(&self) -> &Disk {
+        &self.disk
+    }
+
+    /// The export it visits.
+    #[must_use]
+    pub fn export(&self) -> &Arc<Export> {
+        &self.export
+    }
+
+    /// The connection's socket.
+    #[must_use]
+    pub fn socket(&self) -> &Arc<Socket> {
+        &self.connection.socket
+    }
+
+    /// Whether the connection was ended from our side.
+    #[must_use]
+    pub fn is_ended(&self) -> bool {
+        self.connection.dead.load(Ordering::Acquire)
+    }
+
+    /// Whether the export still answers reads and the like.
+    ///
+    /// # Errors
+    /// [`Fault::Fenced`] if not.
+    pub fn may_read(&self) -> Result<(), Fault> {
+        if self.export.lock().gate == Gate::Fenced { Err(Fault::Fenced) } else { Ok(()) }
+    }
+
+    /// Reads exactly `buffer.len()` bytes at `offset`, waiting for the device if need be.
+    ///
+    /// # Errors
+    /// [`Fault::Fenced`] or the disk's error.
+    pub fn read(&self, buffer: &mut [u8], offset: u64) -> Result<(), Fault> {
+        self.may_read()?;
+        Ok(self.disk.read(buffer, offset)?)
+    }
+
+    /// Writes `bytes` at `offset`, and marks them. With `durable` they are on stable storage afterwards.
+    ///
+    /// # Errors
+    /// See [`Fault`].
+    pub fn write(&self, patience: Patience, offset: u64, bytes: &[u8], durable: bool) -> Result<(), Fault> {
+        let _admission = self.admit(patience, offset, bytes.len() as u64)?;
+        Ok(self.disk.write(bytes, offset, durable)?)
+    }
+
+    /// Makes a range read as zero, and marks it. `may_punch` and `fast` as [`Disk::write_zeroes`].
+    ///
+    /// # Errors
+    /// See [`Fault`].
+    pub fn write_zeroes(
+        &self,
+        offset: u64,
+        length: u64,
+        may_punch: bool,
+        fast: bool,
+        durable: bool,
+    ) -> Result<(), Fault> {
+        let _admission = self.admit(Patience::Wait, offset, length)?;
+        self.disk.write_zeroes(offset, length, may_punch, fast)?;
+        if durable { Ok(self.disk.flush()?) } else { Ok(()) }
+    }
+
+    /// Gives the room of a range back, and marks it.
+    ///
+    /// # Errors
+    /// See [`Fault`].
+    pub fn trim(&self, offset: u64, length: u64, durable: bool) -> Result<(), Fault> {
+        let _admission = self.admit(Patience::Wait, offset, length)?;
+        self.disk.trim(offset, length)?;
+        if durable { Ok(self.disk.flush()?) } else { Ok(()) }
+    }
+
+    /// Makes all finished writes durable (D13). A fenced export has nothing left to flush and says that it is done: a
+    /// VMM that cannot flush cannot quit (D6).
+    ///
+    /// # Errors
+    /// The disk's error, and for good after the first (D9).
+    pub fn flush(&self) -> Result<(), Fault> {
+        if self.export.lock().gate == Gate::Fenced || self.export.read_only {
+            return Ok(());
+        }
+        Ok(self.disk.flush()?)
+    }
+
+    /// Passes the gate with a request that will change `length` bytes at `offset`.
+    fn admit(&self, patience: Patience, offset: u64, length: u64) -> Result<Admission<'_>, Fault> {
+        let export = &*self.export;
+        if export.read_only {
+            return Err(Fault::NotPermitted);
+        }
+        let door = self.connection.door;
+        // D11: between reading a request and admitting it.
+        if door == Door::Guest && self.connection.socket.has_hung_up() {
+            return Err(Fault::Gone);
+        }
+        let mut inner = export.lock();
+        loop {
+            let must_wait = match (inner.gate, door) {
+                (Gate::Fenced, _) => return Err(Fault::Fenced),
+                (Gate::Serving, Door::Guest) => false,
+                (Gate::Receiving, Door::Migration) if self.disk.is_poisoned() => {
+                    return Err(Fault::Disk(io::Error::other("an earlier sync failed")));
+                }
+                (Gate::Receiving, Door::Migration) => inner.unsynced >= UNSYNCED_MAX,
+                (Gate::Quiesced, Door::Guest) => true,
+                (Gate::Incoming | Gate::Receiving | Gate::Sealed, Door::Guest) => {
+                    inner.refused_guest_writes += 1;
+                    return Err(Fault::NotPermitted);
+                }
+                (_, Door::Migration) => return Err(Fault::Fenced),
+            };
+            // Whoever ends a connection does so under the lock that is held here: what is admitted now, it waits for.
+            if self.is_ended() {
+                return Err(Fault::Gone);
+            }
+            if !must_wait {
+                break;
+            }
+            if patience == Patience::Now {
+                return Err(Fault::WouldWait);
+            }
+            inner = export.wait(inner, GATE_LOOK);
+            if self.connection.socket.has_hung_up() {
+                return Err(Fault::Gone);
+            }
+        }
+        let generation = inner.generation;
+        inner.in_flight[generation] += 1;
+        Ok(Admission { visit: self, offset, length, generation })
+    }
+}
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        let mut inner = self.export.lock();
+        inner.connections.retain(|c| !Arc::ptr_eq(c, &self.connection));
+        self.export.wake(&inner);
+    }
+}
+
+/// A request that has passed the gate. Its end marks the map and counts it out (D2, D3).
+struct Admission<'a> {
+    visit: &'a Visit,
+    offset: u64,
+    length: u64,
+    generation: usize,
+}
+
+impl Drop for Admission<'_> {
+    fn drop(&mut self) {
+        let export = &*self.visit.export;
+        let mut inner = export.lock();
+        if let Some(map) = &inner.map {
+            map.mark(self.offset, self.length);
+        }
+        inner.in_flight[self.generation] -= 1;
+        let drained = inner.in_flight[self.generation] == 0;
+        let mut write_back_due = false;
+        if self.visit.connection.door == Door::Migration {
+            let before = inner.unsynced;
+            inner.unsynced += self.length;
+            write_back_due = before < WRITE_BACK_BYTES && inner.unsynced >= WRITE_BACK_BYTES;
+        }
+        if drained || write_back_due {
+            export.wake(&inner);
+        }
+    }
+}
+
+/// All of a guest's disks at rest: guest writes wait at the gates and none is in flight. The final pass cannot be begun
+/// without this, and exactly one of its ends happens: [`Quiesced::fence`], or the gates open again when it is dropped.
+#[derive(Debug)]
+#[must_use = "dropping it opens the gates"]
+pub struct Quiesced {
+    exports: Vec<Arc<Export>>,
+    since: Instant,
+}
+
+/// Closes the gates of `exports` to guest writes and waits until those in flight are finished (D6). The mirror runs on
+/// meanwhile.
+///
+/// # Errors
+/// The name of the disk whose requests did not end before `deadline`; all gates are open again then.
+pub fn quiesce(exports: &[Arc<Export>], deadline: Instant) -> Result<Quiesced, String> {
+    let quiesced = Quiesced { exports: exports.to_vec(), since: Instant::now() };
+    for export in exports {
+        export.set_gate(Gate::Quiesced);
+    }
+    for export in exports {
+        if !export.drain(export.lock(), deadline) {
+            return Err(export.name.clone());
+        }
+    }
+    Ok(quiesced)
+}
+
+impl Quiesced {
+    /// When the first gate closed.
+    #[must_use]
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// This host has given the disks away: the gates never open again, and whoever waits there is refused.
+    pub fn fence(mut self) {
+        for export in self.exports.drain(..) {
+            export.set_gate(Gate::Fenced);
+        }
+    }
+}
+
+impl Drop for Quiesced {
+    fn drop(&mut self) {
+        for export in &self.exports {
+            export.set_gate(Gate::Serving);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,203 @@
+//! The gate, the mark, and connections that hang up.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{Door, Export, Fault, Gate, Patience, Visit, quiesce};
+use crate::dirty::DirtyMap;
+use crate::disk::{Cache, Disk};
+use crate::socket::Socket;
+
+struct Bench {
+    _dir: tempfile::TempDir,
+    export: Arc<Export>,
+}
+
+impl Bench {
+    fn new(gate: Gate) -> Self {
+        let dir = tempfile::tempdir().expect("a scratch directory");
+        let disk = Disk::create(&dir.path().join("disk"), 1 << 20, Cache::Writeback).expect("created");
+        Self { _dir: dir, export: Export::new("vda", Some(Arc::new(disk)), false, gate) }
+    }
+
+    fn enter(&self, door: Door) -> (Visit, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+        let socket = Arc::new(Socket::new(OwnedFd::from(ours)));
+        (self.export.enter(door, &socket).expect("let in"), theirs)
+    }
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(5)
+}
+
+#[test]
+fn who_may_write_in_which_gate() {
+    use Door::{Guest, Migration};
+    let bench = Bench::new(Gate::Incoming);
+    let (guest, _g) = bench.enter(Guest);
+    let (migration, _m) = bench.enter(Migration);
+    let word = |visit: &Visit| match visit.write(Patience::Now, 0, &[1; 512], false) {
+        Ok(()) => "done",
+        Err(Fault::NotPermitted) => "EPERM",
+        Err(Fault::Fenced) => "ESHUTDOWN",
+        Err(Fault::WouldWait) => "waits",
+        Err(other) => panic!("{other:?}"),
+    };
+    for (gate, for_guest, for_migration) in [
+        (Gate::Incoming, "EPERM", "ESHUTDOWN"),
+        (Gate::Receiving, "EPERM", "done"),
+        (Gate::Sealed, "EPERM", "ESHUTDOWN"),
+        (Gate::Serving, "done", "ESHUTDOWN"),
+        (Gate::Quiesced, "waits", "ESHUTDOWN"),
+        (Gate::Fenced, "ESHUTDOWN", "ESHUTDOWN"),
+    ] {
+        bench.export.set_gate(gate);
+        assert_eq!((word(&guest), word(&migration)), (for_guest, for_migration), "{gate:?}");
+        assert!(guest.flush().is_ok(), "a flush is served in {gate:?}");
+        assert_eq!(guest.read(&mut [0; 512], 0).is_ok(), gate != Gate::Fenced, "a read in {gate:?}");
+    }
+    assert_eq!(bench.export.refused_guest_writes(), 3);
+}
+
+#[test]
+fn every_change_is_marked_and_only_while_armed() {
+    let bench = Bench::new(Gate::Serving);
+    let (guest, _client) = bench.enter(Door::Guest);
+    guest.write(Patience::Now, 0, &[1; 512], false).expect("before");
+    let map = DirtyMap::new(1 << 20);
+    bench.export.arm(&map).expect("armed");
+    assert_eq!(map.outstanding().granules, 0);
+    guest.write(Patience::Now, 0, &[1; 512], false).expect("written");
+    guest.write_zeroes(8192, 4096, true, false, false).expect("zeroed");
+    guest.trim(16384, 4096, false).expect("trimmed");
+    assert_eq!(map.outstanding().granules, 3);
+    bench.export.disarm();
+    guest.write(Patience::Now, 65536, &[1; 512], false).expect("after");
+    assert_eq!(map.outstanding().granules, 3);
+}
+
+#[test]
+fn a_write_that_fails_is_marked_too() {
+    let dir = tempfile::tempdir().expect("a scratch directory");
+    let path = dir.path().join("disk");
+    drop(Disk::create(&path, 1 << 20, Cache::Writeback).expect("created"));
+    let disk = Disk::open(&path, crate::disk::Access::ReadOnly, Cache::Writeback).expect("opened");
+    let export = Export::new("vda", Some(Arc::new(disk)), false, Gate::Serving);
+    let (ours, _theirs) = UnixStream::pair().expect("a socket pair");
+    let visit = export.enter(Door::Guest, &Arc::new(Socket::new(ours.into()))).expect("let in");
+    let map = DirtyMap::new(1 << 20);
+    export.arm(&map).expect("armed");
+    assert!(matches!(visit.write(Patience::Now, 0, &[1; 512], false), Err(Fault::Disk(_))));
+    assert_eq!(map.outstanding().granules, 1);
+}
+
+#[test]
+fn quiesce_holds_writes_until_it_is_dropped() {
+    let bench = Bench::new(Gate::Serving);
+    let (guest, _client) = bench.enter(Door::Guest);
+    let quiesced = quiesce(&[Arc::clone(&bench.export)], soon()).expect("quiet");
+    let writer = std::thread::spawn(move || guest.write(Patience::Wait, 0, &[1; 512], false));
+    while bench.export.lock().waiting == 0 {
+        std::thread::yield_now();
+    }
+    drop(quiesced);
+    assert!(writer.join().expect("no panic").is_ok());
+}
+
+#[test]
+fn a_fenced_export_refuses_whoever_waits() {
+    let bench = Bench::new(Gate::Serving);
+    let (guest, _client) = bench.enter(Door::Guest);
+    let quiesced = quiesce(&[Arc::clone(&bench.export)], soon()).expect("quiet");
+    let writer = std::thread::spawn(move || guest.write(Patience::Wait, 0, &[1; 512], false));
+    while bench.export.lock().waiting == 0 {
+        std::thread::yield_now();
+    }
+    quiesced.fence();
+    assert!(matches!(writer.join().expect("no panic"), Err(Fault::Fenced)));
+}
+
+#[test]
+fn quiesce_gives_up_on_a_request_that_stays_in_the_disk() {
+    let bench = Bench::new(Gate::Serving);
+    let (guest, _client) = bench.enter(Door::Guest);
+    let stuck = guest.admit(Patience::Now, 0, 512).expect("admitted");
+    let deadline = Instant::now() + Duration::from_millis(20);
+    assert_eq!(quiesce(&[Arc::clone(&bench.export)], deadline).expect_err("not quiet"), "vda");
+    assert_eq!(bench.export.gate(), Gate::Serving, "the guest goes on");
+    drop(stuck);
+    drop(quiesce(&[Arc::clone(&bench.export)], soon()).expect("quiet now"));
+}
+
+#[test]
+fn a_drain_after_one_that_gave_up_waits_for_both_generations() {
+    let bench = Bench::new(Gate::Serving);
+    let (guest, _client) = bench.enter(Door::Guest);
+    let stuck = guest.admit(Patience::Now, 0, 512).expect("admitted");
+    for _ in 0..3 {
+        assert!(!bench.export.drain(bench.export.lock(), Instant::now() + Duration::from_millis(5)));
+    }
+    drop(stuck);
+    assert!(bench.export.drain(bench.export.lock(), soon()));
+}
+
+#[test]
+fn a_waiting_request_dies_with_its_connection() {
+    let bench = Bench::new(Gate::Serving);
+    let (guest, client) = bench.enter(Door::Guest);
+    let quiesced = quiesce(&[Arc::clone(&bench.export)], soon()).expect("quiet");
+    let writer = std::thread::spawn(move || guest.write(Patience::Wait, 0, &[1; 512], false));
+    drop(client);
+    assert!(matches!(writer.join().expect("no panic"), Err(Fault::Gone)));
+    drop(quiesced);
+}
+
+#[test]
+fn a_new_connection_waits_for_what_a_dead_one_had_admitted() {
+    let bench = Bench::new(Gate::Serving);
+    let (old, old_client) = bench.enter(Door::Guest);
+    let admitted = old.admit(Patience::Now, 0, 512).expect("admitted");
+    drop(old_client);
+    let export = Arc::clone(&bench.export);
+    let newcomer = std::thread::spawn(move || {
+        let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+        let visit = export.enter(Door::Guest, &Arc::new(Socket::new(ours.into()))).expect("let in");
+        (visit, theirs)
+    });
+    while bench.export.lock().waiting == 0 {
+        std::thread::yield_now();
+    }
+    assert!(old.is_ended(), "it had hung up");
+    assert!(matches!(old.write(Patience::Now, 0, &[1; 512], false), Err(Fault::Gone)), "nothing more of it");
+    assert!(!newcomer.is_finished(), "not served before the old one's request is finished");
+    drop(admitted);
+    drop(old);
+    let _ = newcomer.join().expect("no panic");
+}
+
+#[test]
+fn a_request_of_a_connection_that_hung_up_is_not_admitted() {
+    let bench = Bench::new(Gate::Serving);
+    let (guest, client) = bench.enter(Door::Guest);
+    drop(client);
+    assert!(matches!(guest.write(Patience::Now, 0, &[1; 512], false), Err(Fault::Gone)));
+}
+
+#[test]
+fn received_bytes_are_written_back_while_they_come() {
+    let bench = Bench::new(Gate::Receiving);
+    let (mirror, _source) = bench.enter(Door::Migration);
+    let export = Arc::clone(&bench.export);
+    let thread = std::thread::spawn(move || export.write_back());
+    mirror.write(Patience::Wait, 0, &[1; 4096], false).expect("written");
+    let deadline = soon();
+    while bench.export.lock().unsynced > 0 {
+        assert!(Instant::now() < deadline, "never synced");
+        std::thread::yield_now();
+    }
+    bench.export.set_gate(Gate::Sealed);
+    thread.join().expect("no panic");
+}

@@ -1,1 +1,3 @@
 //! Everything that knows the NBD standard, and nothing that knows migrations.
+
+pub mod wire;

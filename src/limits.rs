@@ -43,8 +43,12 @@ pub const OPTION_PAYLOAD_MAX: usize = 8 * KIB;
 pub const OPTION_SKIP_MAX: usize = MIB;
 /// Longest export name (the NBD specification's own limit for strings), in bytes.
 pub const EXPORT_NAME_MAX: usize = 4096;
+/// Longest description of an export that we give, in bytes.
+pub const EXPORT_TEXT_MAX: usize = 128;
 /// Most options in one handshake.
 pub const OPTIONS_MAX: usize = 128;
+/// Most replies to one option that a client listens to.
+pub const OPTION_REPLIES_MAX: usize = 64;
 /// Longest whole handshake.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest wait for a connection to be established.
@@ -72,6 +76,40 @@ pub const CONNECTIONS_MAX: usize = 64;
 /// Connections that one export recommends to a client that asks for several.
 pub const CONNECTIONS_PER_DISK_MAX: usize = 8;
 
+// ---- NBD: a client in transmission -------------------------------------------------------------------------------
+
+/// Most requests of one client connection in flight.
+pub const WINDOW_MAX: usize = 64;
+/// Receive buffer of one client connection, in bytes. Only a client that reads ever touches more than its first pages.
+pub const CLIENT_RECEIVE_BUFFER: usize = 320 * KIB;
+/// Send buffer of one client connection, in bytes: small requests gather there and leave together.
+pub const SEND_BUFFER: usize = 64 * KIB;
+/// Largest payload of a WRITE that is copied to gather with others; a larger one leaves from where it is. At 4 KiB a
+/// copy costs a tenth of a system call.
+pub const SEND_COPY_MAX: usize = 8 * KIB;
+/// Most separate pieces of one READ that may stand there while its reply is incomplete. Servers answer in order, then
+/// it is one.
+pub const READ_PIECES_MAX: usize = 16;
+/// Largest error chunk that a client takes, in bytes: the longest message and room for fields that we do not know.
+pub const ERROR_CHUNK_MAX: usize = 4096 + 64;
+/// Most extents in one block status reply that a client takes (the NBD specification's own advice).
+pub const CLIENT_EXTENTS_MAX: usize = 1024 * 1024;
+/// Largest READ or WRITE that the simple calls of a client make, in bytes.
+pub const CLIENT_REQUEST_MAX: u32 = 1024 * 1024;
+/// Largest WRITE_ZEROES that the simple calls of a client make, in bytes.
+pub const ZERO_REQUEST_MAX: u32 = 128 * 1024 * 1024;
+/// Longest time in which a server with requests in flight moves no byte in either direction, where a client cannot do
+/// anything but wait for it. Long, because a flush of a slow disk is one silence.
+pub const SILENCE_MAX: Duration = Duration::from_secs(300);
+/// Longest wait to say goodbye.
+pub const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+
+const _: () = assert!(WINDOW_MAX <= 64, "a client keeps its free slots in 64 bits");
+const _: () = assert!(
+    WINDOW_MAX * (20 + ERROR_CHUNK_MAX) <= CLIENT_RECEIVE_BUFFER,
+    "all replies to writes fit while a write is being sent, even if each is an error with a long message"
+);
+const _: () = assert!(WINDOW_MAX * 28 + SEND_COPY_MAX < SEND_BUFFER, "a window of small requests fits the send buffer");
 const _: () = assert!(SLOT_BUFFER <= RECEIVE_BUFFER, "a parked request must fit a slot");
 const _: () = assert!(RECEIVE_BUFFER <= PAYLOAD_MAX as usize, "larger requests stream through the buffer");
 const _: () = assert!(OPTION_PAYLOAD_MAX > EXPORT_NAME_MAX + 64, "an INFO with the longest name must be readable");

@@ -1,1 +1,4 @@
 //! Everything that knows the NBD standard, and nothing that knows migrations.
+
+pub mod handshake;
+pub mod wire;

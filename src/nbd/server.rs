@@ -1,0 +1,398 @@
+//! The server's transmission phase: one connection, from its first request to its last reply.
+//!
+//! # One thread reads, a few work
+//!
+//! The connection's own thread receives as many pipelined requests as there are with one system call and serves at
+//! once what needs no waiting: reads that are in the page cache, writes into it. The replies gather in a buffer and
+//! leave together when no whole request is left. Whatever may wait, a read from the device, a sync, a trim, a write to
+//! a slow disk or at a closed gate, goes to one of up to [`SLOTS`] workers, which answers by itself; the requests
+//! behind it are served meanwhile. Workers are started when first needed and live as long as the connection.
+//!
+//! Memory is one receive buffer, one reply buffer and one buffer for each started worker, allocated once; a request
+//! larger than they are passes through them piece by piece, and a refused write is read to its end and dropped, so
+//! that the connection lives on.
+//!
+//! # The life of a request
+//!
+//! [`Reader::next_request`] receives, [`validate`] says what is wrong with it, `serve` or a [`Worker`] does it through
+//! the [`Visit`], and a reply is sent: in that order down this file. Which error a client sees is decided in
+//! [`error_number`] alone. Section names of the NBD specification that this follows: "Transmission", "Request types",
+//! "Structured reply chunk", "Error values", "Terminating the transmission phase".
+
+use std::io::{self, ErrorKind};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, Scope};
+use std::time::Instant;
+
+use crate::disk::AlignedBuffer;
+use crate::export::{Fault, Patience, Visit};
+use crate::limits::{
+    DIRECT_ALIGN, INLINE_READ_MAX, PAYLOAD_MAX, RECEIVE_BUFFER, REPLY_BUFFER, SLOT_BUFFER, SLOTS, SLOW_WRITE,
+    SLOW_WRITE_MEMORY, STATUS_EXTENTS_MAX, WORKER_STACK,
+};
+use crate::nbd::handshake::{Agreed, BASE_ALLOCATION_ID, Description};
+use crate::nbd::wire::{self, REQUEST_LENGTH, Request};
+
+/// What a client is told about an export of this server: everything that [`transmit`] can do.
+#[must_use]
+pub fn description(size: u64, read_only: bool) -> Description {
+    let reading = wire::FLAG_HAS_FLAGS | wire::FLAG_SEND_DF | wire::FLAG_CAN_MULTI_CONN | wire::FLAG_SEND_CACHE;
+    let writing = wire::FLAG_SEND_FLUSH
+        | wire::FLAG_SEND_FUA
+        | wire::FLAG_SEND_TRIM
+        | wire::FLAG_SEND_WRITE_ZEROES
+        | wire::FLAG_SEND_FAST_ZERO;
+    Description::new(size, reading | if read_only { wire::FLAG_READ_ONLY | wire::FLAG_SEND_FLUSH } else { writing })
+}
+
+/// Serves one connection until its client disconnects, hangs up or breaks the protocol, or until somebody ends it.
+/// When this returns, every request that was admitted is finished.
+///
+/// # Errors
+/// One line for the log when the client is to blame or the connection broke; nothing is left to be done about it.
+pub fn transmit(visit: &Visit, agreed: Agreed) -> io::Result<()> {
+    let connection = Connection {
+        visit,
+        agreed,
+        sending: Mutex::new(()),
+        pool: Mutex::new(Pool { idle: heapless::Vec::new(), started: 0 }),
+        freed: Condvar::new(),
+        workers: std::array::from_fn(|_| Worker::default()),
+        tickets: std::array::from_fn(|_| Ticket::default()),
+        broken: AtomicBool::new(false),
+    };
+    thread::scope(|scope| {
+        let mut reader = Reader {
+            connection: &connection,
+            scope,
+            inbox: Inbox { memory: AlignedBuffer::new(RECEIVE_BUFFER), start: 0, end: 0 },
+            outbox: Outbox { memory: vec![0; REPLY_BUFFER], length: 0 },
+            slow_writes_left: 0,
+        };
+        let ended = reader.run();
+        let flushed = reader.flush_replies();
+        connection.dismiss_workers();
+        ended.and(flushed)
+    })?;
+    if connection.broken.load(Ordering::Acquire) {
+        return Err(io::Error::new(ErrorKind::BrokenPipe, "a reply could not be sent whole"));
+    }
+    Ok(())
+}
+
+/// What all threads of one connection share.
+struct Connection<'a> {
+    visit: &'a Visit,
+    agreed: Agreed,
+    /// Held while one reply, or one chunk of a structured reply, is sent.
+    sending: Mutex<()>,
+    pool: Mutex<Pool>,
+    /// A worker has become idle.
+    freed: Condvar,
+    workers: [Worker; SLOTS],
+    tickets: [Ticket; SLOTS + 1],
+    /// A reply was cut in the middle: nothing that follows could be understood.
+    broken: AtomicBool,
+}
+
+struct Pool {
+    idle: heapless::Vec<usize, SLOTS>,
+    started: usize,
+}
+
+#[derive(Default)]
+struct Worker {
+    mail: Mutex<Mail>,
+    arrived: Condvar,
+}
+
+/// What the reader hands to a worker. While a worker is busy it holds the lock; the reader only ever locks idle ones.
+#[derive(Default)]
+struct Mail {
+    job: Option<Job>,
+    buffer: Option<AlignedBuffer>,
+    dismissed: bool,
+}
+
+enum Job {
+    /// A whole request; a WRITE's payload is in the buffer.
+    Request(Request),
+    /// Part of a larger WRITE: `length` bytes for `offset` are in the buffer.
+    Piece { ticket: usize, offset: u64, length: usize },
+}
+
+/// A WRITE that is done in pieces. Free while `open` is 0: only the reader takes one, and each piece under way occupies
+/// a worker, so there is always a free one.
+#[derive(Default)]
+struct Ticket {
+    /// Pieces not finished, plus one as long as the reader has not handed out all of them.
+    open: AtomicU32,
+    /// The first error, or 0.
+    error: AtomicU32,
+}
+
+/// What a request looks like to [`validate`].
+fn validate(request: &Request, visit: &Visit, agreed: Agreed) -> Result<(), u32> {
+    use wire::{
+        CMD_BLOCK_STATUS, CMD_CACHE, CMD_FLAG_DF, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLAG_REQ_ONE,
+        CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, EINVAL, ENOSPC, EPERM,
+    };
+    let allowed = match request.command {
+        CMD_READ if agreed.structured => CMD_FLAG_FUA | CMD_FLAG_DF,
+        CMD_READ | CMD_WRITE | CMD_FLUSH | CMD_TRIM | CMD_CACHE => CMD_FLAG_FUA,
+        CMD_WRITE_ZEROES => CMD_FLAG_FUA | CMD_FLAG_NO_HOLE | CMD_FLAG_FAST_ZERO,
+        CMD_BLOCK_STATUS if agreed.base_allocation => CMD_FLAG_FUA | CMD_FLAG_REQ_ONE,
+        _ => return Err(EINVAL),
+    };
+    if request.flags & !allowed != 0 {
+        return Err(EINVAL);
+    }
+    let changes = matches!(request.command, CMD_WRITE | CMD_TRIM | CMD_WRITE_ZEROES);
+    if changes && visit.export().is_read_only() {
+        return Err(EPERM);
+    }
+    if request.command == CMD_FLUSH {
+        return if request.offset == 0 && request.length == 0 { Ok(()) } else { Err(EINVAL) };
+    }
+    let end = request.offset.checked_add(u64::from(request.length));
+    if !end.is_some_and(|end| end <= visit.disk().size()) {
+        return Err(if changes { ENOSPC } else { EINVAL });
+    }
+    if request.length == 0 || (request.command == CMD_READ && request.length > PAYLOAD_MAX) {
+        return Err(EINVAL);
+    }
+    Ok(())
+}
+
+/// The error that a client sees; `None` if there is nobody to see it.
+fn error_number(fault: &Fault) -> Option<u32> {
+    use rustix::io::Errno;
+    Some(match fault {
+        Fault::Gone | Fault::WouldWait => return None,
+        Fault::NotPermitted => wire::EPERM,
+        Fault::Fenced => wire::ESHUTDOWN,
+        Fault::Disk(error) => match Errno::from_io_error(error) {
+            Some(Errno::NOSPC | Errno::DQUOT | Errno::FBIG) => wire::ENOSPC,
+            Some(Errno::PERM | Errno::ACCESS | Errno::ROFS) => wire::EPERM,
+            Some(Errno::NOMEM) => wire::ENOMEM,
+            _ if error.kind() == ErrorKind::Unsupported => wire::ENOTSUP,
+            _ => wire::EIO,
+        },
+    })
+}
+
+fn gone() -> io::Error {
+    io::Error::new(ErrorKind::ConnectionAborted, "the client has hung up")
+}
+
+// ---- the connection's own thread ---------------------------------------------------------------------------------
+
+struct Reader<'s, 'e, 'a> {
+    connection: &'s Connection<'a>,
+    scope: &'s Scope<'s, 'e>,
+    inbox: Inbox,
+    outbox: Outbox,
+    /// So many writes still go to the workers because one was slow.
+    slow_writes_left: u32,
+}
+
+/// Received bytes that nobody has looked at yet.
+struct Inbox {
+    memory: AlignedBuffer,
+    start: usize,
+    end: usize,
+}
+
+/// Replies that have not been sent yet.
+struct Outbox {
+    memory: Vec<u8>,
+    length: usize,
+}
+
+impl Inbox {
+    fn bytes(&self) -> &[u8] {
+        &self.memory[self.start..self.end]
+    }
+
+    fn skip(&mut self, count: usize) {
+        self.start += count;
+    }
+
+    /// Moves what is left to the front when that gains room.
+    fn make_room(&mut self) {
+        let left = self.end - self.start;
+        if self.start > 0 && (left <= DIRECT_ALIGN || self.end == self.memory.len()) {
+            self.memory.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, left);
+        }
+    }
+}
+
+impl<'s, 'a: 's> Reader<'s, '_, 'a> {
+    fn run(&mut self) -> io::Result<()> {
+        while let Some(request) = self.next_request()? {
+            if request.command == wire::CMD_DISC {
+                return Ok(());
+            }
+            let valid = validate(&request, self.connection.visit, self.connection.agreed);
+            match (request.command, valid) {
+                (wire::CMD_WRITE, valid) => self.write(&request, valid)?,
+                (_, Err(error)) => self.reply(&request, error)?,
+                (wire::CMD_READ, Ok(())) => self.read(&request)?,
+                (_, Ok(())) => self.dispatch(Job::Request(request), &[])?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The next request, or `None` when the client has closed between two of them.
+    fn next_request(&mut self) -> io::Result<Option<Request>> {
+        loop {
+            if self.connection.visit.is_ended() {
+                return Err(gone());
+            }
+            if let Some(head) = self.inbox.bytes().first_chunk::<REQUEST_LENGTH>() {
+                let Some(request) = Request::parse(head) else {
+                    return Err(io::Error::new(ErrorKind::InvalidData, "a request does not begin with its magic"));
+                };
+                self.inbox.skip(REQUEST_LENGTH);
+                return Ok(Some(request));
+            }
+            if !self.receive()? {
+                let inside = !self.inbox.bytes().is_empty();
+                return if inside { Err(ErrorKind::UnexpectedEof.into()) } else { Ok(None) };
+            }
+        }
+    }
+
+    /// Receives more, after sending the replies that the client may be waiting for. `false` at the end of the stream.
+    fn receive(&mut self) -> io::Result<bool> {
+        self.flush_replies()?;
+        self.inbox.make_room();
+        let room = self.inbox.end..;
+        let got = self.connection.visit.socket().recv(&mut self.inbox.memory[room])?;
+        self.inbox.end += got;
+        Ok(got > 0)
+    }
+
+    fn read(&mut self, request: &Request) -> io::Result<()> {
+        let visit = self.connection.visit;
+        let length = usize::try_from(request.length).unwrap_or(usize::MAX);
+        if length > INLINE_READ_MAX || visit.disk().is_direct() {
+            return self.dispatch(Job::Request(*request), &[]);
+        }
+        if let Err(fault) = visit.may_read() {
+            return self.reply(request, error_number(&fault).unwrap_or(wire::EIO));
+        }
+        let head = ReplyHead::for_data(self.connection.agreed, request, request.offset, length, true);
+        if self.outbox.memory.len() - self.outbox.length < head.bytes().len() + length {
+            self.flush_replies()?;
+        }
+        let at = self.outbox.length;
+        let (place, rest) = self.outbox.memory[at..].split_at_mut(head.bytes().len());
+        if visit.disk().read_cached(&mut rest[..length], request.offset) {
+            place.copy_from_slice(head.bytes());
+            self.outbox.length += head.bytes().len() + length;
+            Ok(())
+        } else {
+            self.dispatch(Job::Request(*request), &[])
+        }
+    }
+
+    fn write(&mut self, request: &Request, valid: Result<(), u32>) -> io::Result<()> {
+        if request.length > PAYLOAD_MAX {
+            return Err(io::Error::new(ErrorKind::InvalidData, "a write larger than any client may send"));
+        }
+        let length = usize::try_from(request.length).unwrap_or(usize::MAX);
+        if let Err(error) = valid {
+            self.drain(length)?;
+            return self.reply(request, error);
+        }
+        if length > SLOT_BUFFER {
+            return self.write_in_pieces(request, length);
+        }
+        while self.inbox.bytes().len() < length {
+            self.receive_payload()?;
+        }
+        if let Some(done) = self.write_now(request.offset, length, request.flags & wire::CMD_FLAG_FUA != 0) {
+            self.inbox.skip(length);
+            return match done {
+                Ok(()) => self.reply(request, 0),
+                Err(fault) => self.reply(request, error_number(&fault).ok_or_else(gone)?),
+            };
+        }
+        self.dispatch_payload(Job::Request(*request), length)
+    }
+
+    /// Writes the next `length` bytes of the inbox from this thread, unless that may take long.
+    fn write_now(&mut self, offset: u64, length: usize, durable: bool) -> Option<Result<(), Fault>> {
+        let visit = self.connection.visit;
+        if durable || visit.disk().is_direct() {
+            return None;
+        }
+        if self.slow_writes_left > 0 {
+            self.slow_writes_left -= 1;
+            return None;
+        }
+        let began = Instant::now();
+        let done = visit.write(Patience::Now, offset, &self.inbox.bytes()[..length], false);
+        if began.elapsed() > SLOW_WRITE {
+            self.slow_writes_left = SLOW_WRITE_MEMORY;
+        }
+        if matches!(done, Err(Fault::WouldWait)) { None } else { Some(done) }
+    }
+
+    /// A write that is larger than a worker's buffer: each piece passes the gate by itself, and the reply follows the
+    /// last one. Pieces end where pages end, so that no page is written twice.
+    fn write_in_pieces(&mut self, request: &Request, length: usize) -> io::Result<()> {
+        let ticket = self.connection.open_ticket();
+        let mut done = 0;
+        while done < length {
+            let offset = request.offset + done as u64;
+            let there = self.inbox.bytes().len().min(length - done);
+            let to_page_end = (offset + there as u64) % DIRECT_ALIGN as u64;
+            let piece = if done + there == length {
+                there
+            } else {
+                there.saturating_sub(usize::try_from(to_page_end).unwrap_or(usize::MAX))
+            };
+            if piece == 0 {
+                self.receive_payload()?;
+                continue;
+            }
+            done += piece;
+            let entry = &self.connection.tickets[ticket];
+            if entry.error.load(Ordering::Acquire) != 0 {
+                self.inbox.skip(piece);
+                continue;
+            }
+            match self.write_now(offset, piece, false) {
+                Some(Ok(())) => self.inbox.skip(piece),
+                Some(Err(fault)) => {
+                    entry.error.store(error_number(&fault).ok_or_else(gone)?, Ordering::Release);
+                    self.inbox.skip(piece);
+                }
+                None => self.hand_out(ticket, offset, piece)?,
+            }
+        }
+        if let Some(error) = self.connection.close_piece(ticket, request) {
+            self.reply(request, error)?;
+        } else {
+            // A worker finishes the last piece and replies.
+        }
+        Ok(())
+    }
+
+    /// Gives the next `length` bytes of the inbox to workers, in as many pieces as their buffers need.
+    fn hand_out(&mut self, ticket: usize, mut offset: u64, mut length: usize) -> io::Result<()> {
+        while length > 0 {
+            let piece = length.min(SLOT_BUFFER);
+            self.connection.tickets[ticket].open.fetch_add(1, Ordering::AcqRel);
+            self.dispatch_payload(Job::Piece { ticket, offset, length: piece }, piece)?;
+            offset += piece as u64;
+            length -= piece;
+        }
+        Ok(())
+    }
+}

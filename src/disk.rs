@@ -479,10 +479,9 @@ fn lock(file: &OwnedFd, access: Access) -> std::result::Result<(), OpenError> {
         Access::Shared => return Ok(()),
     };
     for result in [rustix::fs::flock(file, operation), rustix::fs::fcntl_lock(file, operation)] {
-        match result {
-            Err(Errno::AGAIN | Errno::ACCESS) => return Err(OpenError::InUse),
-            // A file system without locks (some network ones): the operator's own care.
-            Ok(()) | Err(_) => {}
+        // Any other error is a file system without locks (some network ones): the operator's own care.
+        if let Err(Errno::AGAIN | Errno::ACCESS) = result {
+            return Err(OpenError::InUse);
         }
     }
     Ok(())
@@ -497,7 +496,7 @@ pub fn is_zero(bytes: &[u8]) -> bool {
 }
 
 /// Memory for requests, aligned as a disk with `cache=none` wants it. Fresh memory is not touched until it is used.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct AlignedBuffer {
     memory: Vec<u8>,
     start: usize,

@@ -69,6 +69,8 @@ pub const REPLY_BUFFER: usize = 256 * KIB;
 pub const SLOT_BUFFER: usize = 128 * KIB;
 /// Most requests of one connection that wait for a disk or at the gate while the connection is read on.
 pub const SLOTS: usize = 16;
+/// Stack of a connection's worker, in bytes; it touches a few KiB.
+pub const WORKER_STACK: usize = 64 * KIB;
 /// Most extents in one block status reply.
 pub const STATUS_EXTENTS_MAX: usize = 128;
 /// Most connections through one door.

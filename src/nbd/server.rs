@@ -20,7 +20,7 @@
 //! "Structured reply chunk", "Error values", "Terminating the transmission phase".
 
 use std::io::{self, ErrorKind};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Scope};
 use std::time::Instant;
@@ -59,7 +59,7 @@ pub fn transmit(visit: &Visit, agreed: Agreed) -> io::Result<()> {
         pool: Mutex::new(Pool { idle: heapless::Vec::new(), started: 0 }),
         freed: Condvar::new(),
         workers: std::array::from_fn(|_| Worker::default()),
-        tickets: std::array::from_fn(|_| Ticket::default()),
+        tickets: Mutex::new(std::array::from_fn(|_| Ticket::default())),
         broken: AtomicBool::new(false),
     };
     thread::scope(|scope| {
@@ -71,9 +71,13 @@ pub fn transmit(visit: &Visit, agreed: Agreed) -> io::Result<()> {
             slow_writes_left: 0,
         };
         let ended = reader.run();
-        let flushed = reader.flush_replies();
+        let ended = ended.and(reader.flush_replies());
+        if ended.is_err() {
+            // Whoever of the workers waits at the gate has nobody left to wait for.
+            visit.socket().shutdown();
+        }
         connection.dismiss_workers();
-        ended.and(flushed)
+        ended
     })?;
     if connection.broken.load(Ordering::Acquire) {
         return Err(io::Error::new(ErrorKind::BrokenPipe, "a reply could not be sent whole"));
@@ -91,7 +95,7 @@ struct Connection<'a> {
     /// A worker has become idle.
     freed: Condvar,
     workers: [Worker; SLOTS],
-    tickets: [Ticket; SLOTS + 1],
+    tickets: Mutex<[Ticket; SLOTS + 1]>,
     /// A reply was cut in the middle: nothing that follows could be understood.
     broken: AtomicBool,
 }
@@ -119,20 +123,20 @@ enum Job {
     /// A whole request; a WRITE's payload is in the buffer.
     Request(Request),
     /// Part of a larger WRITE: `length` bytes for `offset` are in the buffer.
-    Piece { ticket: usize, offset: u64, length: usize },
+    Piece { request: Request, ticket: usize, offset: u64, length: usize },
 }
 
-/// A WRITE that is done in pieces. Free while `open` is 0: only the reader takes one, and each piece under way occupies
-/// a worker, so there is always a free one.
+/// A WRITE that is done in pieces. Only the reader takes a ticket, and each piece under way occupies a worker, so one
+/// more than there are workers is always enough.
 #[derive(Default)]
 struct Ticket {
-    /// Pieces not finished, plus one as long as the reader has not handed out all of them.
-    open: AtomicU32,
+    /// Pieces not finished, plus one as long as the reader has not handed out all of them; 0 is free.
+    open: usize,
     /// The first error, or 0.
-    error: AtomicU32,
+    error: u32,
 }
 
-/// What a request looks like to [`validate`].
+/// What is wrong with a request, before anything is done for it.
 fn validate(request: &Request, visit: &Visit, agreed: Agreed) -> Result<(), u32> {
     use wire::{
         CMD_BLOCK_STATUS, CMD_CACHE, CMD_FLAG_DF, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLAG_REQ_ONE,
@@ -156,7 +160,7 @@ fn validate(request: &Request, visit: &Visit, agreed: Agreed) -> Result<(), u32>
         return if request.offset == 0 && request.length == 0 { Ok(()) } else { Err(EINVAL) };
     }
     let end = request.offset.checked_add(u64::from(request.length));
-    if !end.is_some_and(|end| end <= visit.disk().size()) {
+    if end.is_none_or(|end| end > visit.disk().size()) {
         return Err(if changes { ENOSPC } else { EINVAL });
     }
     if request.length == 0 || (request.command == CMD_READ && request.length > PAYLOAD_MAX) {
@@ -240,7 +244,7 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
                 (wire::CMD_WRITE, valid) => self.write(&request, valid)?,
                 (_, Err(error)) => self.reply(&request, error)?,
                 (wire::CMD_READ, Ok(())) => self.read(&request)?,
-                (_, Ok(())) => self.dispatch(Job::Request(request), &[])?,
+                (_, Ok(())) => self.dispatch(Job::Request(request), 0)?,
             }
         }
         Ok(())
@@ -280,7 +284,7 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
         let visit = self.connection.visit;
         let length = usize::try_from(request.length).unwrap_or(usize::MAX);
         if length > INLINE_READ_MAX || visit.disk().is_direct() {
-            return self.dispatch(Job::Request(*request), &[]);
+            return self.dispatch(Job::Request(*request), 0);
         }
         if let Err(fault) = visit.may_read() {
             return self.reply(request, error_number(&fault).unwrap_or(wire::EIO));
@@ -296,7 +300,7 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
             self.outbox.length += head.bytes().len() + length;
             Ok(())
         } else {
-            self.dispatch(Job::Request(*request), &[])
+            self.dispatch(Job::Request(*request), 0)
         }
     }
 
@@ -322,7 +326,7 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
                 Err(fault) => self.reply(request, error_number(&fault).ok_or_else(gone)?),
             };
         }
-        self.dispatch_payload(Job::Request(*request), length)
+        self.dispatch(Job::Request(*request), length)
     }
 
     /// Writes the next `length` bytes of the inbox from this thread, unless that may take long.
@@ -351,48 +355,391 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
         while done < length {
             let offset = request.offset + done as u64;
             let there = self.inbox.bytes().len().min(length - done);
-            let to_page_end = (offset + there as u64) % DIRECT_ALIGN as u64;
-            let piece = if done + there == length {
-                there
-            } else {
-                there.saturating_sub(usize::try_from(to_page_end).unwrap_or(usize::MAX))
-            };
+            let piece = if done + there == length { there } else { up_to_page_end(offset, there) };
             if piece == 0 {
                 self.receive_payload()?;
                 continue;
             }
             done += piece;
-            let entry = &self.connection.tickets[ticket];
-            if entry.error.load(Ordering::Acquire) != 0 {
+            if self.connection.has_failed(ticket) {
                 self.inbox.skip(piece);
                 continue;
             }
             match self.write_now(offset, piece, false) {
                 Some(Ok(())) => self.inbox.skip(piece),
                 Some(Err(fault)) => {
-                    entry.error.store(error_number(&fault).ok_or_else(gone)?, Ordering::Release);
+                    self.connection.fail(ticket, error_number(&fault).ok_or_else(gone)?);
                     self.inbox.skip(piece);
                 }
-                None => self.hand_out(ticket, offset, piece)?,
+                None => self.hand_out(request, ticket, offset, piece)?,
             }
         }
-        if let Some(error) = self.connection.close_piece(ticket, request) {
-            self.reply(request, error)?;
-        } else {
-            // A worker finishes the last piece and replies.
+        match self.connection.finish_piece(ticket, request) {
+            Some(error) => self.reply(request, error),
+            // A worker finishes the last piece, and replies.
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Gives the next `length` bytes of the inbox to workers, in as many pieces as their buffers need.
-    fn hand_out(&mut self, ticket: usize, mut offset: u64, mut length: usize) -> io::Result<()> {
+    fn hand_out(&mut self, request: &Request, ticket: usize, mut offset: u64, mut length: usize) -> io::Result<()> {
         while length > 0 {
             let piece = length.min(SLOT_BUFFER);
-            self.connection.tickets[ticket].open.fetch_add(1, Ordering::AcqRel);
-            self.dispatch_payload(Job::Piece { ticket, offset, length: piece }, piece)?;
+            self.connection.add_piece(ticket);
+            self.dispatch(Job::Piece { request: *request, ticket, offset, length: piece }, piece)?;
             offset += piece as u64;
             length -= piece;
         }
         Ok(())
+    }
+
+    /// Reads `length` bytes of a refused write and forgets them: the connection lives on.
+    fn drain(&mut self, mut length: usize) -> io::Result<()> {
+        loop {
+            let there = self.inbox.bytes().len().min(length);
+            self.inbox.skip(there);
+            length -= there;
+            if length == 0 {
+                return Ok(());
+            }
+            self.receive_payload()?;
+        }
+    }
+
+    /// Receives more of a payload whose end must come.
+    fn receive_payload(&mut self) -> io::Result<()> {
+        if self.connection.visit.is_ended() {
+            return Err(gone());
+        }
+        if self.receive()? { Ok(()) } else { Err(ErrorKind::UnexpectedEof.into()) }
+    }
+
+    /// Hands a job, with the next `payload` bytes of the inbox, to an idle worker; starts one if there is none yet, or
+    /// waits for one.
+    fn dispatch(&mut self, job: Job, payload: usize) -> io::Result<()> {
+        // Whoever waits for these may be who the worker waits for.
+        self.flush_replies()?;
+        let connection = self.connection;
+        let chosen = connection.idle_worker(|number| {
+            let worker = thread::Builder::new().name(format!("nbd worker {number}")).stack_size(WORKER_STACK);
+            worker.spawn_scoped(self.scope, move || connection.work(number)).map(drop)
+        })?;
+        let worker = &connection.workers[chosen];
+        let mut mail = locked(&worker.mail);
+        if payload > 0 || matches!(&job, Job::Request(request) if request.command == wire::CMD_READ) {
+            let buffer = mail.buffer.get_or_insert_with(|| AlignedBuffer::new(SLOT_BUFFER));
+            buffer[..payload].copy_from_slice(&self.inbox.bytes()[..payload]);
+            self.inbox.skip(payload);
+        }
+        mail.job = Some(job);
+        drop(mail);
+        worker.arrived.notify_one();
+        Ok(())
+    }
+
+    fn reply(&mut self, request: &Request, error: u32) -> io::Result<()> {
+        let head = ReplyHead::for_result(self.connection.agreed, request, error);
+        if self.outbox.memory.len() - self.outbox.length < head.bytes().len() {
+            self.flush_replies()?;
+        }
+        let at = self.outbox.length;
+        self.outbox.memory[at..at + head.bytes().len()].copy_from_slice(head.bytes());
+        self.outbox.length += head.bytes().len();
+        Ok(())
+    }
+
+    fn flush_replies(&mut self) -> io::Result<()> {
+        if self.outbox.length == 0 {
+            return Ok(());
+        }
+        let length = std::mem::take(&mut self.outbox.length);
+        self.connection.send(&self.outbox.memory[..length], &[])
+    }
+}
+
+/// How many of `length` bytes at `offset` reach up to the last page boundary among them.
+fn up_to_page_end(offset: u64, length: usize) -> usize {
+    let beyond = (offset + length as u64) % DIRECT_ALIGN as u64;
+    length.saturating_sub(usize::try_from(beyond).unwrap_or(usize::MAX))
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+// ---- replies -----------------------------------------------------------------------------------------------------
+
+/// The bytes of a reply before its data.
+struct ReplyHead {
+    bytes: [u8; wire::CHUNK_LENGTH + 12],
+    length: usize,
+}
+
+impl ReplyHead {
+    fn new(parts: &[&[u8]]) -> Self {
+        let mut head = Self { bytes: [0; wire::CHUNK_LENGTH + 12], length: 0 };
+        for part in parts {
+            head.bytes[head.length..head.length + part.len()].copy_from_slice(part);
+            head.length += part.len();
+        }
+        head
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.length]
+    }
+
+    /// Before `length` bytes read at `offset`; `last` if they end the reply.
+    fn for_data(agreed: Agreed, request: &Request, offset: u64, length: usize, last: bool) -> Self {
+        if !agreed.structured {
+            return Self::new(&[&wire::simple_reply(0, request.cookie)]);
+        }
+        let flags = if last { wire::REPLY_FLAG_DONE } else { 0 };
+        let payload = u32::try_from(length + 8).unwrap_or(u32::MAX);
+        let chunk = wire::structured_chunk(flags, wire::REPLY_TYPE_OFFSET_DATA, request.cookie, payload);
+        Self::new(&[&chunk, &wire::offset_data(offset)])
+    }
+
+    /// Without data: success, or an error. A READ or BLOCK_STATUS of a client that agreed on structured replies is
+    /// never answered with a simple one.
+    fn for_result(agreed: Agreed, request: &Request, error: u32) -> Self {
+        let structured = agreed.structured && matches!(request.command, wire::CMD_READ | wire::CMD_BLOCK_STATUS);
+        if !structured {
+            return Self::new(&[&wire::simple_reply(error, request.cookie)]);
+        }
+        let (kind, payload) = if error == 0 { (wire::REPLY_TYPE_NONE, 0) } else { (wire::REPLY_TYPE_ERROR, 6) };
+        let chunk = wire::structured_chunk(wire::REPLY_FLAG_DONE, kind, request.cookie, payload);
+        if error == 0 { Self::new(&[&chunk]) } else { Self::new(&[&chunk, &wire::error_chunk(error, 0)]) }
+    }
+}
+
+// ---- the workers -------------------------------------------------------------------------------------------------
+
+impl Connection<'_> {
+    /// Sends one whole reply or chunk.
+    fn send(&self, first: &[u8], second: &[u8]) -> io::Result<()> {
+        let _turn = locked(&self.sending);
+        self.send_in_turn(first, second)
+    }
+
+    /// Sends while `sending` is held. What could not be sent whole ends the connection.
+    fn send_in_turn(&self, first: &[u8], second: &[u8]) -> io::Result<()> {
+        if self.broken.load(Ordering::Acquire) {
+            return Err(ErrorKind::BrokenPipe.into());
+        }
+        self.visit.socket().send_all_two(first, second).inspect_err(|_| self.break_off())
+    }
+
+    /// Nothing that is sent from now on could be understood.
+    fn break_off(&self) {
+        self.broken.store(true, Ordering::Release);
+        self.visit.socket().shutdown();
+    }
+
+    fn idle_worker(&self, start: impl FnOnce(usize) -> io::Result<()>) -> io::Result<usize> {
+        let mut pool = locked(&self.pool);
+        loop {
+            if let Some(number) = pool.idle.pop() {
+                return Ok(number);
+            }
+            if pool.started < SLOTS {
+                let number = pool.started;
+                start(number)?;
+                pool.started += 1;
+                return Ok(number);
+            }
+            pool = self.freed.wait(pool).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn dismiss_workers(&self) {
+        let started = locked(&self.pool).started;
+        for worker in &self.workers[..started] {
+            locked(&worker.mail).dismissed = true;
+            worker.arrived.notify_one();
+        }
+    }
+
+    /// A worker's life.
+    fn work(&self, number: usize) {
+        let worker = &self.workers[number];
+        let mut mail = locked(&worker.mail);
+        loop {
+            if let Some(job) = mail.job.take() {
+                let mut nothing = AlignedBuffer::default();
+                let Mail { buffer, .. } = &mut *mail;
+                let outcome = self.serve(&job, buffer.as_mut().unwrap_or(&mut nothing));
+                // Else the connection is ending; its thread finds that out by itself.
+                if let Err(error) = outcome {
+                    log::debug!("nbd: export {}: {error}", self.visit.export().name());
+                    self.break_off();
+                }
+                // Unlocked before it counts as idle: the reader must never wait for a busy worker's lock.
+                drop(mail);
+                // There is room for every worker.
+                let _ = locked(&self.pool).idle.push(number);
+                self.freed.notify_one();
+                mail = locked(&worker.mail);
+            } else if mail.dismissed {
+                return;
+            } else {
+                mail = worker.arrived.wait(mail).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+    }
+
+    /// Does a job and replies. An error is the connection's end.
+    fn serve(&self, job: &Job, buffer: &mut [u8]) -> io::Result<()> {
+        match job {
+            Job::Piece { request, ticket, offset, length } => {
+                if let Err(fault) = self.visit.write(Patience::Wait, *offset, &buffer[..*length], false) {
+                    self.fail(*ticket, error_number(&fault).ok_or_else(gone)?);
+                }
+                match self.finish_piece(*ticket, request) {
+                    Some(error) => self.reply(request, error),
+                    None => Ok(()),
+                }
+            }
+            Job::Request(request) if request.command == wire::CMD_READ => self.read(request, buffer),
+            Job::Request(request) if request.command == wire::CMD_BLOCK_STATUS => self.block_status(request),
+            Job::Request(request) => {
+                let error = match self.change(request, buffer) {
+                    Ok(()) => 0,
+                    Err(fault) => error_number(&fault).ok_or_else(gone)?,
+                };
+                self.reply(request, error)
+            }
+        }
+    }
+
+    /// Everything that is answered with nothing but success or an error.
+    fn change(&self, request: &Request, payload: &[u8]) -> Result<(), Fault> {
+        let visit = self.visit;
+        let (offset, length) = (request.offset, u64::from(request.length));
+        let durable = request.flags & wire::CMD_FLAG_FUA != 0;
+        match request.command {
+            wire::CMD_WRITE => {
+                let length = usize::try_from(request.length).unwrap_or(usize::MAX);
+                visit.write(Patience::Wait, offset, &payload[..length], durable)
+            }
+            wire::CMD_WRITE_ZEROES => {
+                let may_punch = request.flags & wire::CMD_FLAG_NO_HOLE == 0;
+                let fast = request.flags & wire::CMD_FLAG_FAST_ZERO != 0;
+                visit.write_zeroes(offset, length, may_punch, fast, durable)
+            }
+            wire::CMD_TRIM => visit.trim(offset, length, durable),
+            wire::CMD_CACHE => {
+                visit.may_read()?;
+                visit.disk().prefetch(offset, length);
+                Ok(())
+            }
+            _ => visit.flush(),
+        }
+    }
+
+    /// A read that may have to wait for the device. A structured reply comes in chunks; a reply that must be whole (a
+    /// simple one, or with DF) and does not fit the buffer is sent as it is read, and an error in its middle, which
+    /// nobody could be told of any more, ends the connection.
+    fn read(&self, request: &Request, buffer: &mut [u8]) -> io::Result<()> {
+        let whole = !self.agreed.structured || request.flags & wire::CMD_FLAG_DF != 0;
+        let end = request.offset + u64::from(request.length);
+        let mut turn = None;
+        let mut at = request.offset;
+        while at < end {
+            let left = usize::try_from(end - at).unwrap_or(usize::MAX);
+            let length = left.min(buffer.len());
+            if let Err(fault) = self.visit.read(&mut buffer[..length], at) {
+                if turn.is_some() {
+                    return Err(io::Error::other("a read failed after its reply had begun"));
+                }
+                return self.reply(request, error_number(&fault).ok_or_else(gone)?);
+            }
+            let data = &buffer[..length];
+            if whole {
+                let first = turn.is_none();
+                turn.get_or_insert_with(|| locked(&self.sending));
+                let total = usize::try_from(request.length).unwrap_or(usize::MAX);
+                let head = ReplyHead::for_data(self.agreed, request, at, total, true);
+                self.send_in_turn(if first { head.bytes() } else { &[] }, data)?;
+            } else {
+                let head = ReplyHead::for_data(self.agreed, request, at, length, length == left);
+                self.send(head.bytes(), data)?;
+            }
+            at += length as u64;
+        }
+        Ok(())
+    }
+
+    /// The extents of a range, for `base:allocation`.
+    fn block_status(&self, request: &Request) -> io::Result<()> {
+        const EXTENT: usize = 8;
+        const HEAD: usize = 4;
+        if let Err(fault) = self.visit.may_read() {
+            return self.reply(request, error_number(&fault).ok_or_else(gone)?);
+        }
+        let most = if request.flags & wire::CMD_FLAG_REQ_ONE == 0 { STATUS_EXTENTS_MAX } else { 1 };
+        let mut payload = [0; HEAD + STATUS_EXTENTS_MAX * EXTENT];
+        payload[..HEAD].copy_from_slice(&wire::block_status(BASE_ALLOCATION_ID));
+        let (mut at, end) = (request.offset, request.offset + u64::from(request.length));
+        let mut filled = HEAD;
+        while at < end && filled < HEAD + most * EXTENT {
+            let extent = match self.visit.disk().extent(at, end) {
+                Ok(extent) => extent,
+                Err(error) => return self.reply(request, error_number(&error.into()).unwrap_or(wire::EIO)),
+            };
+            let state = if extent.hole { wire::STATE_HOLE | wire::STATE_ZERO } else { 0 };
+            let length = u32::try_from(extent.length).unwrap_or(u32::MAX);
+            payload[filled..filled + EXTENT].copy_from_slice(&wire::extent(length, state));
+            filled += EXTENT;
+            at += extent.length;
+        }
+        let kind = wire::REPLY_TYPE_BLOCK_STATUS;
+        let length = u32::try_from(filled).unwrap_or(u32::MAX);
+        let chunk = wire::structured_chunk(wire::REPLY_FLAG_DONE, kind, request.cookie, length);
+        self.send(&chunk, &payload[..filled])
+    }
+
+    fn reply(&self, request: &Request, error: u32) -> io::Result<()> {
+        self.send(ReplyHead::for_result(self.agreed, request, error).bytes(), &[])
+    }
+
+    // ---- writes in pieces ----
+
+    fn open_ticket(&self) -> usize {
+        let mut tickets = locked(&self.tickets);
+        let free = tickets.iter().position(|t| t.open == 0).unwrap_or(SLOTS);
+        tickets[free] = Ticket { open: 1, error: 0 };
+        free
+    }
+
+    fn add_piece(&self, ticket: usize) {
+        locked(&self.tickets)[ticket].open += 1;
+    }
+
+    fn fail(&self, ticket: usize, error: u32) {
+        let entry = &mut locked(&self.tickets)[ticket];
+        if entry.error == 0 {
+            entry.error = error;
+        }
+    }
+
+    fn has_failed(&self, ticket: usize) -> bool {
+        locked(&self.tickets)[ticket].error != 0
+    }
+
+    /// One piece less; after the last one, what the whole write is to be answered with.
+    fn finish_piece(&self, ticket: usize, request: &Request) -> Option<u32> {
+        let error = {
+            let entry = &mut locked(&self.tickets)[ticket];
+            entry.open -= 1;
+            if entry.open > 0 {
+                return None;
+            }
+            entry.error
+        };
+        if error == 0 && request.flags & wire::CMD_FLAG_FUA != 0 {
+            return Some(self.visit.flush().err().and_then(|fault| error_number(&fault)).unwrap_or(0));
+        }
+        Some(error)
     }
 }

@@ -157,7 +157,23 @@ pub const UNSYNCED_MAX: u64 = 256 * MIB as u64;
 /// Largest region that the mirror takes at once, in bytes.
 pub const REGION_MAX: usize = MIB;
 /// Most regions of one disk in flight at once, over all its connections.
-pub const REGIONS_IN_FLIGHT_MAX: usize = 128;
+pub const REGIONS_IN_FLIGHT_MAX: usize = CONNECTIONS_PER_DISK_MAX * LANE_REGIONS_MAX;
+/// Most regions in flight on one connection of the mirror.
+pub const LANE_REGIONS_MAX: usize = 32;
+/// A run of zeroes inside a region travels as write-zeroes from this length on, in bytes.
+pub const ZERO_RUN_MIN: usize = 16 * KIB;
+/// Most requests that one region is split into.
+pub const REGION_REQUESTS_MAX: usize = 16;
+/// A pass begins no sooner than this after the one before: what the guest writes twice meanwhile travels once.
+pub const PASS_PERIOD: Duration = Duration::from_millis(20);
+/// How long a connection of the mirror waits for a reply before it looks for orders again.
+pub const LANE_LOOK: Duration = Duration::from_millis(5);
+/// The mirror counts as stuck when a request has not been answered for this long: the connection is given up.
+pub const LANE_SILENCE_MAX: Duration = Duration::from_secs(60);
+/// Time over which the rates that are shown and predicted with are averaged.
+pub const RATE_WINDOW: Duration = Duration::from_secs(1);
+/// What a bandwidth budget lets through at once after a pause, as time at the set rate.
+pub const BUDGET_BURST: Duration = Duration::from_millis(50);
 
 const _: () = assert!(RECEIVE_BUFFER.is_multiple_of(DIRECT_ALIGN) && SLOT_BUFFER.is_multiple_of(DIRECT_ALIGN));
 const _: () = assert!(WRITE_BACK_BYTES < UNSYNCED_MAX, "writers must not wait before the write-back begins");

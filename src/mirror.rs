@@ -1,0 +1,718 @@
+//! The mirror of one disk: takes dirty regions, reads them, and sends them to the destination until nothing is left.
+//!
+//! A [`Mirror`] has one dirty map and any number of *lanes*, one for each NBD connection to the destination; each lane
+//! is a thread in [`Mirror::run_lane`] that takes, reads, sends and collects acknowledgements, with many requests in
+//! flight. The rules about what may be taken and given back live in `dirty.rs`; the order clear, read, send (D2) can
+//! be seen in [`Lane::send_region`]. Whoever drives a migration (`migrate/source.rs`) asks for counts, for a flush, and
+//! at the end, with the guest quiesced, for the final pass; no data byte passes through there.
+//!
+//! # Passes
+//!
+//! The *bulk pass* begins with the disk's extents ([`Mirror::scan`]), each later *pass* with what the guest has written
+//! since. All are the same loop: a walk over the dirty map. Holes of the first walk are left out where the target is
+//! known to read as zero; that knowledge is used before the first byte is sent and never after (D10). From then on a
+//! zero travels as WRITE_ZEROES. Passes are spaced a little, so that a granule that the guest writes again and again
+//! travels once for each pass; under quiesce they are not.
+//!
+//! # When a connection is lost
+//!
+//! What was in flight on it may still be in a buffer of the destination and be written at any later moment. Its regions
+//! therefore stay taken, in [`Mirror::lost`], and nobody copies them again, until the destination has fenced that set
+//! of connections (D4); then the driver drops them and they are dirty again.
+//!
+//! An error *reply* is something else: the destination's disk has failed, or ours. It ends the migration (D8).
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::dirty::{DirtyMap, Outstanding, Region};
+use crate::disk::{AlignedBuffer, Disk, is_zero};
+use crate::export::{Export, Quiesced};
+use crate::limits::{
+    BUDGET_BURST, GRANULARITY_MIN, LANE_LOOK, LANE_REGIONS_MAX, LANE_SILENCE_MAX, PASS_PERIOD, REGION_MAX,
+    REGION_REQUESTS_MAX, WINDOW_MAX, ZERO_RUN_MIN,
+};
+use crate::nbd::client::{Client, Event, Lost};
+
+/// The mirror of one disk.
+#[derive(Debug)]
+pub struct Mirror {
+    export: Arc<Export>,
+    disk: Arc<Disk>,
+    map: Arc<DirtyMap>,
+    budget: Arc<Budget>,
+    state: Mutex<State>,
+    /// Orders have changed, or something that somebody waits for has happened.
+    changed: Condvar,
+    sent: AtomicU64,
+    zeroed: AtomicU64,
+    acknowledged: AtomicU64,
+}
+
+#[derive(Debug)]
+struct State {
+    /// Copy on without pause: the guest is quiesced.
+    urgent: bool,
+    /// Every lane ends at its next look.
+    stop: bool,
+    lanes: usize,
+    passes: u32,
+    pass_began: Instant,
+    /// No pass begins before this.
+    rest_until: Instant,
+    /// A pass is being walked.
+    walking: bool,
+    flush: Flush,
+    lost: Vec<Region>,
+    /// A lane ended because its connection did, since the driver last asked.
+    lost_lanes: Option<String>,
+    failure: Option<Failure>,
+}
+
+/// The one flush that may be wanted at a time, by number.
+#[derive(Debug, Default)]
+struct Flush {
+    wanted: u64,
+    sent: u64,
+    done: u64,
+    took: Duration,
+}
+
+/// What ends a migration: an error reply or a disk that cannot be read (D8).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// One line: the operation, the region, and the cause.
+    pub text: String,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// Why the final pass did not come to its end.
+#[derive(Debug)]
+pub enum NotReady {
+    /// A connection was lost: fence, and try again.
+    Lost(String),
+    /// The time for it is up.
+    TooSlow,
+    /// The migration has failed.
+    Failed(Failure),
+}
+
+/// What a mirror has done so far.
+#[derive(Debug, Clone, Copy)]
+pub struct Counts {
+    /// What the destination does not have yet.
+    pub outstanding: Outstanding,
+    /// Bytes of data sent.
+    pub sent: u64,
+    /// Bytes sent as write-zeroes.
+    pub zeroed: u64,
+    /// Bytes of regions acknowledged, data and zeroes.
+    pub acknowledged: u64,
+    /// Bytes that guest writes have made dirty.
+    pub marked: u64,
+    /// Walks over the map that found something.
+    pub passes: u32,
+    /// How long the last flush took.
+    pub flush_took: Duration,
+    /// Flushes answered.
+    pub flushes: u64,
+}
+
+impl Mirror {
+    /// Arms dirty tracking for an export (D1) and returns its mirror, which does nothing until [`Mirror::scan`] has
+    /// been called and lanes run.
+    ///
+    /// # Errors
+    /// One line: there is no disk, or its requests in flight do not end.
+    pub fn arm(export: &Arc<Export>, budget: &Arc<Budget>) -> Result<Arc<Self>, String> {
+        let disk = export.disk().ok_or("the disk does not exist")?;
+        let map = DirtyMap::new(disk.size());
+        export.arm(&map).map_err(|error| format!("requests in flight do not end: {error}"))?;
+        let now = Instant::now();
+        let state = State {
+            urgent: false,
+            stop: false,
+            lanes: 0,
+            passes: 0,
+            pass_began: now,
+            rest_until: now,
+            walking: false,
+            flush: Flush::default(),
+            lost: Vec::new(),
+            lost_lanes: None,
+            failure: None,
+        };
+        Ok(Arc::new(Self {
+            export: Arc::clone(export),
+            disk,
+            map,
+            budget: Arc::clone(budget),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            sent: AtomicU64::new(0),
+            zeroed: AtomicU64::new(0),
+            acknowledged: AtomicU64::new(0),
+        }))
+    }
+
+    /// The disk's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.export.name()
+    }
+
+    /// The disk's size in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.disk.size()
+    }
+
+    /// Makes everything dirty that the destination must be sent: all data, and holes too unless the whole target is
+    /// known to read as zero (D10). Only after arming (D1), and before the first lane runs.
+    ///
+    /// # Errors
+    /// The disk cannot say what it holds.
+    pub fn scan(&self, target_reads_zero: bool) -> std::io::Result<()> {
+        if !target_reads_zero {
+            self.map.mark_for_bulk(0, self.disk.size());
+            return Ok(());
+        }
+        let mut at = 0;
+        while at < self.disk.size() {
+            let extent = self.disk.extent(at, self.disk.size())?;
+            if !extent.hole {
+                self.map.mark_for_bulk(extent.offset, extent.length);
+            }
+            at += extent.length;
+        }
+        Ok(())
+    }
+
+    /// What has been done and what is left.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        let (passes, flush_took, flushes) = {
+            let state = self.lock();
+            (state.passes, state.flush.took, state.flush.done)
+        };
+        Counts {
+            outstanding: self.map.outstanding(),
+            sent: self.sent.load(Ordering::Relaxed),
+            zeroed: self.zeroed.load(Ordering::Relaxed),
+            acknowledged: self.acknowledged.load(Ordering::Relaxed),
+            marked: self.map.marked_bytes(),
+            passes,
+            flush_took,
+            flushes,
+        }
+    }
+
+    /// Asks for a flush on the destination that covers everything acknowledged by now; see [`Counts::flushes`]. Does
+    /// nothing while an earlier one is not answered.
+    pub fn ask_for_flush(&self) {
+        let mut state = self.lock();
+        if state.flush.wanted == state.flush.done {
+            state.flush.wanted += 1;
+            drop(state);
+            self.changed.notify_all();
+        }
+    }
+
+    /// What has ended the migration, if anything has.
+    #[must_use]
+    pub fn failure(&self) -> Option<Failure> {
+        self.lock().failure.clone()
+    }
+
+    /// The cause, if a lane has ended with its connection since the last call to [`Mirror::take_lost`].
+    #[must_use]
+    pub fn lost(&self) -> Option<String> {
+        self.lock().lost_lanes.clone()
+    }
+
+    /// The regions whose copies have an unknown outcome. Only when no lane runs any more; to be dropped only when the
+    /// destination has said FENCED (D4).
+    pub fn take_lost(&self) -> Vec<Region> {
+        let mut state = self.lock();
+        state.lost_lanes = None;
+        std::mem::take(&mut state.lost)
+    }
+
+    /// Tells every lane to end; their connections are shut down by whoever opened them. The regions in flight become
+    /// lost ones.
+    pub fn stop(&self) {
+        self.lock().stop = true;
+        self.changed.notify_all();
+    }
+
+    /// Lanes may run (again).
+    pub fn resume(&self) {
+        let mut state = self.lock();
+        state.stop = false;
+        // A flush that a lost lane took with it is asked for again.
+        state.flush.sent = state.flush.done;
+    }
+
+    /// The guest is quiesced: copy on without a pause and without regard for the budget.
+    pub fn hurry(&self, _: &Quiesced) {
+        self.lock().urgent = true;
+        self.changed.notify_all();
+    }
+
+    /// The guest goes on: as before [`Mirror::hurry`].
+    pub fn relax(&self) {
+        self.lock().urgent = false;
+    }
+
+    /// The final pass: waits until nothing is outstanding and a flush that was asked for after that is answered (D5).
+    /// The guest is quiesced, so nothing can become dirty meanwhile, and ready is true when this returns and stays so.
+    ///
+    /// # Errors
+    /// [`NotReady`]; the caller still holds the guest quiesced and decides what then.
+    pub fn settle(&self, _: &Quiesced, deadline: Instant) -> Result<(), NotReady> {
+        let mut flush_number = None;
+        let mut state = self.lock();
+        loop {
+            if let Some(failure) = &state.failure {
+                return Err(NotReady::Failed(failure.clone()));
+            }
+            if let Some(cause) = &state.lost_lanes {
+                return Err(NotReady::Lost(cause.clone()));
+            }
+            if self.map.outstanding().granules == 0 {
+                match flush_number {
+                    None => {
+                        // Not one that is already on its way: it may have left before the last acknowledgement.
+                        let number = state.flush.wanted.max(state.flush.sent) + 1;
+                        state.flush.wanted = number;
+                        flush_number = Some(number);
+                        self.changed.notify_all();
+                    }
+                    Some(number) if state.flush.done >= number => return Ok(()),
+                    Some(_) => {}
+                }
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(NotReady::TooSlow);
+            }
+            state = self.wait(state, left);
+        }
+    }
+
+    /// Runs one lane over an open connection until the mirror is stopped, the connection is lost, or the migration has
+    /// failed; which of them it was is in the mirror's state.
+    pub fn run_lane(&self, client: &mut Client) {
+        self.lock().lanes += 1;
+        let mut lane = Lane {
+            mirror: self,
+            flights: std::array::from_fn(|_| None),
+            flying: 0,
+            flush: None,
+            buffer: AlignedBuffer::new(REGION_MAX),
+            heard: Instant::now(),
+        };
+        let end = lane.run(client);
+        let mut state = self.lock();
+        for flight in &mut lane.flights {
+            state.lost.extend(flight.take().map(|flight| flight.region));
+        }
+        state.lanes -= 1;
+        match end {
+            LaneEnd::Stopped => {}
+            LaneEnd::Lost(cause) => {
+                log::warn!("mirror: disk {}: connection lost: {cause}", self.name());
+                state.lost_lanes.get_or_insert(cause);
+            }
+            LaneEnd::Failed(failure) => {
+                state.failure.get_or_insert(failure);
+                state.stop = true;
+            }
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// What a lane does next. Walking, resting and flushing are decided under one lock, so that the lanes of one disk
+    /// agree on where a pass ends.
+    fn orders(&self, room: bool, flying: bool, flushing: bool) -> Orders {
+        let mut state = self.lock();
+        if state.stop {
+            return Orders::Stop;
+        }
+        if state.flush.sent < state.flush.wanted && !flushing {
+            state.flush.sent = state.flush.wanted;
+            return Orders::Flush(state.flush.wanted);
+        }
+        if !room {
+            return Orders::Listen(LANE_LOOK);
+        }
+        let now = Instant::now();
+        if state.urgent || state.walking || now >= state.rest_until {
+            if let Some(region) = self.map.take(REGION_MAX) {
+                if !state.walking {
+                    state.walking = true;
+                    state.passes += 1;
+                    state.pass_began = now;
+                }
+                return Orders::Send(region, state.urgent);
+            }
+            state.walking = false;
+            state.rest_until = (state.pass_began + PASS_PERIOD).max(now + LANE_LOOK);
+        }
+        if flying || flushing {
+            return Orders::Listen(LANE_LOOK);
+        }
+        let rest = if state.urgent { LANE_LOOK } else { state.rest_until.saturating_duration_since(now) };
+        drop(self.wait(state, rest));
+        // A look at the idle connection, whether it is still there.
+        Orders::Listen(Duration::ZERO)
+    }
+
+    fn acknowledge(&self, flight: Flight) {
+        self.acknowledged.fetch_add(flight.region.length() as u64, Ordering::Relaxed);
+        flight.region.acknowledge();
+        // Looked at by the final pass only, and then somebody waits for it.
+        if self.lock().urgent && self.map.outstanding().granules == 0 {
+            self.changed.notify_all();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>, timeout: Duration) -> MutexGuard<'a, State> {
+        self.changed.wait_timeout(state, timeout).unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+impl Drop for Mirror {
+    fn drop(&mut self) {
+        self.export.disarm();
+    }
+}
+
+enum Orders {
+    Stop,
+    /// Wait for replies, at most so long.
+    Listen(Duration),
+    Send(Region, bool),
+    Flush(u64),
+}
+
+enum LaneEnd {
+    Stopped,
+    Lost(String),
+    Failed(Failure),
+}
+
+/// A region on its way, and how many of its requests are not answered.
+struct Flight {
+    region: Region,
+    requests: usize,
+}
+
+/// One connection's thread.
+struct Lane<'a> {
+    mirror: &'a Mirror,
+    flights: [Option<Flight>; LANE_REGIONS_MAX],
+    flying: usize,
+    /// The flush on its way: its number, and when it left.
+    flush: Option<(u64, Instant)>,
+    buffer: AlignedBuffer,
+    /// When the destination last answered, or was last owed nothing.
+    heard: Instant,
+}
+
+/// The cookie of a flush; those of a region's requests are its place among the flights, and a number within.
+const FLUSH_COOKIE: u64 = u64::MAX;
+
+impl Lane<'_> {
+    fn run(&mut self, client: &mut Client) -> LaneEnd {
+        loop {
+            let room = self.flying < LANE_REGIONS_MAX && client.in_flight() + REGION_REQUESTS_MAX <= WINDOW_MAX;
+            let done = match self.mirror.orders(room, self.flying > 0, self.flush.is_some()) {
+                Orders::Stop => return LaneEnd::Stopped,
+                Orders::Listen(time) => self.listen(client, time),
+                Orders::Flush(number) => self.send_flush(client, number),
+                Orders::Send(region, urgent) => self
+                    .spend(client, region.length(), urgent)
+                    .and_then(|()| self.send_region(client, region))
+                    .and_then(|()| self.listen(client, Duration::ZERO)),
+            };
+            if let Err(end) = done {
+                return end;
+            }
+        }
+    }
+
+    /// Waits for its share of the bandwidth, collecting replies meanwhile.
+    fn spend(&mut self, client: &mut Client, bytes: usize, urgent: bool) -> Result<(), LaneEnd> {
+        while let Some(time) = self.mirror.budget.spend(bytes, urgent) {
+            let (urgent, stop) = {
+                let state = self.mirror.lock();
+                (state.urgent, state.stop)
+            };
+            if stop {
+                return Err(LaneEnd::Stopped);
+            }
+            if urgent {
+                break;
+            }
+            self.listen(client, time.min(LANE_LOOK))?;
+        }
+        Ok(())
+    }
+
+    /// D2, the mirror's side: the region was cleared when it was taken; now it is read, then sent.
+    fn send_region(&mut self, client: &mut Client, region: Region) -> Result<(), LaneEnd> {
+        let (offset, length) = (region.offset(), region.length());
+        let data = &mut self.buffer[..length];
+        if let Err(error) = self.mirror.disk.read(data, offset) {
+            return Err(LaneEnd::Failed(self.failure("read", offset, length, &error)));
+        }
+        let Some(place) = self.flights.iter().position(Option::is_none) else {
+            return Ok(());
+        };
+        let flight = self.flights[place].insert(Flight { region, requests: 0 });
+        self.flying += 1;
+        if client.in_flight() == 0 {
+            self.heard = Instant::now();
+        }
+        let zeroes = client.can_write_zeroes();
+        for run in Runs::new(&self.buffer[..length]) {
+            let at = offset + run.start as u64;
+            let cookie = (place * REGION_REQUESTS_MAX + flight.requests) as u64;
+            flight.requests += 1;
+            if run.zero && zeroes {
+                let bytes = u32::try_from(run.length).unwrap_or(u32::MAX);
+                client.submit_write_zeroes(cookie, at, bytes, true, false).map_err(|lost| lost_lane(&lost))?;
+                self.mirror.zeroed.fetch_add(run.length as u64, Ordering::Relaxed);
+            } else {
+                let bytes = &self.buffer[run.start..run.start + run.length];
+                client.submit_write(cookie, at, bytes, false).map_err(|lost| lost_lane(&lost))?;
+                self.mirror.sent.fetch_add(run.length as u64, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    fn send_flush(&mut self, client: &mut Client, number: u64) -> Result<(), LaneEnd> {
+        if !client.can_flush() {
+            self.flushed(number, Duration::ZERO);
+            return Ok(());
+        }
+        if client.in_flight() == 0 {
+            self.heard = Instant::now();
+        }
+        self.flush = Some((number, Instant::now()));
+        client.submit_flush(FLUSH_COOKIE).map_err(|lost| lost_lane(&lost))
+    }
+
+    fn flushed(&self, number: u64, took: Duration) {
+        let mut state = self.mirror.lock();
+        state.flush.done = state.flush.done.max(number);
+        state.flush.took = took;
+        drop(state);
+        self.mirror.changed.notify_all();
+    }
+
+    /// Takes in the replies that come within `time`.
+    fn listen(&mut self, client: &mut Client, time: Duration) -> Result<(), LaneEnd> {
+        let mut failed = None;
+        let (flights, flush, mirror) = (&mut self.flights, &mut self.flush, self.mirror);
+        let mut landed = 0;
+        let mut flushed = None;
+        let answers = client.wait(Some(time), &mut |event| {
+            let Event::Done { cookie, result } = event else { return };
+            if cookie == FLUSH_COOKIE {
+                match (result, flush.take()) {
+                    (Ok(()), Some((number, left))) => flushed = Some((number, left.elapsed())),
+                    (Err(error), _) => {
+                        failed.get_or_insert(Failure { text: format!("flush: disk {}: {error}", mirror.name()) });
+                    }
+                    (Ok(()), None) => {}
+                }
+                return;
+            }
+            let place = usize::try_from(cookie).unwrap_or(usize::MAX) / REGION_REQUESTS_MAX;
+            let Some(Some(flight)) = flights.get_mut(place) else { return };
+            if let Err(error) = result {
+                let region = &flight.region;
+                failed.get_or_insert(describe("write", mirror.name(), region.offset(), region.length(), &error));
+                return;
+            }
+            flight.requests -= 1;
+            if flight.requests == 0
+                && let Some(flight) = flights[place].take()
+            {
+                landed += 1;
+                mirror.acknowledge(flight);
+            }
+        });
+        self.flying -= landed;
+        let answers = answers.map_err(|lost| lost_lane(&lost))?;
+        if let Some(failure) = failed {
+            return Err(LaneEnd::Failed(failure));
+        }
+        if let Some((number, took)) = flushed {
+            self.flushed(number, took);
+        }
+        if answers > 0 || client.in_flight() == 0 {
+            self.heard = Instant::now();
+        } else if self.heard.elapsed() > LANE_SILENCE_MAX {
+            return Err(LaneEnd::Lost(format!("no answer for {} s", LANE_SILENCE_MAX.as_secs())));
+        }
+        Ok(())
+    }
+
+    fn failure(&self, operation: &str, offset: u64, length: usize, cause: &dyn fmt::Display) -> Failure {
+        describe(operation, self.mirror.name(), offset, length, cause)
+    }
+}
+
+fn describe(operation: &str, disk: &str, offset: u64, length: usize, cause: &dyn fmt::Display) -> Failure {
+    Failure { text: format!("{operation}: disk {disk}, {length} bytes at {offset}: {cause}") }
+}
+
+fn lost_lane(lost: &Lost) -> LaneEnd {
+    LaneEnd::Lost(lost.to_string())
+}
+
+/// A run of a region that is all zero, or is not.
+#[derive(Debug, PartialEq, Eq)]
+struct Run {
+    start: usize,
+    length: usize,
+    zero: bool,
+}
+
+/// Splits a region's bytes into runs: zeroes from [`ZERO_RUN_MIN`] on by themselves, the rest as data, and never more
+/// than [`REGION_REQUESTS_MAX`].
+struct Runs<'a> {
+    bytes: &'a [u8],
+    at: usize,
+    made: usize,
+}
+
+impl<'a> Runs<'a> {
+    fn new(bytes: &'a [u8]) -> Self {
+        Self { bytes, at: 0, made: 0 }
+    }
+
+    /// The next place from `from` on where a whole run of zeroes begins, and where it ends.
+    fn next_zeroes(&self, from: usize) -> Option<(usize, usize)> {
+        const STEP: usize = GRANULARITY_MIN as usize;
+        let zero_at = |at: usize| is_zero(&self.bytes[at..self.bytes.len().min(at + STEP)]);
+        let mut at = from;
+        while at < self.bytes.len() {
+            if !zero_at(at) {
+                at += STEP;
+                continue;
+            }
+            let start = at;
+            while at < self.bytes.len() && zero_at(at) {
+                at += STEP;
+            }
+            let end = at.min(self.bytes.len());
+            if end - start >= ZERO_RUN_MIN || end - start == self.bytes.len() {
+                return Some((start, end));
+            }
+        }
+        None
+    }
+}
+
+impl Iterator for Runs<'_> {
+    type Item = Run;
+
+    fn next(&mut self) -> Option<Run> {
+        let start = self.at;
+        if start >= self.bytes.len() {
+            return None;
+        }
+        self.made += 1;
+        let last = self.made == REGION_REQUESTS_MAX;
+        let (end, zero) = match self.next_zeroes(start) {
+            Some((0, end)) if end == self.bytes.len() => (end, true),
+            _ if last => (self.bytes.len(), false),
+            Some((zeroes, end)) if zeroes == start => (end, true),
+            Some((zeroes, _)) => (zeroes, false),
+            None => (self.bytes.len(), false),
+        };
+        self.at = end;
+        Some(Run { start, length: end - start, zero })
+    }
+}
+
+// ---- bandwidth ---------------------------------------------------------------------------------------------------
+
+/// One bandwidth budget for everything that a migration sends in the background; the final pass does not wait for it.
+#[derive(Debug)]
+pub struct Budget {
+    inner: Mutex<Bucket>,
+}
+
+#[derive(Debug)]
+struct Bucket {
+    /// Bytes a second; 0 is no limit.
+    rate: u64,
+    /// Bytes that may be sent now; below zero while what was sent is paid off.
+    credit: f64,
+    counted: Instant,
+}
+
+impl Budget {
+    /// A budget of `rate` bytes a second; 0 is no limit.
+    #[must_use]
+    pub fn new(rate: u64) -> Arc<Self> {
+        Arc::new(Self { inner: Mutex::new(Bucket { rate, credit: 0.0, counted: Instant::now() }) })
+    }
+
+    /// Changes the rate from now on.
+    pub fn set_rate(&self, rate: u64) {
+        let mut bucket = self.lock();
+        bucket.rate = rate;
+        bucket.credit = bucket.credit.max(0.0);
+    }
+
+    /// The rate in bytes a second; 0 is no limit.
+    #[must_use]
+    pub fn rate(&self) -> u64 {
+        self.lock().rate
+    }
+
+    /// Spends `bytes` if there is credit (`urgent`: in any case). Otherwise returns the time after which to ask again.
+    #[expect(clippy::cast_precision_loss, reason = "rates and sizes are far below 2^52")]
+    fn spend(&self, bytes: usize, urgent: bool) -> Option<Duration> {
+        let mut bucket = self.lock();
+        if bucket.rate == 0 {
+            return None;
+        }
+        let rate = bucket.rate as f64;
+        let now = Instant::now();
+        let earned = now.duration_since(bucket.counted).as_secs_f64() * rate;
+        bucket.counted = now;
+        bucket.credit = (bucket.credit + earned).min(rate * BUDGET_BURST.as_secs_f64());
+        if bucket.credit >= 0.0 || urgent {
+            bucket.credit -= bytes as f64;
+            return None;
+        }
+        Some(Duration::from_secs_f64(-bucket.credit / rate))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Bucket> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -6,6 +6,8 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
 use crate::limits::{DISK_NAME_MAX, DISKS_MAX, GIB, GUEST_NAME_MAX, KIB, MIB, SECTOR};
 
 /// One disk of the guest.
@@ -49,30 +51,38 @@ pub enum Cache {
     None,
 }
 
-/// Why a disk stays where it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Why a disk stays where it is. The numbers travel through the control door: only append.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Stays {
-    /// Both hosts see it already.
+    /// 0: both hosts see it already.
     Shared,
-    /// Nobody writes to it; the destination has its own.
+    /// 1: nobody writes to it; the destination has its own.
     ReadOnly,
-    /// The VMM opens it itself.
+    /// 2: the VMM opens it itself.
     External,
-    /// There is nothing in the drive.
+    /// 3: there is nothing in the drive.
     Empty,
-    /// `--migrate-disks` does not name it.
+    /// 4: `--migrate-disks` does not name it.
     NotChosen,
 }
 
-impl fmt::Display for Stays {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl Stays {
+    /// As `status` prints it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
             Self::Shared => "shared",
             Self::ReadOnly => "read-only",
             Self::External => "external",
             Self::Empty => "no source",
             Self::NotChosen => "not chosen",
-        })
+        }
+    }
+}
+
+impl fmt::Display for Stays {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
     }
 }
 

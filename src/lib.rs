@@ -3,10 +3,16 @@
 //! The executable is `main.rs`; everything it does is here, so that the tests can use the same code. Start with
 //! `docs/architecture.md`: the way of a guest write, and the rules that the names D1 to D14 and M1 to M11 stand for.
 
+pub mod address;
 pub mod cause;
+pub mod control;
 pub mod dirty;
 pub mod disk;
+pub mod domain;
+pub mod error;
 pub mod export;
 pub mod limits;
+pub mod listener;
+pub mod log;
 pub mod nbd;
 pub mod socket;

@@ -178,3 +178,48 @@ pub const BUDGET_BURST: Duration = Duration::from_millis(50);
 const _: () = assert!(RECEIVE_BUFFER.is_multiple_of(DIRECT_ALIGN) && SLOT_BUFFER.is_multiple_of(DIRECT_ALIGN));
 const _: () = assert!(WRITE_BACK_BYTES < UNSYNCED_MAX, "writers must not wait before the write-back begins");
 const _: () = assert!(REGION_MAX <= PAYLOAD_MAX as usize, "a region travels as one request");
+// ---- doors and addresses -----------------------------------------------------------------------------------------
+
+/// Longest Unix socket path that the kernel takes, in bytes.
+pub const UNIX_PATH_MAX: usize = 107;
+/// Connections that wait at a door until they are accepted.
+pub const LISTEN_BACKLOG: i32 = 128;
+/// Longest wait for another process that is binding a socket in the same directory.
+pub const BIND_LOCK_TIMEOUT: Duration = Duration::from_secs(2);
+/// Pause between two looks at something that cannot be waited for.
+pub const RETRY_PAUSE: Duration = Duration::from_millis(20);
+/// Pause of a door that cannot accept because the process or the host is out of descriptors or memory.
+pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+// ---- control door and command line -------------------------------------------------------------------------------
+
+/// Longest frame on the control door, encoded, in bytes. A test checks that the largest message fits.
+pub const CONTROL_FRAME_MAX: usize = 8 * KIB;
+/// Most connections through the control doors.
+pub const CONTROL_CONNECTIONS_MAX: usize = 16;
+/// A control connection that sends nothing for this long is closed.
+pub const CONTROL_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Longest time for a whole reply to leave through the control door.
+pub const CONTROL_SEND_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest wait of the command line for a reply; `claim` writes a record before it answers.
+pub const CONTROL_REPLY_TIMEOUT: Duration = Duration::from_secs(60);
+/// A follower looks this often whether its client has gone.
+pub const HANG_UP_POLL: Duration = Duration::from_millis(100);
+/// Shortest time between two progress frames of the same phase.
+pub const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
+/// Shortest time between two progress lines of the same phase where stdout is no terminal.
+pub const PROGRESS_LINE_INTERVAL: Duration = Duration::from_secs(1);
+/// Longest operation name that travels to the command line, in bytes; longer ones are cut.
+pub const OPERATION_MAX: usize = 32;
+/// Downtime that `migrate` allows when it is not told.
+pub const DOWNTIME_LIMIT_DEFAULT_MS: u32 = 300;
+/// Longest downtime that can be allowed.
+pub const DOWNTIME_LIMIT_MAX_MS: u32 = 60_000;
+/// Longest line of `--json`, in bytes.
+pub const JSON_LINE_MAX: usize = 64 * KIB;
+
+const _: () = assert!(SLOT_BUFFER <= RECEIVE_BUFFER, "a parked request must fit a slot");
+const _: () = assert!(RECEIVE_BUFFER <= PAYLOAD_MAX as usize, "larger requests stream through the buffer");
+const _: () = assert!(OPTION_PAYLOAD_MAX > EXPORT_NAME_MAX + 64, "an INFO with the longest name must be readable");
+const _: () = assert!(ADDRESS_MAX > UNIX_PATH_MAX + "unix://".len(), "every Unix address must be printable");
+const _: () = assert!(HANG_UP_POLL.as_millis() <= 200, "a client that goes away is noticed within 200 ms");

@@ -1,1 +1,2 @@
+//! The blockferry executable.
 fn main() {}

@@ -1,0 +1,13 @@
+//! The control door: how the command line of the same host talks to the process that serves a guest.
+//!
+//! [`wire`] has the messages and [`frame`] their bytes, both pure. [`link`] moves frames over a socket, [`server`]
+//! answers for a [`server::Desk`], [`client`] asks.
+
+pub mod client;
+pub mod frame;
+pub mod link;
+pub mod server;
+pub mod wire;
+
+#[cfg(test)]
+mod tests;

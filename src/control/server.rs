@@ -1,0 +1,251 @@
+//! The process's end of the control door: one thread a connection, every request answered by the guest's [`Desk`].
+//!
+//! Garbage closes the connection and touches nothing else. A `migrate` in the foreground lives no longer than its
+//! connection: when the client goes away, the desk is asked to cancel that attempt (and refuses once GIVEN is begun,
+//! rule M3).
+
+use std::io::{Error, ErrorKind, Result};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::control::link::{Link, is_unknown};
+use crate::control::wire::{
+    Convergence, Done, MigrateRequest, Phase, Progress, Refusal, Reply, Request, SetRequest, Status, VERSION,
+};
+use crate::error::Problem;
+use crate::limits::{
+    CONTROL_CONNECTIONS_MAX, CONTROL_IDLE_TIMEOUT, CONTROL_SEND_TIMEOUT, HANG_UP_POLL, PROGRESS_INTERVAL,
+};
+use crate::listener::Listener;
+use crate::socket::Socket;
+
+/// Who answers for the guest. Every method may be called from several threads at once; none may wait longer than it
+/// says.
+pub trait Desk: Send + Sync {
+    /// How the guest's disks are now.
+    fn status(&self) -> Status;
+
+    /// This host owns the disks (M7). Returns once that is durable.
+    ///
+    /// # Errors
+    /// Why not; nothing has changed.
+    fn claim(&self, discard_record: bool) -> std::result::Result<(), Problem>;
+
+    /// Starts a migration and returns its attempt without waiting for the other host.
+    ///
+    /// # Errors
+    /// Why not; nothing has changed.
+    fn migrate(&self, request: &MigrateRequest) -> std::result::Result<u128, Problem>;
+
+    /// Lets a held migration hand over.
+    ///
+    /// # Errors
+    /// There is none that is held.
+    fn switch(&self) -> std::result::Result<(), Problem>;
+
+    /// Ends a migration: the given attempt, or whichever is running. Returns once it is decided, not once it is over.
+    ///
+    /// # Errors
+    /// There is none, or GIVEN is begun (M3).
+    fn cancel(&self, attempt: Option<u128>, cause: &str) -> std::result::Result<(), Problem>;
+
+    /// Changes the running migration.
+    ///
+    /// # Errors
+    /// There is none.
+    fn set(&self, change: &SetRequest) -> std::result::Result<(), Problem>;
+
+    /// News of an attempt, or of the running, else the last one. Waits at most `timeout` for its phase or convergence
+    /// to change or for its end, then says how it is; an end is told at once, also when it was long ago. `None`: there
+    /// is no such attempt.
+    fn news(&self, attempt: Option<u128>, timeout: Duration) -> Option<News>;
+}
+
+/// How a migration is, or how it ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(clippy::large_enum_variant, reason = "lives for one frame")]
+pub enum News {
+    /// It runs.
+    Progress(Progress),
+    /// It has ended.
+    Done(Done),
+}
+
+/// The control doors of one process.
+pub struct Server<'d> {
+    desk: &'d dyn Desk,
+    connections: AtomicUsize,
+}
+
+impl<'d> Server<'d> {
+    /// A server without connections.
+    #[must_use]
+    pub fn new(desk: &'d dyn Desk) -> Self {
+        Self { desk, connections: AtomicUsize::new(0) }
+    }
+
+    /// Accepts and answers until the listener is stopped; then ends every connection that came through it. Several
+    /// doors may run at once, each on its own thread.
+    ///
+    /// # Errors
+    /// The listener's.
+    pub fn run(&self, listener: &Listener) -> Result<()> {
+        let open = Mutex::new(Vec::<Weak<Socket>>::new());
+        thread::scope(|scope| {
+            let ended = loop {
+                let socket = match listener.accept() {
+                    Ok(Some(socket)) => Arc::new(socket),
+                    Ok(None) => break Ok(()),
+                    Err(e) => break Err(e),
+                };
+                let mut open = open.lock().unwrap_or_else(PoisonError::into_inner);
+                open.retain(|socket| socket.strong_count() > 0);
+                open.push(Arc::downgrade(&socket));
+                let spawned =
+                    thread::Builder::new().name("control".to_owned()).spawn_scoped(scope, move || self.attend(socket));
+                if let Err(e) = spawned {
+                    log::warn!("control: {}: no thread for a connection: {e}", listener.address());
+                }
+            };
+            for socket in open.lock().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade) {
+                socket.shutdown();
+            }
+            ended
+        })
+    }
+
+    /// Answers one connection until it ends.
+    pub fn attend(&self, socket: Arc<Socket>) {
+        let mut link = Link::new(socket);
+        let before = self.connections.fetch_add(1, Ordering::AcqRel);
+        let ended = if before < CONTROL_CONNECTIONS_MAX {
+            converse(&mut link, self.desk)
+        } else {
+            let cause = format!("{CONTROL_CONNECTIONS_MAX} control connections are open already");
+            refuse(&mut link, &Problem::refused("control", "connection", cause))
+        };
+        self.connections.fetch_sub(1, Ordering::AcqRel);
+        if let Err(e) = ended {
+            log::info!("control: connection: {e}");
+        }
+    }
+}
+
+/// The whole life of a connection.
+fn converse(link: &mut Link, desk: &dyn Desk) -> Result<()> {
+    let mut greeted = false;
+    loop {
+        let request = match link.receive(Some(Instant::now() + CONTROL_IDLE_TIMEOUT)) {
+            Ok(Some(request)) => request,
+            Ok(None) => return Ok(()),
+            Err(e) if is_unknown(&e) => {
+                let cause = "not known to this process; is the command of another version?";
+                return refuse(link, &Problem::refused("control", "request", cause));
+            }
+            Err(e) => return Err(e),
+        };
+        match request {
+            Request::Hello { version } if version != VERSION => {
+                let cause = format!("the command speaks version {version}, the running process version {VERSION}");
+                return refuse(link, &Problem::refused("control", "version", cause));
+            }
+            Request::Hello { .. } => {
+                greeted = true;
+                send(link, &Reply::Hello { version: VERSION, guest: desk.status().guest })?;
+            }
+            _ if !greeted => return refuse(link, &Problem::refused("control", "request", "no hello came before it")),
+            request => answer(link, desk, request)?,
+        }
+    }
+}
+
+/// Does one request and replies.
+fn answer(link: &mut Link, desk: &dyn Desk, request: Request) -> Result<()> {
+    match request {
+        // Handled by the caller; saying it again does no harm.
+        Request::Hello { .. } => Ok(()),
+        Request::Status => send(link, &Reply::Status(desk.status())),
+        Request::Claim { discard_record } => report(link, desk.claim(discard_record)),
+        Request::Migrate(request) => migrate(link, desk, &request),
+        Request::Switch => report(link, desk.switch()),
+        Request::Cancel { cause } => report(link, desk.cancel(None, &cause)),
+        Request::Set(change) => report(link, desk.set(&change)),
+        Request::Follow => match desk.news(None, Duration::ZERO) {
+            None => refuse(link, &Problem::refused("follow", "migration", "there is none")),
+            Some(News::Done(done)) => {
+                send(link, &Reply::Ok)?;
+                send(link, &Reply::Done(done))
+            }
+            Some(News::Progress(progress)) => {
+                send(link, &Reply::Ok)?;
+                follow(link, desk, progress.attempt)
+            }
+        },
+    }
+}
+
+/// Starts a migration; one in the foreground is followed, and cancelled when nobody follows any more.
+fn migrate(link: &mut Link, desk: &dyn Desk, request: &MigrateRequest) -> Result<()> {
+    let attempt = match desk.migrate(request) {
+        Ok(attempt) => attempt,
+        Err(problem) => return refuse(link, &problem),
+    };
+    if request.detach {
+        return send(link, &Reply::Ok);
+    }
+    let followed = send(link, &Reply::Ok).and_then(|()| follow(link, desk, attempt));
+    if followed.is_err() {
+        match desk.cancel(Some(attempt), "the migrate command went away") {
+            Ok(()) => log::warn!("migrate: cancelled: the command went away"),
+            Err(problem) => log::warn!("migrate: the command went away: not cancelled: {}", problem.cause),
+        }
+    }
+    followed
+}
+
+/// Sends the news of an attempt until its end; an error when the client is gone before.
+fn follow(link: &mut Link, desk: &dyn Desk, attempt: u128) -> Result<()> {
+    let mut sent: Option<(Instant, Phase, Convergence)> = None;
+    loop {
+        match desk.news(Some(attempt), HANG_UP_POLL) {
+            Some(News::Done(done)) => return send(link, &Reply::Done(done)),
+            Some(News::Progress(progress)) => {
+                let now = (Instant::now(), progress.phase, progress.convergence);
+                if sent.is_none_or(|before| is_news(before, now)) {
+                    sent = Some(now);
+                    link.offer(&Reply::Progress(progress))?;
+                }
+            }
+            None => {
+                let cause = "it has ended, and another one has begun since";
+                return refuse(link, &Problem::unknown("follow", "migration", cause));
+            }
+        }
+        if link.has_hung_up() {
+            return Err(Error::new(ErrorKind::ConnectionAborted, "the client went away"));
+        }
+    }
+}
+
+/// Whether a follower should hear: a new phase, convergence won or lost, or it is time again.
+fn is_news(before: (Instant, Phase, Convergence), now: (Instant, Phase, Convergence)) -> bool {
+    let converged = |c| c == Convergence::Converged;
+    before.1 != now.1 || converged(before.2) != converged(now.2) || now.0.duration_since(before.0) >= PROGRESS_INTERVAL
+}
+
+fn report(link: &mut Link, result: std::result::Result<(), Problem>) -> Result<()> {
+    match result {
+        Ok(()) => send(link, &Reply::Ok),
+        Err(problem) => refuse(link, &problem),
+    }
+}
+
+fn refuse(link: &mut Link, problem: &Problem) -> Result<()> {
+    send(link, &Reply::Refused(Refusal::from(problem)))
+}
+
+fn send(link: &mut Link, reply: &Reply) -> Result<()> {
+    link.send(reply, Instant::now() + CONTROL_SEND_TIMEOUT)
+}

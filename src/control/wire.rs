@@ -1,0 +1,442 @@
+//! The messages of the control door.
+//!
+//! A message's number is its place in [`Request`] or [`Reply`], a field's its place in the struct: **only append**,
+//! and raise [`VERSION`] with it. A test pins the bytes of every one. All types have a fixed capacity, so no peer can
+//! make us allocate; texts that are longer are cut by [`text`].
+//!
+//! A connection starts with [`Request::Hello`]. Then each request gets one reply; after [`Request::Follow`] and a
+//! [`Request::Migrate`] that is not detached, the first reply is [`Reply::Ok`] and [`Reply::Progress`] follow until one
+//! [`Reply::Done`].
+
+use std::borrow::Cow;
+
+use heapless::{String, Vec};
+use serde::{Deserialize, Serialize};
+
+use crate::domain::Stays;
+use crate::error::{Dies, Exit, Problem};
+use crate::limits::{ADDRESS_MAX, CAUSE_MAX, DISK_NAME_MAX, DISKS_MAX, GUEST_NAME_MAX, OPERATION_MAX};
+
+/// The version of these messages. Both ends are the same executable as a rule, so there is no older one to speak.
+pub const VERSION: u16 = 1;
+
+/// A guest's name.
+pub type GuestName = String<GUEST_NAME_MAX>;
+/// A disk's name.
+pub type DiskName = String<DISK_NAME_MAX>;
+/// An address as it prints.
+pub type AddressText = String<ADDRESS_MAX>;
+/// A cause, or a hint.
+pub type Cause = String<CAUSE_MAX>;
+
+/// What the command line asks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(clippy::large_enum_variant, reason = "a box would let a peer make us allocate")]
+pub enum Request {
+    /// 0: the first message, always.
+    Hello {
+        /// [`VERSION`] of the client.
+        version: u16,
+    },
+    /// 1: answered by [`Reply::Status`].
+    Status,
+    /// 2: this host owns the guest's disks (M7).
+    Claim {
+        /// A broken or foreign record is thrown away.
+        discard_record: bool,
+    },
+    /// 3: start a migration.
+    Migrate(MigrateRequest),
+    /// 4: a migration held by `--hold` hands over now.
+    Switch,
+    /// 5: end the running migration.
+    Cancel {
+        /// Who wants it and why, for both sides' users.
+        cause: Cause,
+    },
+    /// 6: change the running migration.
+    Set(SetRequest),
+    /// 7: the progress of the running migration, or the end of the last one.
+    Follow,
+}
+
+/// What `migrate` asks for.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrateRequest {
+    /// The destination's migration door.
+    pub destination: AddressText,
+    /// Disks there that are not empty are overwritten.
+    pub overwrite: bool,
+    /// Exactly these disks move; empty: all that move by themselves.
+    pub disks: Vec<DiskName, DISKS_MAX>,
+    /// Bytes a second for all disks together; 0: no limit.
+    pub bandwidth_bytes: u64,
+    /// Longest predicted final pass that counts as converged.
+    pub downtime_limit_ms: u32,
+    /// Wait for `switch` when converged.
+    pub hold: bool,
+    /// Data connections of one disk; 0: as many as the destination recommends.
+    pub connections: u8,
+    /// The migration goes on when the command goes away.
+    pub detach: bool,
+    /// TCP beyond this host is allowed without keys.
+    pub insecure_plaintext: bool,
+}
+
+/// What `set` changes; `None` leaves it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetRequest {
+    /// Bytes a second; 0 lifts the limit.
+    pub bandwidth_bytes: Option<u64>,
+    /// Longest predicted final pass that counts as converged.
+    pub downtime_limit_ms: Option<u32>,
+}
+
+/// What the process answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(clippy::large_enum_variant, reason = "a box would let a peer make us allocate")]
+pub enum Reply {
+    /// 0: answer to the hello.
+    Hello {
+        /// [`VERSION`] of the process.
+        version: u16,
+        /// The guest that it serves.
+        guest: GuestName,
+    },
+    /// 1: done, or started.
+    Ok,
+    /// 2: not done.
+    Refused(Refusal),
+    /// 3: how the guest's disks are.
+    Status(Status),
+    /// 4: how the migration is.
+    Progress(Progress),
+    /// 5: how the migration ended.
+    Done(Done),
+}
+
+/// A [`Problem`] on its way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// [`Exit::code`].
+    pub exit: u8,
+    /// [`Problem::operation`].
+    pub operation: String<OPERATION_MAX>,
+    /// [`Problem::object`].
+    pub object: AddressText,
+    /// [`Problem::cause`].
+    pub cause: Cause,
+}
+
+impl From<&Problem> for Refusal {
+    fn from(problem: &Problem) -> Self {
+        Self {
+            exit: problem.exit.code(),
+            operation: text(&problem.operation),
+            object: text(&problem.object),
+            cause: text(&problem.cause),
+        }
+    }
+}
+
+impl From<Refusal> for Problem {
+    fn from(refusal: Refusal) -> Self {
+        let operation = Cow::Owned(refusal.operation.as_str().to_owned());
+        Self::new(Dies::Request, Exit::from_code(refusal.exit), operation, &refusal.object, &refusal.cause)
+    }
+}
+
+/// The record's state, in the ready line's words.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum State {
+    /// 0: owns nothing.
+    #[default]
+    Incoming,
+    /// 1: an attempt writes into the disks.
+    Receiving,
+    /// 2: complete, waits for the source's word.
+    Sealed,
+    /// 3: owns.
+    Owner,
+    /// 4: owns, and somebody may be sealed.
+    Offered,
+    /// 5: gave the guest away.
+    Given,
+    /// 6: overruled by an operator's word elsewhere.
+    Superseded,
+    /// 7: a commit failed: fenced until a newer record is durable (M4).
+    Unknown,
+}
+
+impl State {
+    /// The word of the ready line.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Incoming => "incoming",
+            Self::Receiving => "receiving",
+            Self::Sealed => "sealed",
+            Self::Owner => "owner",
+            Self::Offered => "offered",
+            Self::Given => "given",
+            Self::Superseded => "superseded",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// The gate of one disk's export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Gate {
+    /// 0: shows its size, reads, refuses writes.
+    Incoming,
+    /// 1: the same; the migration door writes.
+    Receiving,
+    /// 2: the same; nobody writes.
+    Sealed,
+    /// 3: serves the guest.
+    Serving,
+    /// 4: the guest's writes wait.
+    Quiesced,
+    /// 5: refuses everything.
+    Fenced,
+}
+
+impl Gate {
+    /// As `status` prints it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Incoming => "incoming",
+            Self::Receiving => "receiving",
+            Self::Sealed => "sealed",
+            Self::Serving => "serving",
+            Self::Quiesced => "quiesced",
+            Self::Fenced => "fenced",
+        }
+    }
+}
+
+/// How a guest's disks are on this host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The guest.
+    pub guest: GuestName,
+    /// The record's state.
+    pub state: State,
+    /// The order's term.
+    pub term: u64,
+    /// The order's generation.
+    pub generation: u64,
+    /// The lineage; 0: none yet.
+    pub lineage: u128,
+    /// The other host that the state names; empty: none.
+    pub peer: AddressText,
+    /// Whether a migration can be followed.
+    pub migration: Migration,
+    /// What to type next; empty: nothing.
+    pub hint: Cause,
+    /// Every disk, in the order of the command line.
+    pub disks: Vec<DiskStatus, DISKS_MAX>,
+}
+
+/// Whether a migration can be followed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Migration {
+    /// 0: none since this process started.
+    #[default]
+    None,
+    /// 1: one is running.
+    Running,
+    /// 2: one has ended.
+    Ended,
+}
+
+impl Migration {
+    /// As `--json` prints it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Running => "running",
+            Self::Ended => "ended",
+        }
+    }
+}
+
+/// One disk in [`Status`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskStatus {
+    /// Its name.
+    pub name: DiskName,
+    /// Its size; 0: not known (no source, or not yet made).
+    pub size_bytes: u64,
+    /// Why it would stay; `None`: it moves.
+    pub stays: Option<Stays>,
+    /// Its export's gate; `None`: it has no export.
+    pub gate: Option<Gate>,
+}
+
+/// Where a migration is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Phase {
+    /// 0: dials, says hello, opens the disks there.
+    #[default]
+    Prepare,
+    /// 1: the first copy.
+    Bulk,
+    /// 2: walks over what the guest has written since.
+    Passes,
+    /// 3: the VMM moves its memory and devices; the mirror keeps passing.
+    State,
+    /// 4: the guest's writes wait; the final pass.
+    Final,
+    /// 5: SEAL is sent: the destination makes everything durable.
+    Seal,
+    /// 6: ownership is given.
+    Give,
+    /// 7: aborting; the two sides agree on it.
+    Abort,
+}
+
+impl Phase {
+    /// As progress prints it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Prepare => "prepare",
+            Self::Bulk => "bulk pass",
+            Self::Passes => "passes",
+            Self::State => "state",
+            Self::Final => "final pass",
+            Self::Seal => "seal",
+            Self::Give => "give",
+            Self::Abort => "abort",
+        }
+    }
+}
+
+/// Whether the final pass would fit the allowed downtime, or why not.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Convergence {
+    /// 0: the bulk pass is not over; nothing to predict from.
+    #[default]
+    Copying,
+    /// 1: it fits.
+    Converged,
+    /// 2: it would take too long yet, and is getting shorter.
+    TooLong,
+    /// 3: it does not get shorter: the guest writes faster than the mirror copies.
+    GuestIsFaster {
+        /// What the guest writes, in bytes a second, all disks together.
+        dirty_rate_bytes: u64,
+        /// What the mirror copies, in bytes a second, all disks together.
+        rate_bytes: u64,
+    },
+}
+
+/// How a running migration is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// The attempt's number.
+    pub attempt: u128,
+    /// Where it is.
+    pub phase: Phase,
+    /// Since `migrate`.
+    pub elapsed_ms: u64,
+    /// Whether it converged, or why not.
+    pub convergence: Convergence,
+    /// Predicted length of the final pass; `None`: cannot be said yet.
+    pub predicted_final_ms: Option<u32>,
+    /// The downtime that is allowed.
+    pub downtime_limit_ms: u32,
+    /// Bytes a second that are allowed; 0: no limit.
+    pub bandwidth_bytes: u64,
+    /// `--hold`: waits for `switch` when converged.
+    pub held: bool,
+    /// Every disk that moves.
+    pub disks: Vec<DiskProgress, DISKS_MAX>,
+}
+
+/// One disk in [`Progress`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskProgress {
+    /// Its name.
+    pub name: DiskName,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Dirty or taken: what is left at this moment.
+    pub left_bytes: u64,
+    /// Data sent, repeated copies counted again.
+    pub sent_bytes: u64,
+    /// Zeroes that travelled as write-zeroes, or needed not travel.
+    pub zero_bytes: u64,
+    /// What the mirror copies, a second.
+    pub rate_bytes: u64,
+    /// What the guest makes dirty, a second.
+    pub dirty_rate_bytes: u64,
+    /// Passes begun, the bulk pass included.
+    pub passes: u32,
+    /// Seconds until nothing is left; `None`: never at these rates, or not known.
+    pub estimate_s: Option<u32>,
+}
+
+/// Who owns the guest after a migration, seen from here.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Owner {
+    /// 0: this host.
+    Here,
+    /// 1: the destination.
+    Destination,
+    /// 2: not known from here.
+    #[default]
+    Unknown,
+}
+
+impl Owner {
+    /// As `--json` prints it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Here => "here",
+            Self::Destination => "destination",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// How a migration ended.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Done {
+    /// The attempt's number.
+    pub attempt: u128,
+    /// [`Exit::code`] of the command.
+    pub exit: u8,
+    /// The cause when it failed; may be empty when it did not.
+    pub message: Cause,
+    /// Who owns the guest now.
+    pub owner: Owner,
+    /// The destination.
+    pub destination: AddressText,
+    /// Data sent.
+    pub sent_bytes: u64,
+    /// Zeroes that travelled as write-zeroes, or needed not travel.
+    pub zero_bytes: u64,
+    /// Most passes of any disk, the bulk pass included.
+    pub passes: u32,
+    /// From `migrate` to the end.
+    pub total_ms: u64,
+    /// From quiesce to the destination's word that it owns; `None`: never came to it.
+    pub switchover_us: Option<u64>,
+}
+
+/// As much of `full` as fits, cut at a character.
+#[must_use]
+pub fn text<const N: usize>(full: &str) -> String<N> {
+    let mut end = full.len().min(N);
+    while !full.is_char_boundary(end) {
+        end -= 1;
+    }
+    // It fits: `end` is at most N.
+    String::try_from(&full[..end]).unwrap_or_default()
+}

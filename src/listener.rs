@@ -1,0 +1,311 @@
+//! A listening socket: what a door waits at.
+//!
+//! Binding a Unix socket removes what a dead process left at that path and refuses where a living one answers. The
+//! socket can be connected to by its owner only, from the first moment on. A blocked [`Listener::accept`] ends when
+//! another thread calls [`Listener::stop`].
+
+use std::fs::{self, DirBuilder, File};
+use std::io::{Error, ErrorKind, Result};
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Instant;
+
+use rustix::fs::{FlockOperation, Mode, flock};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
+
+use crate::address::{Address, resolve};
+use crate::limits::{ACCEPT_PAUSE, BIND_LOCK_TIMEOUT, CONNECT_TIMEOUT, LISTEN_BACKLOG, RETRY_PAUSE};
+use crate::socket::Socket;
+
+/// Mode of directories that are made for a socket.
+const DIRECTORY_MODE: u32 = 0o700;
+
+/// A bound, listening socket. Dropping it removes its Unix socket.
+#[derive(Debug)]
+pub struct Listener {
+    fd: OwnedFd,
+    address: Address,
+    stopped: AtomicBool,
+    made: Option<Made>,
+}
+
+/// The file of a Unix socket, so that only our own is removed.
+#[derive(Debug)]
+struct Made {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl Listener {
+    /// Binds and listens. TCP sets `SO_REUSEADDR`; port 0 becomes a free port, which [`Listener::address`] tells.
+    /// The directory of a Unix socket is made where it is missing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::AddrInUse`] when a living process listens there; else the system's error.
+    pub fn bind(address: &Address) -> Result<Self> {
+        match address {
+            Address::Unix(path) => bind_unix(path),
+            Address::Tcp { host, port } => bind_tcp(host, *port),
+        }
+    }
+
+    /// Where this listens, with the port that it really has.
+    #[must_use]
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Waits for the next connection; `None` once [`Listener::stop`] was called. What a peer does wrong before it is
+    /// accepted, and a lack of descriptors or memory, is waited out.
+    ///
+    /// # Errors
+    /// The system's error: this listener is of no more use.
+    pub fn accept(&self) -> Result<Option<Socket>> {
+        loop {
+            let accepted = rustix::net::accept_with(&self.fd, SocketFlags::CLOEXEC);
+            if self.stopped.load(Ordering::Acquire) {
+                return Ok(None);
+            }
+            match accepted {
+                Ok(fd) => return Ok(Some(Socket::new(fd))),
+                Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                    log::warn!("accept: {}: out of descriptors or memory, waiting", self.address);
+                    thread::sleep(ACCEPT_PAUSE);
+                }
+                Err(e) if is_the_connections_fault(e) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    /// Ends every present and later [`Listener::accept`]. Safe to repeat.
+    pub fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+        // On Linux this wakes a blocked accept, of TCP and of Unix sockets.
+        let _ = rustix::net::shutdown(&self.fd, Shutdown::Both);
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let Some(made) = &self.made else { return };
+        let ours = fs::symlink_metadata(&made.path).is_ok_and(|m| m.dev() == made.device && m.ino() == made.inode);
+        if ours {
+            let _ = fs::remove_file(&made.path);
+        }
+    }
+}
+
+/// What accept(2) passes on from the new connection rather than from the listener.
+fn is_the_connections_fault(error: Errno) -> bool {
+    matches!(
+        error,
+        Errno::INTR
+            | Errno::AGAIN
+            | Errno::CONNABORTED
+            | Errno::PERM
+            | Errno::PROTO
+            | Errno::NETDOWN
+            | Errno::NETUNREACH
+            | Errno::HOSTDOWN
+            | Errno::HOSTUNREACH
+    )
+}
+
+fn bind_tcp(host: &str, port: u16) -> Result<Listener> {
+    // The standard library sets SO_REUSEADDR and CLOEXEC.
+    let listener = TcpListener::bind(resolve(host, port)?.as_slice())?;
+    let port = listener.local_addr()?.port();
+    let address = Address::Tcp { host: host.to_owned(), port };
+    Ok(Listener { fd: OwnedFd::from(listener), address, stopped: AtomicBool::new(false), made: None })
+}
+
+fn bind_unix(path: &Path) -> Result<Listener> {
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    DirBuilder::new().recursive(true).mode(DIRECTORY_MODE).create(directory)?;
+    // Two processes that start at once must not take each other's fresh socket for a stale one.
+    let _lock = lock(directory)?;
+    remove_stale(path)?;
+    let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // On Linux the file inherits this mode, so there is no moment in which others could connect.
+    rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR)?;
+    rustix::net::bind(&fd, &SocketAddrUnix::new(path)?)?;
+    let meta = fs::symlink_metadata(path)?;
+    let made = Made { path: path.to_owned(), device: meta.dev(), inode: meta.ino() };
+    let address = Address::Unix(path.to_owned());
+    // From here on dropping removes the file.
+    let listener = Listener { fd, address, stopped: AtomicBool::new(false), made: Some(made) };
+    rustix::net::listen(&listener.fd, LISTEN_BACKLOG)?;
+    Ok(listener)
+}
+
+/// Locks a directory against other processes that bind in it, until the result is dropped.
+fn lock(directory: &Path) -> Result<File> {
+    let file = File::open(directory)?;
+    let deadline = Instant::now() + BIND_LOCK_TIMEOUT;
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) if Instant::now() < deadline => thread::sleep(RETRY_PAUSE),
+            Err(Errno::AGAIN) => {
+                return Err(Error::new(ErrorKind::ResourceBusy, "another process keeps the socket's directory locked"));
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// Removes a socket that nobody listens on.
+fn remove_stale(path: &Path) -> Result<()> {
+    let meta = match fs::symlink_metadata(path) {
+        Ok(meta) => meta,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    if !meta.file_type().is_socket() {
+        return Err(Error::new(ErrorKind::AlreadyExists, "exists and is not a socket"));
+    }
+    match Address::Unix(path.to_owned()).connect(CONNECT_TIMEOUT) {
+        Err(e) if e.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path),
+        Err(e) if e.kind() != ErrorKind::TimedOut => Err(e),
+        // A full backlog is a living listener too.
+        _ => Err(Error::new(ErrorKind::AddrInUse, "in use: a process listens there")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixListener;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use super::*;
+
+    const WAIT: Duration = Duration::from_secs(5);
+
+    fn scratch(name: &str) -> (tempfile::TempDir, PathBuf, Address) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join(name);
+        let address = Address::Unix(path.clone());
+        (dir, path, address)
+    }
+
+    #[test]
+    fn a_connection_passes_through_each_kind_of_listener() {
+        let (_dir, _path, unix) = scratch("door.sock");
+        for address in [unix, Address::parse("tcp://127.0.0.1:0").expect("an address")] {
+            let listener = Listener::bind(&address).expect("binds");
+            let client = listener.address().connect(WAIT).expect("connects");
+            let server = listener.accept().expect("accepts").expect("not stopped");
+            client.send_all(b"hello").expect("sends");
+            let mut got = [0; 5];
+            server.recv_exact_before(&mut got, Instant::now() + WAIT).expect("receives");
+            assert_eq!(&got, b"hello");
+        }
+    }
+
+    #[test]
+    fn tcp_port_0_tells_the_port_it_got_and_keeps_the_host() {
+        let listener = Listener::bind(&Address::parse("tcp://localhost:0").expect("an address")).expect("binds");
+        let Address::Tcp { host, port } = listener.address() else { panic!("not TCP") };
+        assert_eq!(host, "localhost");
+        assert_ne!(*port, 0);
+    }
+
+    #[test]
+    fn a_tcp_port_in_use_is_refused() {
+        let first = Listener::bind(&Address::parse("tcp://127.0.0.1:0").expect("an address")).expect("binds");
+        assert_eq!(Listener::bind(first.address()).expect_err("in use").kind(), ErrorKind::AddrInUse);
+    }
+
+    #[test]
+    fn a_stale_socket_is_removed() {
+        let (_dir, path, address) = scratch("stale.sock");
+        // The standard library leaves the file behind, as a killed process does.
+        drop(UnixListener::bind(&path).expect("binds"));
+        assert!(path.exists());
+        let listener = Listener::bind(&address).expect("binds over the stale one");
+        listener.address().connect(WAIT).expect("connects");
+    }
+
+    #[test]
+    fn a_living_socket_is_refused_and_goes_on() {
+        let (_dir, _path, address) = scratch("live.sock");
+        let first = Listener::bind(&address).expect("binds");
+        let error = Listener::bind(&address).expect_err("in use");
+        assert_eq!(error.kind(), ErrorKind::AddrInUse);
+        assert_eq!(error.to_string(), "in use: a process listens there");
+        let _probe = first.accept().expect("accepts").expect("the probe of the second");
+        first.address().connect(WAIT).expect("still there");
+    }
+
+    #[test]
+    fn a_file_that_is_no_socket_is_kept() {
+        let (_dir, path, address) = scratch("file");
+        fs::write(&path, "precious").expect("writes");
+        let error = Listener::bind(&address).expect_err("refused");
+        assert_eq!(error.to_string(), "exists and is not a socket");
+        assert_eq!(fs::read(&path).expect("reads"), b"precious");
+    }
+
+    #[test]
+    fn sockets_and_their_directories_are_the_owners_only_and_go_with_the_listener() {
+        let (dir, path, address) = scratch("made/for/door.sock");
+        let listener = Listener::bind(&address).expect("binds");
+        let mode = |p: &Path| fs::metadata(p).expect("exists").permissions().mode() & 0o777;
+        assert_eq!(mode(&path), 0o600);
+        assert_eq!(mode(&dir.path().join("made")), 0o700);
+        assert_eq!(mode(&dir.path().join("made/for")), 0o700);
+        drop(listener);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn dropping_a_listener_leaves_a_socket_that_is_not_its_own() {
+        let (_dir, path, address) = scratch("moved.sock");
+        let first = Listener::bind(&address).expect("binds");
+        fs::rename(&path, path.with_extension("old")).expect("moves");
+        let second = Listener::bind(&address).expect("binds");
+        drop(first);
+        second.address().connect(WAIT).expect("still there");
+    }
+
+    #[test]
+    fn stop_ends_a_blocked_accept() {
+        let (_dir, _path, unix) = scratch("door.sock");
+        for address in [unix, Address::parse("tcp://127.0.0.1:0").expect("an address")] {
+            let listener = Arc::new(Listener::bind(&address).expect("binds"));
+            let waiting = thread::spawn({
+                let listener = Arc::clone(&listener);
+                move || listener.accept().expect("ends without an error").is_none()
+            });
+            // Whether the thread waits already or not: both must end.
+            thread::sleep(RETRY_PAUSE);
+            listener.stop();
+            assert!(waiting.join().expect("no panic"));
+            assert!(listener.accept().expect("stays stopped").is_none());
+        }
+    }
+
+    #[test]
+    fn two_processes_that_start_at_once_get_one_socket() {
+        let (_dir, path, address) = scratch("race.sock");
+        drop(UnixListener::bind(&path).expect("leaves a stale socket"));
+        let racers: Vec<_> = (0..8)
+            .map(|_| {
+                let address = address.clone();
+                thread::spawn(move || Listener::bind(&address))
+            })
+            .collect();
+        let bound: Vec<_> = racers.into_iter().filter_map(|r| r.join().expect("no panic").ok()).collect();
+        assert_eq!(bound.len(), 1);
+    }
+}

@@ -9,6 +9,7 @@ pub mod control;
 pub mod dirty;
 pub mod disk;
 pub mod domain;
+pub mod doors;
 pub mod error;
 pub mod export;
 pub mod limits;

@@ -15,5 +15,7 @@ pub mod export;
 pub mod limits;
 pub mod listener;
 pub mod log;
+pub mod migrate;
 pub mod nbd;
+pub mod ownership;
 pub mod socket;

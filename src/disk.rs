@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{Advice, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom};
+use rustix::fs::{Advice, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, Stat};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::limits::{DIRECT_ALIGN, PROBE_BYTES, PROBES, SECTOR, ZERO_WRITE};
@@ -83,6 +83,17 @@ impl From<Errno> for OpenError {
 pub struct Identity {
     device: u64,
     inode: u64,
+}
+
+impl Identity {
+    fn of(stat: &Stat, block_device: bool) -> Self {
+        if block_device {
+            // Two nodes of one device are one disk.
+            Self { device: u64::MAX, inode: stat.st_rdev }
+        } else {
+            Self { device: stat.st_dev, inode: stat.st_ino }
+        }
+    }
 }
 
 /// A run of bytes that is either all data, as far as the file system knows, or all hole.
@@ -186,20 +197,22 @@ impl Disk {
                 Some(rustix::fs::open(path, mode | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty())?)
             }
         };
-        let identity = if block_device {
-            Identity { device: u64::MAX, inode: stat.st_rdev }
-        } else {
-            Identity { device: stat.st_dev, inode: stat.st_ino }
-        };
         Ok(Self {
             file,
             direct,
             size,
             block_device,
-            identity,
+            identity: Identity::of(&stat, block_device),
             poisoned: AtomicBool::new(false),
             nowait: AtomicBool::new(true),
         })
+    }
+
+    /// Which image is at `path`, without opening it; `None` if there is none.
+    #[must_use]
+    pub fn identify(path: &Path) -> Option<Identity> {
+        let stat = rustix::fs::stat(path).ok()?;
+        Some(Identity::of(&stat, FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice))
     }
 
     /// Its size in bytes, a multiple of 512, as it was when opened.

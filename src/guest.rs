@@ -197,3 +197,16 @@ fn has_directory(path: &Path) -> bool {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     parent.unwrap_or(Path::new(".")).is_dir()
 }
+
+/// This machine's identity in records and stamps. There is no durable record yet that could outlive the process, so
+/// neither need this.
+fn this_machine() -> Result<Host, Problem> {
+    Host::random().map_err(|error| Problem::fatal("serve", "random numbers", error))
+}
+
+/// The kernel's number for this boot; zero where it does not tell.
+fn boot_id() -> [u8; 16] {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    Host::from_hex(&digits).map_or([0; 16], |id| id.0)
+}

@@ -174,6 +174,12 @@ pub const LANE_LOOK: Duration = Duration::from_millis(5);
 pub const LANE_SILENCE_MAX: Duration = Duration::from_secs(60);
 /// Time over which the rates that are shown and predicted with are averaged.
 pub const RATE_WINDOW: Duration = Duration::from_secs(1);
+/// Time between two samples of the rates.
+pub const METER_PERIOD: Duration = Duration::from_millis(100);
+/// With at least so many bytes outstanding the mirror counts as copying all the time.
+pub const SATURATED_MIN: u64 = 4 * MIB as u64;
+/// Rate that is predicted with before any was measured, in bytes a second: small, so that little is promised.
+pub const ASSUMED_RATE: u64 = 10 * MIB as u64;
 /// What a bandwidth budget lets through at once after a pause, as time at the set rate.
 pub const BUDGET_BURST: Duration = Duration::from_millis(50);
 

@@ -16,6 +16,7 @@ pub mod limits;
 pub mod listener;
 pub mod log;
 pub mod migrate;
+pub mod mirror;
 pub mod nbd;
 pub mod ownership;
 pub mod socket;

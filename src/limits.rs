@@ -164,6 +164,8 @@ pub const REGIONS_IN_FLIGHT_MAX: usize = CONNECTIONS_PER_DISK_MAX * LANE_REGIONS
 pub const LANE_REGIONS_MAX: usize = 32;
 /// A run of zeroes inside a region travels as write-zeroes from this length on, in bytes.
 pub const ZERO_RUN_MIN: usize = 16 * KIB;
+/// Zeroes are looked for in steps of this, in bytes.
+pub const ZERO_STEP: usize = 4 * KIB;
 /// Most requests that one region is split into.
 pub const REGION_REQUESTS_MAX: usize = 16;
 /// A pass begins no sooner than this after the one before: what the guest writes twice meanwhile travels once.

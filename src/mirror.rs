@@ -3,7 +3,7 @@
 //! A [`Mirror`] has one dirty map and any number of *lanes*, one for each NBD connection to the destination; each lane
 //! is a thread in [`Mirror::run_lane`] that takes, reads, sends and collects acknowledgements, with many requests in
 //! flight. The rules about what may be taken and given back live in `dirty.rs`; the order clear, read, send (D2) can
-//! be seen in [`Lane::send_region`]. Whoever drives a migration (`migrate/source.rs`) asks for counts, for a flush, and
+//! be seen in `send_region` in `mirror/lane.rs`. Whoever drives a migration (`migrate/source.rs`) asks for counts, for a flush, and
 //! at the end, with the guest quiesced, for the final pass; no data byte passes through there.
 //!
 //! # Passes
@@ -22,19 +22,25 @@
 //!
 //! An error *reply* is something else: the destination's disk has failed, or ours. It ends the migration (D8).
 
+mod budget;
+mod lane;
+mod runs;
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+pub use budget::Budget;
+use lane::{Flight, Lane, LaneEnd, Orders};
+
 use crate::dirty::{DirtyMap, Outstanding, Region};
-use crate::disk::{AlignedBuffer, Disk, is_zero};
+use crate::disk::Disk;
 use crate::export::{Export, Quiesced};
-use crate::limits::{
-    BUDGET_BURST, GRANULARITY_MIN, LANE_LOOK, LANE_REGIONS_MAX, LANE_SILENCE_MAX, PASS_PERIOD, REGION_MAX,
-    REGION_REQUESTS_MAX, WINDOW_MAX, ZERO_RUN_MIN,
-};
-use crate::nbd::client::{Client, Event, Lost};
+use crate::limits::{LANE_LOOK, PASS_PERIOD, REGION_MAX};
+use crate::nbd::client::Client;
 
 /// The mirror of one disk.
 #[derive(Debug)]
@@ -311,19 +317,10 @@ impl Mirror {
     /// failed; which of them it was is in the mirror's state.
     pub fn run_lane(&self, client: &mut Client) {
         self.lock().lanes += 1;
-        let mut lane = Lane {
-            mirror: self,
-            flights: std::array::from_fn(|_| None),
-            flying: 0,
-            flush: None,
-            buffer: AlignedBuffer::new(REGION_MAX),
-            heard: Instant::now(),
-        };
+        let mut lane = Lane::new(self);
         let end = lane.run(client);
         let mut state = self.lock();
-        for flight in &mut lane.flights {
-            state.lost.extend(flight.take().map(|flight| flight.region));
-        }
+        state.lost.extend(lane.into_regions());
         state.lanes -= 1;
         match end {
             LaneEnd::Stopped => {}
@@ -399,320 +396,3 @@ impl Drop for Mirror {
         self.export.disarm();
     }
 }
-
-enum Orders {
-    Stop,
-    /// Wait for replies, at most so long.
-    Listen(Duration),
-    Send(Region, bool),
-    Flush(u64),
-}
-
-enum LaneEnd {
-    Stopped,
-    Lost(String),
-    Failed(Failure),
-}
-
-/// A region on its way, and how many of its requests are not answered.
-struct Flight {
-    region: Region,
-    requests: usize,
-}
-
-/// One connection's thread.
-struct Lane<'a> {
-    mirror: &'a Mirror,
-    flights: [Option<Flight>; LANE_REGIONS_MAX],
-    flying: usize,
-    /// The flush on its way: its number, and when it left.
-    flush: Option<(u64, Instant)>,
-    buffer: AlignedBuffer,
-    /// When the destination last answered, or was last owed nothing.
-    heard: Instant,
-}
-
-/// The cookie of a flush; those of a region's requests are its place among the flights, and a number within.
-const FLUSH_COOKIE: u64 = u64::MAX;
-
-impl Lane<'_> {
-    fn run(&mut self, client: &mut Client) -> LaneEnd {
-        loop {
-            let room = self.flying < LANE_REGIONS_MAX && client.in_flight() + REGION_REQUESTS_MAX <= WINDOW_MAX;
-            let done = match self.mirror.orders(room, self.flying > 0, self.flush.is_some()) {
-                Orders::Stop => return LaneEnd::Stopped,
-                Orders::Listen(time) => self.listen(client, time),
-                Orders::Flush(number) => self.send_flush(client, number),
-                Orders::Send(region, urgent) => self
-                    .spend(client, region.length(), urgent)
-                    .and_then(|()| self.send_region(client, region))
-                    .and_then(|()| self.listen(client, Duration::ZERO)),
-            };
-            if let Err(end) = done {
-                return end;
-            }
-        }
-    }
-
-    /// Waits for its share of the bandwidth, collecting replies meanwhile.
-    fn spend(&mut self, client: &mut Client, bytes: usize, urgent: bool) -> Result<(), LaneEnd> {
-        while let Some(time) = self.mirror.budget.spend(bytes, urgent) {
-            let (urgent, stop) = {
-                let state = self.mirror.lock();
-                (state.urgent, state.stop)
-            };
-            if stop {
-                return Err(LaneEnd::Stopped);
-            }
-            if urgent {
-                break;
-            }
-            self.listen(client, time.min(LANE_LOOK))?;
-        }
-        Ok(())
-    }
-
-    /// D2, the mirror's side: the region was cleared when it was taken; now it is read, then sent.
-    fn send_region(&mut self, client: &mut Client, region: Region) -> Result<(), LaneEnd> {
-        let (offset, length) = (region.offset(), region.length());
-        let data = &mut self.buffer[..length];
-        if let Err(error) = self.mirror.disk.read(data, offset) {
-            return Err(LaneEnd::Failed(self.failure("read", offset, length, &error)));
-        }
-        let Some(place) = self.flights.iter().position(Option::is_none) else {
-            return Ok(());
-        };
-        let flight = self.flights[place].insert(Flight { region, requests: 0 });
-        self.flying += 1;
-        if client.in_flight() == 0 {
-            self.heard = Instant::now();
-        }
-        let zeroes = client.can_write_zeroes();
-        for run in Runs::new(&self.buffer[..length]) {
-            let at = offset + run.start as u64;
-            let cookie = (place * REGION_REQUESTS_MAX + flight.requests) as u64;
-            flight.requests += 1;
-            if run.zero && zeroes {
-                let bytes = u32::try_from(run.length).unwrap_or(u32::MAX);
-                client.submit_write_zeroes(cookie, at, bytes, true, false).map_err(|lost| lost_lane(&lost))?;
-                self.mirror.zeroed.fetch_add(run.length as u64, Ordering::Relaxed);
-            } else {
-                let bytes = &self.buffer[run.start..run.start + run.length];
-                client.submit_write(cookie, at, bytes, false).map_err(|lost| lost_lane(&lost))?;
-                self.mirror.sent.fetch_add(run.length as u64, Ordering::Relaxed);
-            }
-        }
-        Ok(())
-    }
-
-    fn send_flush(&mut self, client: &mut Client, number: u64) -> Result<(), LaneEnd> {
-        if !client.can_flush() {
-            self.flushed(number, Duration::ZERO);
-            return Ok(());
-        }
-        if client.in_flight() == 0 {
-            self.heard = Instant::now();
-        }
-        self.flush = Some((number, Instant::now()));
-        client.submit_flush(FLUSH_COOKIE).map_err(|lost| lost_lane(&lost))
-    }
-
-    fn flushed(&self, number: u64, took: Duration) {
-        let mut state = self.mirror.lock();
-        state.flush.done = state.flush.done.max(number);
-        state.flush.took = took;
-        drop(state);
-        self.mirror.changed.notify_all();
-    }
-
-    /// Takes in the replies that come within `time`.
-    fn listen(&mut self, client: &mut Client, time: Duration) -> Result<(), LaneEnd> {
-        let mut failed = None;
-        let (flights, flush, mirror) = (&mut self.flights, &mut self.flush, self.mirror);
-        let mut landed = 0;
-        let mut flushed = None;
-        let answers = client.wait(Some(time), &mut |event| {
-            let Event::Done { cookie, result } = event else { return };
-            if cookie == FLUSH_COOKIE {
-                match (result, flush.take()) {
-                    (Ok(()), Some((number, left))) => flushed = Some((number, left.elapsed())),
-                    (Err(error), _) => {
-                        failed.get_or_insert(Failure { text: format!("flush: disk {}: {error}", mirror.name()) });
-                    }
-                    (Ok(()), None) => {}
-                }
-                return;
-            }
-            let place = usize::try_from(cookie).unwrap_or(usize::MAX) / REGION_REQUESTS_MAX;
-            let Some(Some(flight)) = flights.get_mut(place) else { return };
-            if let Err(error) = result {
-                let region = &flight.region;
-                failed.get_or_insert(describe("write", mirror.name(), region.offset(), region.length(), &error));
-                return;
-            }
-            flight.requests -= 1;
-            if flight.requests == 0
-                && let Some(flight) = flights[place].take()
-            {
-                landed += 1;
-                mirror.acknowledge(flight);
-            }
-        });
-        self.flying -= landed;
-        let answers = answers.map_err(|lost| lost_lane(&lost))?;
-        if let Some(failure) = failed {
-            return Err(LaneEnd::Failed(failure));
-        }
-        if let Some((number, took)) = flushed {
-            self.flushed(number, took);
-        }
-        if answers > 0 || client.in_flight() == 0 {
-            self.heard = Instant::now();
-        } else if self.heard.elapsed() > LANE_SILENCE_MAX {
-            return Err(LaneEnd::Lost(format!("no answer for {} s", LANE_SILENCE_MAX.as_secs())));
-        }
-        Ok(())
-    }
-
-    fn failure(&self, operation: &str, offset: u64, length: usize, cause: &dyn fmt::Display) -> Failure {
-        describe(operation, self.mirror.name(), offset, length, cause)
-    }
-}
-
-fn describe(operation: &str, disk: &str, offset: u64, length: usize, cause: &dyn fmt::Display) -> Failure {
-    Failure { text: format!("{operation}: disk {disk}, {length} bytes at {offset}: {cause}") }
-}
-
-fn lost_lane(lost: &Lost) -> LaneEnd {
-    LaneEnd::Lost(lost.to_string())
-}
-
-/// A run of a region that is all zero, or is not.
-#[derive(Debug, PartialEq, Eq)]
-struct Run {
-    start: usize,
-    length: usize,
-    zero: bool,
-}
-
-/// Splits a region's bytes into runs: zeroes from [`ZERO_RUN_MIN`] on by themselves, the rest as data, and never more
-/// than [`REGION_REQUESTS_MAX`].
-struct Runs<'a> {
-    bytes: &'a [u8],
-    at: usize,
-    made: usize,
-}
-
-impl<'a> Runs<'a> {
-    fn new(bytes: &'a [u8]) -> Self {
-        Self { bytes, at: 0, made: 0 }
-    }
-
-    /// The next place from `from` on where a whole run of zeroes begins, and where it ends.
-    fn next_zeroes(&self, from: usize) -> Option<(usize, usize)> {
-        const STEP: usize = GRANULARITY_MIN as usize;
-        let zero_at = |at: usize| is_zero(&self.bytes[at..self.bytes.len().min(at + STEP)]);
-        let mut at = from;
-        while at < self.bytes.len() {
-            if !zero_at(at) {
-                at += STEP;
-                continue;
-            }
-            let start = at;
-            while at < self.bytes.len() && zero_at(at) {
-                at += STEP;
-            }
-            let end = at.min(self.bytes.len());
-            if end - start >= ZERO_RUN_MIN || end - start == self.bytes.len() {
-                return Some((start, end));
-            }
-        }
-        None
-    }
-}
-
-impl Iterator for Runs<'_> {
-    type Item = Run;
-
-    fn next(&mut self) -> Option<Run> {
-        let start = self.at;
-        if start >= self.bytes.len() {
-            return None;
-        }
-        self.made += 1;
-        let last = self.made == REGION_REQUESTS_MAX;
-        let (end, zero) = match self.next_zeroes(start) {
-            Some((0, end)) if end == self.bytes.len() => (end, true),
-            _ if last => (self.bytes.len(), false),
-            Some((zeroes, end)) if zeroes == start => (end, true),
-            Some((zeroes, _)) => (zeroes, false),
-            None => (self.bytes.len(), false),
-        };
-        self.at = end;
-        Some(Run { start, length: end - start, zero })
-    }
-}
-
-// ---- bandwidth ---------------------------------------------------------------------------------------------------
-
-/// One bandwidth budget for everything that a migration sends in the background; the final pass does not wait for it.
-#[derive(Debug)]
-pub struct Budget {
-    inner: Mutex<Bucket>,
-}
-
-#[derive(Debug)]
-struct Bucket {
-    /// Bytes a second; 0 is no limit.
-    rate: u64,
-    /// Bytes that may be sent now; below zero while what was sent is paid off.
-    credit: f64,
-    counted: Instant,
-}
-
-impl Budget {
-    /// A budget of `rate` bytes a second; 0 is no limit.
-    #[must_use]
-    pub fn new(rate: u64) -> Arc<Self> {
-        Arc::new(Self { inner: Mutex::new(Bucket { rate, credit: 0.0, counted: Instant::now() }) })
-    }
-
-    /// Changes the rate from now on.
-    pub fn set_rate(&self, rate: u64) {
-        let mut bucket = self.lock();
-        bucket.rate = rate;
-        bucket.credit = bucket.credit.max(0.0);
-    }
-
-    /// The rate in bytes a second; 0 is no limit.
-    #[must_use]
-    pub fn rate(&self) -> u64 {
-        self.lock().rate
-    }
-
-    /// Spends `bytes` if there is credit (`urgent`: in any case). Otherwise returns the time after which to ask again.
-    #[expect(clippy::cast_precision_loss, reason = "rates and sizes are far below 2^52")]
-    fn spend(&self, bytes: usize, urgent: bool) -> Option<Duration> {
-        let mut bucket = self.lock();
-        if bucket.rate == 0 {
-            return None;
-        }
-        let rate = bucket.rate as f64;
-        let now = Instant::now();
-        let earned = now.duration_since(bucket.counted).as_secs_f64() * rate;
-        bucket.counted = now;
-        bucket.credit = (bucket.credit + earned).min(rate * BUDGET_BURST.as_secs_f64());
-        if bucket.credit >= 0.0 || urgent {
-            bucket.credit -= bytes as f64;
-            return None;
-        }
-        Some(Duration::from_secs_f64(-bucket.credit / rate))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Bucket> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-#[cfg(test)]
-mod tests;

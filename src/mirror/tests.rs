@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Budget, Run, Runs};
+use super::Budget;
+use super::runs::{Run, Runs};
 use crate::limits::{MIB, REGION_REQUESTS_MAX, ZERO_RUN_MIN};
 
 fn runs(bytes: &[u8]) -> Vec<Run> {
@@ -30,11 +31,14 @@ fn a_region_of_zeroes_is_one_run_however_short() {
 fn data_between_zeroes_travels_by_itself() {
     let mut bytes = vec![0; MIB];
     bytes[100_000] = 1;
-    assert_eq!(runs(&bytes), [
-        Run { start: 0, length: 98_304, zero: true },
-        Run { start: 98_304, length: 4096, zero: false },
-        Run { start: 102_400, length: MIB - 102_400, zero: true },
-    ]);
+    assert_eq!(
+        runs(&bytes),
+        [
+            Run { start: 0, length: 98_304, zero: true },
+            Run { start: 98_304, length: 4096, zero: false },
+            Run { start: 102_400, length: MIB - 102_400, zero: true },
+        ]
+    );
 }
 
 #[test]

@@ -1,5 +1,9 @@
 //! Everything that knows the NBD standard, and nothing that knows migrations.
 
+pub mod client;
+mod client_calls;
+mod client_handshake;
 pub mod handshake;
+mod replies;
 pub mod server;
 pub mod wire;

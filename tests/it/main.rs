@@ -1,1 +1,4 @@
-//! Integration tests.
+//! Integration tests: the program and its parts against real programs that nobody here wrote.
+
+mod client;
+mod harness;

@@ -1,0 +1,236 @@
+//! One lane: the thread that copies over one connection.
+
+use std::fmt;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::runs::Runs;
+use super::{Failure, Mirror};
+use crate::dirty::Region;
+use crate::disk::AlignedBuffer;
+use crate::limits::{LANE_LOOK, LANE_REGIONS_MAX, LANE_SILENCE_MAX, REGION_MAX, REGION_REQUESTS_MAX, WINDOW_MAX};
+use crate::nbd::client::{Client, Event, Lost, Submitted};
+use crate::nbd::wire;
+
+/// What a lane does next.
+pub(super) enum Orders {
+    /// End.
+    Stop,
+    /// Wait for replies, at most so long.
+    Listen(Duration),
+    /// Copy this; `true`: without regard for the budget.
+    Send(Region, bool),
+    /// Send the flush of this number.
+    Flush(u64),
+}
+
+/// How a lane came to its end.
+pub(super) enum LaneEnd {
+    /// It was told to.
+    Stopped,
+    /// Its connection is dead.
+    Lost(String),
+    /// The migration is.
+    Failed(Failure),
+}
+
+/// A region on its way, and how many of its requests are not answered.
+pub(super) struct Flight {
+    pub(super) region: Region,
+    requests: usize,
+}
+
+/// One connection's thread.
+pub(super) struct Lane<'a> {
+    mirror: &'a Mirror,
+    flights: [Option<Flight>; LANE_REGIONS_MAX],
+    flying: usize,
+    /// The flush on its way: its number, and when it left.
+    flush: Option<(u64, Instant)>,
+    buffer: AlignedBuffer,
+    /// When the destination last answered, or was last owed nothing.
+    heard: Instant,
+}
+
+/// The cookie of a flush; those of a region's requests are its place among the flights, and a number within.
+const FLUSH_COOKIE: u64 = u64::MAX;
+
+impl<'a> Lane<'a> {
+    pub(super) fn new(mirror: &'a Mirror) -> Self {
+        Self {
+            mirror,
+            flights: std::array::from_fn(|_| None),
+            flying: 0,
+            flush: None,
+            buffer: AlignedBuffer::new(REGION_MAX),
+            heard: Instant::now(),
+        }
+    }
+
+    /// What was in flight when it ended.
+    pub(super) fn into_regions(self) -> impl Iterator<Item = Region> {
+        self.flights.into_iter().flatten().map(|flight| flight.region)
+    }
+
+    pub(super) fn run(&mut self, client: &mut Client) -> LaneEnd {
+        loop {
+            let room = self.flying < LANE_REGIONS_MAX && client.in_flight() + REGION_REQUESTS_MAX <= WINDOW_MAX;
+            let done = match self.mirror.orders(room, self.flying > 0, self.flush.is_some()) {
+                Orders::Stop => return LaneEnd::Stopped,
+                Orders::Listen(time) => self.listen(client, time),
+                Orders::Flush(number) => self.send_flush(client, number),
+                Orders::Send(region, urgent) => self
+                    .spend(client, region.length(), urgent)
+                    .and_then(|()| self.send_region(client, region))
+                    .and_then(|()| self.listen(client, Duration::ZERO)),
+            };
+            if let Err(end) = done {
+                return end;
+            }
+        }
+    }
+
+    /// Waits for its share of the bandwidth, collecting replies meanwhile.
+    fn spend(&mut self, client: &mut Client, bytes: usize, urgent: bool) -> Result<(), LaneEnd> {
+        while let Some(time) = self.mirror.budget.spend(bytes, urgent) {
+            let (urgent, stop) = {
+                let state = self.mirror.lock();
+                (state.urgent, state.stop)
+            };
+            if stop {
+                return Err(LaneEnd::Stopped);
+            }
+            if urgent {
+                break;
+            }
+            self.listen(client, time.min(LANE_LOOK))?;
+        }
+        Ok(())
+    }
+
+    /// D2, the mirror's side: the region was cleared when it was taken; now it is read, then sent.
+    fn send_region(&mut self, client: &mut Client, region: Region) -> Result<(), LaneEnd> {
+        let (offset, length) = (region.offset(), region.length());
+        let data = &mut self.buffer[..length];
+        if let Err(error) = self.mirror.disk.read(data, offset) {
+            return Err(LaneEnd::Failed(self.failure("read", offset, length, &error)));
+        }
+        let Some(place) = self.flights.iter().position(Option::is_none) else {
+            return Ok(());
+        };
+        let flight = self.flights[place].insert(Flight { region, requests: 0 });
+        self.flying += 1;
+        if client.in_flight() == 0 {
+            self.heard = Instant::now();
+        }
+        let zeroes = client.info().has(wire::FLAG_SEND_WRITE_ZEROES);
+        for run in Runs::new(&self.buffer[..length]) {
+            let at = offset + run.start as u64;
+            let cookie = (place * REGION_REQUESTS_MAX + flight.requests) as u64;
+            flight.requests += 1;
+            if run.zero && zeroes {
+                let bytes = u32::try_from(run.length).unwrap_or(u32::MAX);
+                taken(client.submit_write_zeroes(cookie, at, bytes, true, false))?;
+                self.mirror.zeroed.fetch_add(run.length as u64, Ordering::Relaxed);
+            } else {
+                let bytes = &self.buffer[run.start..run.start + run.length];
+                taken(client.submit_write(cookie, at, bytes, false))?;
+                self.mirror.sent.fetch_add(run.length as u64, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    fn send_flush(&mut self, client: &mut Client, number: u64) -> Result<(), LaneEnd> {
+        if !client.info().has(wire::FLAG_SEND_FLUSH) {
+            self.flushed(number, Duration::ZERO);
+            return Ok(());
+        }
+        if client.in_flight() == 0 {
+            self.heard = Instant::now();
+        }
+        self.flush = Some((number, Instant::now()));
+        taken(client.submit_flush(FLUSH_COOKIE))
+    }
+
+    fn flushed(&self, number: u64, took: Duration) {
+        let mut state = self.mirror.lock();
+        state.flush.done = state.flush.done.max(number);
+        state.flush.took = took;
+        drop(state);
+        self.mirror.changed.notify_all();
+    }
+
+    /// Takes in the replies that come within `time`.
+    fn listen(&mut self, client: &mut Client, time: Duration) -> Result<(), LaneEnd> {
+        let mut failed = None;
+        let (flights, flush, mirror) = (&mut self.flights, &mut self.flush, self.mirror);
+        let mut landed = 0;
+        let mut flushed = None;
+        let answers = client.wait(Some(time), &mut |event| {
+            let Event::Done { cookie, result } = event else { return };
+            if cookie == FLUSH_COOKIE {
+                match (result, flush.take()) {
+                    (Ok(()), Some((number, left))) => flushed = Some((number, left.elapsed())),
+                    (Err(error), _) => {
+                        failed.get_or_insert(Failure { text: format!("flush: disk {}: {error}", mirror.name()) });
+                    }
+                    (Ok(()), None) => {}
+                }
+                return;
+            }
+            let place = usize::try_from(cookie).unwrap_or(usize::MAX) / REGION_REQUESTS_MAX;
+            let Some(Some(flight)) = flights.get_mut(place) else { return };
+            if let Err(error) = result {
+                let region = &flight.region;
+                failed.get_or_insert(describe("write", mirror.name(), region.offset(), region.length(), &error));
+                return;
+            }
+            flight.requests -= 1;
+            if flight.requests == 0
+                && let Some(flight) = flights[place].take()
+            {
+                landed += 1;
+                mirror.acknowledge(flight);
+            }
+        });
+        self.flying -= landed;
+        let answers = answers.map_err(|lost| lost_lane(&lost))?;
+        if client.in_flight() == 0 && client.has_hung_up() {
+            return Err(LaneEnd::Lost("the destination has closed the connection".to_owned()));
+        }
+        if let Some(failure) = failed {
+            return Err(LaneEnd::Failed(failure));
+        }
+        if let Some((number, took)) = flushed {
+            self.flushed(number, took);
+        }
+        if answers > 0 || client.in_flight() == 0 {
+            self.heard = Instant::now();
+        } else if self.heard.elapsed() > LANE_SILENCE_MAX {
+            return Err(LaneEnd::Lost(format!("no answer for {} s", LANE_SILENCE_MAX.as_secs())));
+        }
+        Ok(())
+    }
+
+    fn failure(&self, operation: &str, offset: u64, length: usize, cause: &dyn fmt::Display) -> Failure {
+        describe(operation, self.mirror.name(), offset, length, cause)
+    }
+}
+
+fn describe(operation: &str, disk: &str, offset: u64, length: usize, cause: &dyn fmt::Display) -> Failure {
+    Failure { text: format!("{operation}: disk {disk}, {length} bytes at {offset}: {cause}") }
+}
+
+/// A lane looks at the window before it takes a region, so a request is always taken.
+fn taken(submitted: Result<Submitted, Lost>) -> Result<(), LaneEnd> {
+    match submitted {
+        Ok(Submitted::Taken) => Ok(()),
+        Ok(Submitted::WaitFirst) => Err(LaneEnd::Lost("more requests than the window holds".to_owned())),
+        Err(lost) => Err(lost_lane(&lost)),
+    }
+}
+
+fn lost_lane(lost: &Lost) -> LaneEnd {
+    LaneEnd::Lost(lost.to_string())
+}

@@ -1,0 +1,397 @@
+//! The client's side of transmission: one connection to any server of the field, many requests in flight.
+//!
+//! A [`Client`] has one owner, who submits requests and waits for what comes of them. Small requests gather in a send
+//! buffer; a large WRITE leaves from the caller's buffer, together with what has gathered, in one system call. Nothing
+//! is allocated after [`Client::connect`].
+//!
+//! **Why this cannot deadlock.** A server may stop reading until its replies are read; a client that only sends while
+//! it has a payload half out then waits for ever. So a send that would block polls both directions and receives
+//! meanwhile. What it receives must fit the receive buffer, because nobody takes events in the middle of a payload.
+//! Replies to writes are small, and a whole window of them fits. Replies to reads are not: a request that would have to
+//! block while a read is in flight is not taken, and [`Submitted::WaitFirst`] says so. [`Client::wait`] never blocks in
+//! one direction only.
+//!
+//! NBD specification: "Transmission", "Ordering of messages and writes".
+
+use std::fmt;
+use std::io::ErrorKind;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::cause::Cause;
+use crate::limits::{CLIENT_RECEIVE_BUFFER, GOODBYE_TIMEOUT, SEND_BUFFER, SEND_COPY_MAX, SILENCE_MAX};
+pub use crate::nbd::client_calls::RequestError;
+use crate::nbd::client_handshake::negotiate;
+pub use crate::nbd::client_handshake::{ConnectError, ExportInfo, PhasesAnswer, Wants, offer_phases};
+use crate::nbd::replies::Replies;
+pub use crate::nbd::replies::{Event, ServerError};
+use crate::nbd::wire::{self, Request};
+use crate::socket::{Ready, Socket};
+
+/// One connection in transmission. Dropping it ends the connection.
+#[derive(Debug)]
+pub struct Client {
+    socket: Arc<Socket>,
+    pub(super) info: ExportInfo,
+    replies: Replies,
+    /// Requests not yet sent: `send[sent..]`. Never grows beyond its first capacity.
+    send: Vec<u8>,
+    sent: usize,
+    /// Bytes not yet read as replies: `receive[start..end]`.
+    receive: Box<[u8]>,
+    start: usize,
+    end: usize,
+    pub(super) silence_max: Duration,
+    lost: Option<Lost>,
+}
+
+/// Whether a request was taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use = "a request that was not taken must be submitted again"]
+pub enum Submitted {
+    /// It is in flight, or gathers to leave with the next push or wait.
+    Taken,
+    /// It is not: the window is full, or it could block while replies with data are on their way. Call
+    /// [`Client::wait`], then submit it again.
+    WaitFirst,
+}
+
+/// The connection is dead: what was in flight may have been done or not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lost {
+    /// What the client was doing.
+    pub operation: &'static str,
+    /// Why it cannot go on.
+    pub cause: Cause,
+}
+
+impl fmt::Display for Lost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.operation, self.cause)
+    }
+}
+
+impl std::error::Error for Lost {}
+
+const SENDING: &str = "sending to the server";
+const RECEIVING: &str = "receiving from the server";
+
+impl Client {
+    /// Opens `export` on a fresh connection.
+    ///
+    /// # Errors
+    /// Why not; then the socket is shut down.
+    pub fn connect(socket: Arc<Socket>, export: &str, wants: Wants) -> Result<Self, ConnectError> {
+        let info = match negotiate(&socket, export, wants) {
+            Ok(info) => info,
+            Err(error) => {
+                socket.shutdown();
+                return Err(error);
+            }
+        };
+        Ok(Self {
+            socket,
+            info,
+            replies: Replies::new(info.structured, info.base_allocation),
+            send: Vec::with_capacity(SEND_BUFFER),
+            sent: 0,
+            receive: vec![0; CLIENT_RECEIVE_BUFFER].into(),
+            start: 0,
+            end: 0,
+            silence_max: SILENCE_MAX,
+            lost: None,
+        })
+    }
+
+    /// What the server said about the export.
+    #[must_use]
+    pub fn info(&self) -> &ExportInfo {
+        &self.info
+    }
+
+    /// Requests that were taken and are not answered.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.replies.in_flight()
+    }
+
+    /// Whether the server has closed, or the connection is broken: for a client with nothing in flight, who would not
+    /// notice otherwise.
+    #[must_use]
+    pub fn has_hung_up(&self) -> bool {
+        self.lost.is_some() || self.socket.has_hung_up()
+    }
+
+    /// Bounds the silence of a server where the client can do nothing but wait; [`SILENCE_MAX`] at first.
+    pub fn set_silence_max(&mut self, silence_max: Duration) {
+        self.silence_max = silence_max;
+    }
+
+    // ---- submitting ----------------------------------------------------------------------------------------------
+    //
+    // Ranges must lie within the export, keep its size constraints, and use only what its transmission flags offer.
+
+    /// Asks for `length` bytes at `offset`, at most [`ExportInfo::maximum_payload`].
+    ///
+    /// # Errors
+    /// The connection is dead.
+    pub fn submit_read(&mut self, cookie: u64, offset: u64, length: u32) -> Result<Submitted, Lost> {
+        self.submit(Request { flags: 0, command: wire::CMD_READ, cookie, offset, length }, &[])
+    }
+
+    /// Writes `bytes` at `offset`, at most [`ExportInfo::maximum_payload`]; with `fua`, durable when answered. The
+    /// bytes have left or are copied when this returns.
+    ///
+    /// # Errors
+    /// The connection is dead.
+    pub fn submit_write(&mut self, cookie: u64, offset: u64, bytes: &[u8], fua: bool) -> Result<Submitted, Lost> {
+        let flags = if fua { wire::CMD_FLAG_FUA } else { 0 };
+        let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        debug_assert!(length <= self.info.maximum_payload, "a WRITE of {length} bytes");
+        self.submit(Request { flags, command: wire::CMD_WRITE, cookie, offset, length }, bytes)
+    }
+
+    /// Makes a range read as zero; with `may_punch_hole`, the server may free its space. With `fast`, a server that
+    /// would have to write answers `ENOTSUP` instead.
+    ///
+    /// # Errors
+    /// The connection is dead.
+    pub fn submit_write_zeroes(
+        &mut self,
+        cookie: u64,
+        offset: u64,
+        length: u32,
+        may_punch_hole: bool,
+        fast: bool,
+    ) -> Result<Submitted, Lost> {
+        let flags = if may_punch_hole { 0 } else { wire::CMD_FLAG_NO_HOLE };
+        let flags = if fast { flags | wire::CMD_FLAG_FAST_ZERO } else { flags };
+        self.submit(Request { flags, command: wire::CMD_WRITE_ZEROES, cookie, offset, length }, &[])
+    }
+
+    /// Says that a range is no longer needed.
+    ///
+    /// # Errors
+    /// The connection is dead.
+    pub fn submit_trim(&mut self, cookie: u64, offset: u64, length: u32) -> Result<Submitted, Lost> {
+        self.submit(Request { flags: 0, command: wire::CMD_TRIM, cookie, offset, length }, &[])
+    }
+
+    /// Makes all writes durable that are answered already.
+    ///
+    /// # Errors
+    /// The connection is dead.
+    pub fn submit_flush(&mut self, cookie: u64) -> Result<Submitted, Lost> {
+        self.submit(Request { flags: 0, command: wire::CMD_FLUSH, cookie, offset: 0, length: 0 }, &[])
+    }
+
+    /// Asks for the extents of a range. The answer may end before the range does.
+    ///
+    /// # Errors
+    /// The connection is dead.
+    pub fn submit_block_status(&mut self, cookie: u64, offset: u64, length: u32) -> Result<Submitted, Lost> {
+        self.submit(Request { flags: 0, command: wire::CMD_BLOCK_STATUS, cookie, offset, length }, &[])
+    }
+
+    /// Sends what has gathered, as far as the server takes it at once.
+    ///
+    /// # Errors
+    /// The connection is dead.
+    pub fn push(&mut self) -> Result<(), Lost> {
+        self.alive()?;
+        self.send_some(&[]).map(|_| ())
+    }
+
+    fn submit(&mut self, request: Request, payload: &[u8]) -> Result<Submitted, Lost> {
+        self.alive()?;
+        let copied = if payload.len() <= SEND_COPY_MAX { payload } else { &[] };
+        let leaves = copied.len() < payload.len();
+        let fits = self.has_room(wire::REQUEST_LENGTH + copied.len())?;
+        if (leaves || !fits) && self.replies.expects_data() {
+            return Ok(Submitted::WaitFirst);
+        }
+        let Some(cookie) = self.replies.enter(&request) else { return Ok(Submitted::WaitFirst) };
+        if !fits {
+            self.send_all(&[])?;
+        }
+        self.send.extend_from_slice(&Request { cookie, ..request }.encode());
+        self.send.extend_from_slice(copied);
+        if leaves {
+            self.send_all(payload)?;
+        }
+        Ok(Submitted::Taken)
+    }
+
+    /// Whether `room` bytes fit the send buffer, after sending what leaves at once.
+    fn has_room(&mut self, room: usize) -> Result<bool, Lost> {
+        if self.send.len() + room <= SEND_BUFFER {
+            return Ok(true);
+        }
+        self.send_some(&[])?;
+        self.send.drain(..self.sent);
+        self.sent = 0;
+        Ok(self.send.len() + room <= SEND_BUFFER)
+    }
+
+    /// Sends what the server takes at once of what has gathered, and of `payload` behind it. Returns how much of
+    /// `payload` left.
+    fn send_some(&mut self, payload: &[u8]) -> Result<usize, Lost> {
+        let gathered = self.send.len() - self.sent;
+        if gathered + payload.len() == 0 {
+            return Ok(0);
+        }
+        let sent = match self.socket.send_nowait(&self.send[self.sent..], payload) {
+            Ok(sent) => sent.unwrap_or(0),
+            Err(error) => return Err(self.lose(SENDING, error)),
+        };
+        self.sent += sent.min(gathered);
+        if self.sent == self.send.len() {
+            self.send.clear();
+            self.sent = 0;
+        }
+        Ok(sent.saturating_sub(gathered))
+    }
+
+    /// Sends all of what has gathered and of `payload`, receiving meanwhile.
+    fn send_all(&mut self, mut payload: &[u8]) -> Result<(), Lost> {
+        let mut silence: Option<Instant> = None;
+        loop {
+            let unsent = self.send.len() - self.sent;
+            let sent = self.send_some(payload)?;
+            payload = &payload[sent..];
+            if payload.is_empty() && self.send.is_empty() {
+                return Ok(());
+            }
+            if sent > 0 || self.send.len() - self.sent < unsent {
+                silence = None;
+            }
+            // The clock is asked only where the server does not keep up.
+            let since = *silence.get_or_insert_with(Instant::now);
+            let left = self.silence_max.saturating_sub(since.elapsed());
+            if left.is_zero() {
+                return Err(self.lose(SENDING, "the server has stopped to read"));
+            }
+            let room = self.end - self.start < self.receive.len();
+            let ready = self.wait_socket(room, true, Some(left))?;
+            if ready.readable && room && self.fill()? {
+                silence = None;
+            }
+        }
+    }
+
+    // ---- waiting -------------------------------------------------------------------------------------------------
+
+    /// Sends what has gathered, then waits until there are events, delivers them and returns how many. Returns 0 when
+    /// nothing is in flight, or when `timeout` passes first; `None` waits without an end.
+    ///
+    /// # Errors
+    /// The connection is dead; events delivered before stay true.
+    pub fn wait(&mut self, timeout: Option<Duration>, each: &mut dyn FnMut(Event<'_>)) -> Result<usize, Lost> {
+        self.alive()?;
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        loop {
+            self.send_some(&[])?;
+            let events = self.deliver(each)?;
+            if events > 0 || self.replies.in_flight() == 0 {
+                return Ok(events);
+            }
+            let unsent = !self.send.is_empty();
+            if deadline.is_none() && !unsent {
+                // Nothing else to watch: one system call instead of three.
+                self.fill_waiting()?;
+                continue;
+            }
+            if self.fill()? {
+                continue;
+            }
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Ok(0);
+            }
+            self.wait_socket(true, unsent, left)?;
+        }
+    }
+
+    /// Reads the replies that have arrived.
+    fn deliver(&mut self, each: &mut dyn FnMut(Event<'_>)) -> Result<usize, Lost> {
+        match self.replies.read(&self.receive[self.start..self.end], each) {
+            Ok(progress) => {
+                self.start += progress.consumed;
+                if self.start == self.end {
+                    (self.start, self.end) = (0, 0);
+                }
+                Ok(progress.events)
+            }
+            Err(cause) => Err(self.lose(RECEIVING, cause)),
+        }
+    }
+
+    /// Receives what has arrived into the free part of the buffer; `false` when there is nothing.
+    fn fill(&mut self) -> Result<bool, Lost> {
+        self.make_room();
+        match self.socket.recv_nowait(&mut self.receive[self.end..]) {
+            Ok(Some(received)) => self.filled(received).map(|()| true),
+            Ok(None) => Ok(false),
+            Err(error) => Err(self.lose(RECEIVING, error)),
+        }
+    }
+
+    /// The same, waiting until something arrives.
+    fn fill_waiting(&mut self) -> Result<(), Lost> {
+        self.make_room();
+        match self.socket.recv(&mut self.receive[self.end..]) {
+            Ok(received) => self.filled(received),
+            // Somebody has set a receive timeout; the caller of wait has not.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(()),
+            Err(error) => Err(self.lose(RECEIVING, error)),
+        }
+    }
+
+    fn make_room(&mut self) {
+        if self.end == self.receive.len() {
+            self.receive.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        debug_assert!(self.end < self.receive.len(), "events are larger than the receive buffer");
+    }
+
+    fn filled(&mut self, received: usize) -> Result<(), Lost> {
+        self.end += received;
+        if received == 0 { Err(self.lose(RECEIVING, "the server closed the connection")) } else { Ok(()) }
+    }
+
+    fn wait_socket(&mut self, read: bool, write: bool, timeout: Option<Duration>) -> Result<Ready, Lost> {
+        self.socket.wait(read, write, timeout).map_err(|error| self.lose("waiting for the server", error))
+    }
+
+    fn alive(&self) -> Result<(), Lost> {
+        self.lost.clone().map_or(Ok(()), Err)
+    }
+
+    pub(super) fn lose(&mut self, operation: &'static str, cause: impl fmt::Display) -> Lost {
+        self.socket.shutdown();
+        let in_flight = self.replies.in_flight();
+        let cause = Cause::new(format_args!("{cause}, with {in_flight} requests in flight"));
+        self.lost.insert(Lost { operation, cause }).clone()
+    }
+
+    /// Says goodbye, which a server needs to know that nothing was cut off. Wait for the requests in flight before.
+    pub fn disconnect(mut self) {
+        if self.lost.is_none() {
+            let goodbye = Request { flags: 0, command: wire::CMD_DISC, cookie: 0, offset: 0, length: 0 };
+            let deadline = Instant::now() + GOODBYE_TIMEOUT;
+            self.send.extend_from_slice(&goodbye.encode());
+            let _ = self.socket.send_all_before(&self.send[self.sent..], deadline);
+        }
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.socket.shutdown();
+    }
+}
+
+#[cfg(test)]
+#[path = "client_tests.rs"]
+mod tests;

@@ -1,0 +1,422 @@
+//! The client's side of the handshake, with any server of the field.
+//!
+//! Fixed newstyle, `OPT_GO` where the server knows it, `OPT_EXPORT_NAME` where it does not. [`negotiate`] is what
+//! [`Client::connect`](crate::nbd::client::Client::connect) starts with; [`offer_phases`] finds out whether the other
+//! end is a blockferry. One deadline covers each handshake; a server's text is cut, never trusted.
+//!
+//! NBD specification: "Fixed newstyle negotiation", "Option types", "Size constraints".
+
+use std::fmt;
+use std::io::{self, ErrorKind};
+use std::time::Instant;
+
+use crate::cause::Cause;
+use crate::limits::{
+    EXPORT_NAME_MAX, HANDSHAKE_TIMEOUT, OPTION_PAYLOAD_MAX, OPTION_REPLIES_MAX, PAYLOAD_MAX, PREFERRED_BLOCK,
+};
+use crate::nbd::wire::{self, Fields, Greeting, OptionHead, OptionReply};
+use crate::socket::Socket;
+
+/// What a client would like to use; a server that does not know it is no error.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Wants {
+    /// Structured replies: reads that fail late, and holes, are told.
+    pub structured: bool,
+    /// Block status with `base:allocation`; needs `structured`.
+    pub base_allocation: bool,
+}
+
+/// What the server said about the export, and what was agreed on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExportInfo {
+    /// Size in bytes.
+    pub size: u64,
+    /// `wire::FLAG_...`.
+    pub transmission_flags: u16,
+    /// Smallest request and alignment, in bytes: a power of two. 512 where the server says nothing.
+    pub minimum_block: u32,
+    /// Alignment from which on requests are efficient, in bytes: a power of two. 4096 where the server says nothing.
+    pub preferred_block: u32,
+    /// Largest payload of a request, in bytes: a multiple of `minimum_block`, and at most [`PAYLOAD_MAX`], which stands
+    /// here where the server says nothing.
+    pub maximum_payload: u32,
+    /// Whether structured replies were agreed on.
+    pub structured: bool,
+    /// The number of `base:allocation` in block status replies, if it was agreed on.
+    pub base_allocation: Option<u32>,
+}
+
+impl ExportInfo {
+    /// Whether the server set all of `flags`.
+    #[must_use]
+    pub fn has(&self, flags: u16) -> bool {
+        self.transmission_flags & flags == flags
+    }
+}
+
+/// What the other end says to the private option.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PhasesAnswer {
+    /// It is a blockferry: the next byte on the socket belongs to the phase protocol.
+    Accepted,
+    /// It is an NBD server that does not know the option. The goodbye is said; another connection can open an export.
+    PlainServer,
+}
+
+/// Why a handshake failed. The connection is of no use any more.
+#[derive(Debug)]
+pub enum ConnectError {
+    /// The name cannot be an export's.
+    Name,
+    /// The server closed in the middle of what is named here.
+    Closed(&'static str),
+    /// The deadline passed in the middle of what is named here.
+    TooSlow(&'static str),
+    /// The socket failed.
+    Socket(&'static str, io::Error),
+    /// What is at the other end is no NBD server.
+    NotNbd,
+    /// The server is oldstyle: it has one export and can do next to nothing.
+    Oldstyle,
+    /// The server wants TLS first.
+    TlsRequired,
+    /// The server refused an option.
+    Refused {
+        /// What was asked for.
+        operation: &'static str,
+        /// `wire::REP_ERR_...`.
+        reply: u32,
+        /// The server's words, or none.
+        text: Cause,
+    },
+    /// The server broke the protocol.
+    Protocol(&'static str, Cause),
+}
+
+impl ConnectError {
+    /// Whether the server says that it has no such export. A server too old to say it closes instead.
+    #[must_use]
+    pub fn is_unknown_export(&self) -> bool {
+        matches!(self, Self::Refused { reply: wire::REP_ERR_UNKNOWN, .. })
+    }
+}
+
+impl fmt::Display for ConnectError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Name => write!(f, "opening the export: its name is longer than {EXPORT_NAME_MAX} bytes or has a NUL"),
+            Self::Closed(OPENING_OLD) => write!(f, "{OPENING_OLD}: the server closed: it has no such export"),
+            Self::Closed(operation) => write!(f, "{operation}: the server closed the connection"),
+            Self::TooSlow(operation) => {
+                write!(f, "{operation}: no answer from the server within {} s", HANDSHAKE_TIMEOUT.as_secs())
+            }
+            Self::Socket(operation, error) => write!(f, "{operation}: {error}"),
+            Self::NotNbd => write!(f, "{GREETING}: this is no NBD server"),
+            Self::Oldstyle => write!(f, "{GREETING}: the server is oldstyle, which is not supported"),
+            Self::TlsRequired => write!(f, "{GREETING}: the server requires TLS"),
+            Self::Refused { operation, reply, text } => {
+                write!(f, "{operation}: the server refused: {}", wire::option_error_name(*reply))?;
+                if text.is_empty() { Ok(()) } else { write!(f, " ({text})") }
+            }
+            Self::Protocol(operation, cause) => write!(f, "{operation}: the server broke the protocol: {cause}"),
+        }
+    }
+}
+
+impl std::error::Error for ConnectError {}
+
+const GREETING: &str = "greeting the server";
+const STRUCTURED: &str = "asking for structured replies";
+const CONTEXT: &str = "asking for base:allocation";
+const OPENING: &str = "opening the export";
+const OPENING_OLD: &str = "opening the export by name";
+const PHASES: &str = "asking for the phase protocol";
+
+/// Leads the handshake up to transmission.
+pub(crate) fn negotiate(socket: &Socket, export: &str, wants: Wants) -> Result<ExportInfo, ConnectError> {
+    negotiate_before(socket, export, wants, Instant::now() + HANDSHAKE_TIMEOUT)
+}
+
+fn negotiate_before(
+    socket: &Socket,
+    export: &str,
+    wants: Wants,
+    deadline: Instant,
+) -> Result<ExportInfo, ConnectError> {
+    if export.len() > EXPORT_NAME_MAX || export.contains('\0') {
+        return Err(ConnectError::Name);
+    }
+    let mut haggling = Haggling::greet(socket, deadline)?;
+    let mut info = ExportInfo {
+        size: 0,
+        transmission_flags: 0,
+        minimum_block: 512,
+        preferred_block: PREFERRED_BLOCK,
+        maximum_payload: PAYLOAD_MAX,
+        structured: false,
+        base_allocation: None,
+    };
+    if haggling.fixed {
+        info.structured = wants.structured && haggling.structured_replies()?;
+        if info.structured && wants.base_allocation {
+            info.base_allocation = haggling.base_allocation(export)?;
+        }
+        if haggling.go(export, &mut info)? {
+            return Ok(info);
+        }
+    }
+    haggling.export_name(export, &mut info)?;
+    Ok(info)
+}
+
+/// Offers to speak the phase protocol on a fresh connection.
+///
+/// # Errors
+/// Why there is no answer. Also what a server says that lets nobody in: that it wants TLS, or is going away.
+pub fn offer_phases(socket: &Socket) -> Result<PhasesAnswer, ConnectError> {
+    let mut haggling = Haggling::greet(socket, Instant::now() + HANDSHAKE_TIMEOUT)?;
+    if !haggling.fixed {
+        return Ok(PhasesAnswer::PlainServer);
+    }
+    match haggling.ask_simply(PHASES, wire::OPT_BLOCKFERRY_PHASES)? {
+        None => Ok(PhasesAnswer::Accepted),
+        Some(_) => {
+            haggling.say_goodbye();
+            Ok(PhasesAnswer::PlainServer)
+        }
+    }
+}
+
+/// A handshake under way.
+struct Haggling<'a> {
+    socket: &'a Socket,
+    deadline: Instant,
+    fixed: bool,
+    no_zeroes: bool,
+    /// What leaves with the next option: at first the client flags.
+    out: Vec<u8>,
+    payload: Vec<u8>,
+}
+
+/// Takes an option's reply and its data, or says what is wrong with them.
+type Take<'a> = &'a mut dyn FnMut(u32, &[u8]) -> Result<(), &'static str>;
+
+/// The refusal of an option.
+struct Refusal {
+    reply: u32,
+    text: Cause,
+}
+
+impl<'a> Haggling<'a> {
+    fn greet(socket: &'a Socket, deadline: Instant) -> Result<Self, ConnectError> {
+        let mut haggling = Self {
+            socket,
+            deadline,
+            fixed: false,
+            no_zeroes: false,
+            out: Vec::with_capacity(OPTION_PAYLOAD_MAX),
+            payload: vec![0; OPTION_PAYLOAD_MAX],
+        };
+        let mut bytes = [0; wire::GREETING_LENGTH];
+        haggling.receive(GREETING, &mut bytes)?;
+        let flags = match Greeting::parse(&bytes) {
+            Greeting::Newstyle(flags) => flags,
+            Greeting::Oldstyle => return Err(ConnectError::Oldstyle),
+            Greeting::Foreign => return Err(ConnectError::NotNbd),
+        };
+        haggling.fixed = flags & wire::FLAG_FIXED_NEWSTYLE != 0;
+        haggling.no_zeroes = flags & wire::FLAG_NO_ZEROES != 0;
+        let mut answer = 0;
+        if haggling.fixed {
+            answer |= wire::FLAG_C_FIXED_NEWSTYLE;
+        }
+        if haggling.no_zeroes {
+            answer |= wire::FLAG_C_NO_ZEROES;
+        }
+        haggling.out.extend_from_slice(&answer.to_be_bytes());
+        Ok(haggling)
+    }
+
+    fn structured_replies(&mut self) -> Result<bool, ConnectError> {
+        Ok(self.ask_simply(STRUCTURED, wire::OPT_STRUCTURED_REPLY)?.is_none())
+    }
+
+    fn base_allocation(&mut self, export: &str) -> Result<Option<u32>, ConnectError> {
+        let query = wire::BASE_ALLOCATION;
+        let (name_length, query_length) = (length32(export.len()), length32(query.len()));
+        let parts = [&name_length[..], export.as_bytes(), &length32(1), &query_length, query.as_bytes()];
+        let mut context = None;
+        let refusal = self.ask(CONTEXT, wire::OPT_SET_META_CONTEXT, &parts, &mut |reply, payload| {
+            let mut fields = Fields::new(payload);
+            match (reply, fields.u32(), fields.rest()) {
+                (wire::REP_META_CONTEXT, Some(id), name) if name == query.as_bytes() && context.is_none() => {
+                    context = Some(id);
+                    Ok(())
+                }
+                (wire::REP_META_CONTEXT, ..) => Err("it chose a metadata context that was not asked for"),
+                _ => Err("an unexpected reply"),
+            }
+        })?;
+        Ok(if refusal.is_none() { context } else { None })
+    }
+
+    /// Opens the export; `false` where the server does not know how.
+    fn go(&mut self, export: &str, info: &mut ExportInfo) -> Result<bool, ConnectError> {
+        let request = [1_u16.to_be_bytes(), wire::INFO_BLOCK_SIZE.to_be_bytes()].concat();
+        let parts = [&length32(export.len())[..], export.as_bytes(), &request];
+        let mut told = false;
+        let refusal = self.ask(OPENING, wire::OPT_GO, &parts, &mut |reply, payload| {
+            let mut fields = Fields::new(payload);
+            match (reply, fields.u16()) {
+                (wire::REP_INFO, Some(wire::INFO_EXPORT)) => {
+                    told = true;
+                    export_fields(fields, info)
+                }
+                (wire::REP_INFO, Some(wire::INFO_BLOCK_SIZE)) => block_size_fields(fields, info),
+                (wire::REP_INFO, Some(_)) => Ok(()),
+                _ => Err("an unexpected reply"),
+            }
+        })?;
+        match refusal {
+            None if told => Ok(true),
+            None => Err(ConnectError::Protocol(OPENING, Cause::new("no size was told"))),
+            Some(Refusal { reply: wire::REP_ERR_UNSUP, .. }) => Ok(false),
+            Some(Refusal { reply, text }) => {
+                self.say_goodbye();
+                Err(ConnectError::Refused { operation: OPENING, reply, text })
+            }
+        }
+    }
+
+    fn export_name(&mut self, export: &str, info: &mut ExportInfo) -> Result<(), ConnectError> {
+        self.send(OPENING_OLD, wire::OPT_EXPORT_NAME, &[export.as_bytes()])?;
+        let mut answer = [0; wire::EXPORT_ANSWER_LENGTH];
+        self.receive(OPENING_OLD, &mut answer)?;
+        if !self.no_zeroes {
+            self.receive(OPENING, &mut [0; wire::EXPORT_ANSWER_ZEROES])?;
+        }
+        export_fields(Fields::new(&answer), info).map_err(|cause| ConnectError::Protocol(OPENING, Cause::new(cause)))
+    }
+
+    /// Sends an option without data that is answered with one reply.
+    fn ask_simply(&mut self, operation: &'static str, option: u32) -> Result<Option<Refusal>, ConnectError> {
+        self.ask(operation, option, &[], &mut |_, _| Err("an unexpected reply"))
+    }
+
+    /// Sends an option, gives each reply with data to `take` and returns the last one if it is a refusal.
+    fn ask(
+        &mut self,
+        operation: &'static str,
+        option: u32,
+        parts: &[&[u8]],
+        take: Take<'_>,
+    ) -> Result<Option<Refusal>, ConnectError> {
+        self.send(operation, option, parts)?;
+        let broken = |cause: &'static str| ConnectError::Protocol(operation, Cause::new(cause));
+        for _ in 0..OPTION_REPLIES_MAX {
+            let mut head = [0; wire::OPTION_REPLY_LENGTH];
+            self.receive(operation, &mut head)?;
+            let head = OptionReply::parse(&head).ok_or_else(|| broken("no reply to an option"))?;
+            if head.option != option {
+                return Err(broken("a reply to another option"));
+            }
+            let mut payload = std::mem::take(&mut self.payload);
+            let length = usize::try_from(head.length).unwrap_or(usize::MAX);
+            let data = payload.get_mut(..length).ok_or_else(|| broken("a reply of excessive length"))?;
+            self.receive(operation, data)?;
+            match head.reply {
+                wire::REP_ACK => {
+                    self.payload = payload;
+                    return Ok(None);
+                }
+                wire::REP_ERR_TLS_REQD => {
+                    self.say_goodbye();
+                    return Err(ConnectError::TlsRequired);
+                }
+                reply if head.is_error() => {
+                    let text = Cause::from_peer(data);
+                    self.payload = payload;
+                    if reply == wire::REP_ERR_SHUTDOWN {
+                        self.say_goodbye();
+                        return Err(ConnectError::Refused { operation, reply, text });
+                    }
+                    return Ok(Some(Refusal { reply, text }));
+                }
+                reply => take(reply, data).map_err(broken)?,
+            }
+            self.payload = payload;
+        }
+        Err(broken("replies without an end"))
+    }
+
+    /// Ends the handshake as the specification wants it, as far as it can be done without waiting.
+    fn say_goodbye(&mut self) {
+        let head = OptionHead { option: wire::OPT_ABORT, length: 0 }.encode();
+        let _ = self.socket.send_nowait(&head, &[]);
+    }
+
+    fn send(&mut self, operation: &'static str, option: u32, parts: &[&[u8]]) -> Result<(), ConnectError> {
+        let length = parts.iter().map(|part| part.len()).sum::<usize>();
+        self.out.extend_from_slice(&wire::IHAVEOPT.to_be_bytes());
+        self.out.extend_from_slice(&option.to_be_bytes());
+        self.out.extend_from_slice(&length32(length));
+        for part in parts {
+            self.out.extend_from_slice(part);
+        }
+        let sent = self.socket.send_all_before(&self.out, self.deadline);
+        self.out.clear();
+        sent.map_err(|error| lost(operation, error))
+    }
+
+    fn receive(&self, operation: &'static str, buffer: &mut [u8]) -> Result<(), ConnectError> {
+        self.socket.recv_exact_before(buffer, self.deadline).map_err(|error| lost(operation, error))
+    }
+}
+
+fn lost(operation: &'static str, error: io::Error) -> ConnectError {
+    match error.kind() {
+        ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
+            ConnectError::Closed(operation)
+        }
+        ErrorKind::TimedOut => ConnectError::TooSlow(operation),
+        _ => ConnectError::Socket(operation, error),
+    }
+}
+
+fn length32(length: usize) -> [u8; 4] {
+    u32::try_from(length).unwrap_or(u32::MAX).to_be_bytes()
+}
+
+/// Size and transmission flags, as INFO_EXPORT and the answer to EXPORT_NAME have them.
+fn export_fields(mut fields: Fields<'_>, info: &mut ExportInfo) -> Result<(), &'static str> {
+    match (fields.u64(), fields.u16(), fields.rest()) {
+        (Some(size), Some(flags), []) => {
+            info.size = size;
+            info.transmission_flags = flags;
+            Ok(())
+        }
+        _ => Err("malformed information about the export"),
+    }
+}
+
+/// Size constraints. Those that would make no request possible are refused; odd ones are rounded to what the
+/// specification allows.
+fn block_size_fields(mut fields: Fields<'_>, info: &mut ExportInfo) -> Result<(), &'static str> {
+    let (Some(minimum), Some(preferred), Some(maximum), []) = (fields.u32(), fields.u32(), fields.u32(), fields.rest())
+    else {
+        return Err("malformed size constraints");
+    };
+    if !minimum.is_power_of_two() || minimum > 65536 || maximum < minimum {
+        return Err("size constraints that no request can keep");
+    }
+    info.minimum_block = minimum;
+    info.preferred_block =
+        if preferred.is_power_of_two() { preferred.max(minimum) } else { PREFERRED_BLOCK.max(minimum) };
+    let maximum = maximum.min(PAYLOAD_MAX);
+    info.maximum_payload = maximum - maximum % minimum;
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "client_handshake_tests.rs"]
+mod tests;

@@ -1,0 +1,145 @@
+//! What every integration test needs: peer programs, children that end with the test, sockets, waits with a deadline.
+
+// Not every test needs all of it.
+#![allow(dead_code)]
+
+use std::io::{BufRead, BufReader};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use blockferry::socket::Socket;
+
+/// Longest wait for a program to be ready, or to end.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
+
+/// Finds a peer program. Without it the test is skipped with a line that says so, or fails where
+/// `BLOCKFERRY_REQUIRE_PEERS=1` says that nothing may be skipped.
+///
+/// Use: `let Some(nbdkit) = peer("nbdkit") else { return };`
+#[must_use]
+pub(crate) fn peer(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let sbin = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    let found = std::env::split_paths(&path).chain(sbin).map(|folder| folder.join(name)).find(|file| file.is_file());
+    if found.is_none() {
+        assert!(std::env::var("BLOCKFERRY_REQUIRE_PEERS").as_deref() != Ok("1"), "{name} is missing");
+        eprintln!("SKIP: {name} missing");
+    }
+    found
+}
+
+/// An empty directory that goes away with the test.
+#[must_use]
+pub(crate) fn scratch() -> tempfile::TempDir {
+    tempfile::Builder::new().prefix("blockferry-it-").tempdir().expect("a temporary directory")
+}
+
+/// Calls `ready` until it gives something, at most until the deadline.
+pub(crate) fn until<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        if let Some(value) = ready() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "no {what} within {DEADLINE:?}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A port on loopback that was free a moment ago.
+#[must_use]
+pub(crate) fn free_port() -> u16 {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
+    listener.local_addr().expect("its address").port()
+}
+
+/// A child process that is killed, by its own id, when the test is done with it.
+#[derive(Debug)]
+pub(crate) struct Program {
+    child: Child,
+    name: String,
+}
+
+impl Program {
+    /// Starts `command` with nothing on its standard input.
+    #[must_use]
+    pub(crate) fn start(command: &mut Command) -> Self {
+        let name = command.get_program().to_string_lossy().into_owned();
+        let child = command.stdin(Stdio::null()).spawn().unwrap_or_else(|error| panic!("starting {name}: {error}"));
+        Self { child, name }
+    }
+
+    /// Starts `command` and returns it with the first line of its standard output that contains `ready`.
+    #[must_use]
+    pub(crate) fn start_until_line(command: &mut Command, ready: &'static str) -> (Self, String) {
+        let mut program = Self::start(command.stdout(Stdio::piped()));
+        let output = program.child.stdout.take().expect("its standard output");
+        let (sender, receiver) = std::sync::mpsc::channel();
+        // Reads on afterwards, so that the program never blocks on a full pipe.
+        thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                if line.contains(ready) {
+                    let _ = sender.send(line);
+                }
+            }
+        });
+        let line = receiver.recv_timeout(DEADLINE);
+        let line = line.unwrap_or_else(|_| panic!("{} did not say \"{ready}\" within {DEADLINE:?}", program.name));
+        (program, line)
+    }
+
+    /// The process id.
+    #[must_use]
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Whether it has ended, and how.
+    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("asking for a child")
+    }
+
+    /// Waits for its end.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        let name = self.name.clone();
+        until(&format!("end of {name}"), || self.ended())
+    }
+
+    /// Kills it now, as a power cut would.
+    pub(crate) fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Connects to the Unix socket where it listens, as soon as it does.
+    #[must_use]
+    pub(crate) fn connect_unix(&mut self, path: &Path) -> Arc<Socket> {
+        let what = format!("listener at {}", path.display());
+        let stream = until(&what, || {
+            assert!(self.ended().is_none(), "{} has ended", self.name);
+            UnixStream::connect(path).ok()
+        });
+        Arc::new(Socket::new(stream.into()))
+    }
+
+    /// Connects to the loopback port where it listens, as soon as it does.
+    #[must_use]
+    pub(crate) fn connect_tcp(&mut self, port: u16) -> Arc<Socket> {
+        let stream = until(&format!("listener at port {port}"), || {
+            assert!(self.ended().is_none(), "{} has ended", self.name);
+            TcpStream::connect(("127.0.0.1", port)).ok()
+        });
+        Arc::new(Socket::new(stream.into()))
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}

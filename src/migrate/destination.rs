@@ -1,0 +1,593 @@
+//! The destination of a migration: receives, seals, owns.
+//!
+//! One match over (stage x message), in [`Destination::answer`]. The record says what this host is to the guest; the
+//! [`Stage`] beside it holds what only lives as long as the process: who may open data connections, which files were
+//! made, who writes back. A phase connection is nothing but a way for messages: when it is lost nothing changes here,
+//! and the source may go on over another one (M2, M10).
+//!
+//! Everything that must not happen at once happens under the stage's lock: a data connection is checked and entered
+//! under it, and a fence ends all connections and waits for their writers under it (D4).
+
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use super::link::{Link, LinkError};
+use super::wire::{
+    BootId, Capabilities, Challenge, DiskOffer, DiskReady, Epoch, ExportName, Hello, Message, Mode, Prepare, Prepared,
+    Problem, Role, Token, VERSION_HIGHEST, VERSION_LOWEST, cut,
+};
+use crate::cause::Cause;
+use crate::disk::{Content, Disk};
+use crate::domain::{Source, Stays};
+use crate::export::{Door, Export, Gate, Visit};
+use crate::guest::Guest;
+use crate::limits::{
+    CONNECTION_STACK, CONNECTIONS_PER_DISK_MAX, HANDSHAKE_TIMEOUT, LINK_LOOK, LINK_SILENCE_MAX, REPLY_TIMEOUT,
+};
+use crate::nbd::handshake::{Description, Directory, OpenError};
+use crate::nbd::server;
+use crate::ownership::{Answer, Event, Images, KeepError, Peer, Stamp, next};
+use crate::socket::Socket;
+
+/// What this process receives.
+#[derive(Debug, Default)]
+pub struct Destination {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    stage: Stage,
+    /// The attempt that this side ended last, and why: its phase connection tells the source.
+    ended: Option<(Stamp, String)>,
+    /// Disks that hold the remains of an attempt that ended here and had found them empty: our own, to be emptied for
+    /// the next one (D10).
+    remains: Vec<String>,
+}
+
+/// What of an attempt only lives in memory. An attempt that is sealed or owns needs nothing but the record.
+#[derive(Debug, Default)]
+enum Stage {
+    #[default]
+    Idle,
+    Receiving(Reception),
+}
+
+#[derive(Debug)]
+struct Reception {
+    stamp: Stamp,
+    epoch: Epoch,
+    token: Token,
+    exports: Vec<Arc<Export>>,
+    /// Files that this attempt made, and the exports that they are behind.
+    created: Vec<(Arc<Export>, PathBuf)>,
+    /// Disks that were empty when it began.
+    were_empty: Vec<String>,
+    write_back: Vec<JoinHandle<()>>,
+    /// Guest writes refused before it began (M11).
+    refused_before: u64,
+}
+
+/// Speaks the phase protocol on one connection until it ends.
+pub fn serve(guest: &Arc<Guest>, socket: &Arc<Socket>) {
+    socket.set_keep_alive(LINK_SILENCE_MAX);
+    let mut link = Link::new(Arc::clone(socket));
+    if let Err(cause) = converse(guest, &mut link) {
+        log::info!("migration door: phase connection closed: {cause}");
+    }
+}
+
+fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
+    let challenge = Challenge::random().map_err(|error| error.to_string())?;
+    let ours = hello(guest, Role::Destination, challenge);
+    let (theirs, _) = link.hello(&ours, Instant::now() + HANDSHAKE_TIMEOUT).map_err(|error| error.to_string())?;
+    if theirs.guest != ours.guest {
+        return Err(format!("the peer speaks of guest '{}', this is '{}'", theirs.guest.escape_debug(), guest.name));
+    }
+    let mut session = Session { theirs, challenge: Some(challenge), stamp: None };
+    let mut heard = Instant::now();
+    loop {
+        match link.receive(Instant::now() + LINK_LOOK) {
+            Ok(Some(message)) => {
+                heard = Instant::now();
+                log::debug!("migration door: received {}", message.name());
+                let Some(answer) = guest.destination.answer(guest, &mut session, message)? else { continue };
+                log::debug!("migration door: answered {}", answer.name());
+                link.send(&answer, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
+            }
+            Ok(None) if heard.elapsed() > LINK_SILENCE_MAX => return Err(LinkError::Late.to_string()),
+            Ok(None) => {
+                if let Some(news) = guest.destination.news(guest, &session) {
+                    link.send(&news, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
+                }
+            }
+            Err(error) => return Err(error.to_string()),
+        }
+    }
+}
+
+/// This side's hello.
+pub fn hello(guest: &Guest, role: Role, challenge: Challenge) -> Hello {
+    Hello {
+        versions: (VERSION_LOWEST, VERSION_HIGHEST),
+        role,
+        capabilities: Capabilities::NBD,
+        guest: cut(&guest.name),
+        title: guest.record().ok().flatten().map(|record| record.title()),
+        boot: BootId(guest.boot),
+        instance: guest.instance,
+        challenge,
+        host: guest.host,
+        address: cut(&guest.migration_address),
+    }
+}
+
+/// What one phase connection knows.
+struct Session {
+    theirs: Hello,
+    /// Ours; counts once (M1).
+    challenge: Option<Challenge>,
+    /// The attempt that it last spoke of.
+    stamp: Option<Stamp>,
+}
+
+impl Destination {
+    /// The one match of the destination. `None`: nothing is to be answered.
+    ///
+    /// # Errors
+    /// The peer broke the protocol, or nothing may be answered (M4): the connection ends, with this line for the log.
+    fn answer(&self, guest: &Guest, session: &mut Session, message: Message) -> Result<Option<Message>, String> {
+        let mut inner = self.lock();
+        session.stamp = message.stamp().copied().or(session.stamp);
+        let receiving = match &inner.stage {
+            Stage::Receiving(reception) => message.stamp().is_some_and(|stamp| stamp.matches(&reception.stamp)),
+            Stage::Idle => false,
+        };
+        match (receiving, message) {
+            (_, Message::Ping { number }) => Ok(Some(Message::Pong { number })),
+            (_, Message::Prepare(offer)) => Ok(Some(inner.prepare(guest, session, &offer)?)),
+            (true, Message::Fence { stamp, epoch }) => Ok(Some(inner.fence(guest, stamp, epoch))),
+            (true, Message::Seal { stamp, .. }) => Ok(Some(inner.seal(guest, stamp)?)),
+            (true, Message::Abort { stamp, cause }) => {
+                log::info!("migration: attempt {:.8} aborted by the source: {}", stamp.attempt, cause.escape_debug());
+                inner.stop_receiving();
+                let answer = settle(guest, &Event::Abort(stamp), stamp);
+                inner.clean_up();
+                answer
+            }
+            (false, Message::Seal { stamp, .. }) => {
+                settle(guest, &Event::Seal { stamp, images: Images::NONE }, stamp)
+            }
+            (false, Message::Go { stamp }) => settle(guest, &Event::Go(stamp), stamp),
+            (false, Message::Abort { stamp, .. }) => {
+                shut_guest_doors(guest);
+                settle(guest, &Event::Abort(stamp), stamp)
+            }
+            (_, Message::Question { stamp }) if stamp.source == guest.host => {
+                let promise = guest.promise(&stamp).map_err(|error| error.to_string())?;
+                Ok(Some(Message::Promise { stamp, promise }))
+            }
+            // A GO before SEAL, a fence of an attempt that is not received here: the record is the answer (M2, M6).
+            (_, Message::Go { stamp } | Message::Fence { stamp, .. } | Message::Question { stamp }) => {
+                Ok(Some(record(guest, stamp)?))
+            }
+            (_, other) => Err(format!("the peer sent {} to a destination", other.name())),
+        }
+    }
+
+    /// What the source must hear without having asked: this side has ended the attempt.
+    fn news(&self, guest: &Guest, session: &Session) -> Option<Message> {
+        let mut inner = self.lock();
+        if let Stage::Receiving(reception) = &inner.stage
+            && refused_writes(guest) > reception.refused_before
+        {
+            // M11: whoever writes here before it may has read stale data.
+            inner.give_up(guest, "a client of the destination's guest door wrote before the hand-over");
+        }
+        let (stamp, cause) = inner.ended.take_if(|(stamp, _)| session.stamp == Some(*stamp))?;
+        Some(Message::Failed { stamp, cause: cut(&cause), region: None })
+    }
+
+    /// Ends an attempt that is being received, at this side's user's wish.
+    ///
+    /// # Errors
+    /// There is none, or it is sealed: then only the source ends it (M2).
+    pub fn cancel(&self, guest: &Guest, cause: &str) -> Result<(), String> {
+        let mut inner = self.lock();
+        match inner.stage {
+            Stage::Receiving(_) => {
+                inner.give_up(guest, cause);
+                Ok(())
+            }
+            Stage::Idle => Err(match guest.record() {
+                Ok(Some(record)) => record.to_string(),
+                _ => "no migration is running".to_owned(),
+            }),
+        }
+    }
+
+    /// Opens a data connection for who knows a current name (D4): checked and entered under the lock that a fence
+    /// takes. Whatever is wrong with a name, there is no such export.
+    fn open(&self, guest: &Guest, name: &str, socket: &Arc<Socket>) -> Result<(Description, Visit), OpenError> {
+        let inner = self.lock();
+        let export = inner.find(guest, name).ok_or(OpenError::Unknown)?;
+        let visit = export.enter(Door::Migration, socket).map_err(|why| OpenError::Refused(Cause::new(why)))?;
+        Ok((server::description(visit.disk().size(), false), visit))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn find(&self, guest: &Guest, name: &str) -> Option<&Arc<Export>> {
+        let Stage::Receiving(reception) = &self.stage else { return None };
+        let name = ExportName::parse(name)?;
+        let current = name.attempt == reception.stamp.attempt
+            && name.instance == guest.instance
+            && name.epoch == reception.epoch
+            && name.token.matches(&reception.token);
+        reception.exports.iter().find(|export| current && export.name() == name.disk)
+    }
+
+    fn prepare(&mut self, guest: &Guest, session: &mut Session, offer: &Prepare) -> Result<Message, String> {
+        let stamp = offer.stamp;
+        let fresh = session.challenge.take_if(|ours| *ours == offer.challenge).is_some();
+        let from = Peer { host: session.theirs.host, address: session.theirs.address.clone() };
+        let event = Event::Prepare { stamp, from, fresh };
+        let refused = |problems: Problems| Ok(Message::Refused { stamp, problems: problems.0 });
+
+        let mut problems = Problems::default();
+        let current = guest.record().map_err(|error| error.to_string())?;
+        if let Err(refusal) = next(guest.host, current.as_ref(), &event) {
+            problems.add("", &refusal);
+            return refused(problems);
+        }
+        // M1, D4: whatever an earlier attempt still has on its way is over before this one is answered.
+        if !self.stop_receiving() {
+            problems.add("", &"requests of an earlier attempt do not end");
+            return refused(problems);
+        }
+        self.clean_up();
+        let found = self.check(guest, offer, &mut problems);
+        if !problems.0.is_empty() {
+            return refused(problems);
+        }
+        let mut reception = Reception {
+            stamp,
+            epoch: Epoch(0),
+            token: Token::random().map_err(|error| error.to_string())?,
+            exports: found.iter().map(|(export, _)| Arc::clone(export)).collect(),
+            created: Vec::new(),
+            were_empty: Vec::new(),
+            write_back: Vec::new(),
+            refused_before: refused_writes(guest),
+        };
+        for ((export, path), disk) in found.iter().zip(&offer.disks) {
+            if let Err(error) = reception.create_missing(guest, export, path, disk) {
+                problems.add(&disk.name, &error);
+            }
+        }
+        if problems.0.is_empty()
+            && let Err(error) = guest.apply(&event)
+        {
+            problems.add("", &error);
+        }
+        if !problems.0.is_empty() {
+            reception.remove_created();
+            return refused(problems);
+        }
+        let disks = reception.begin(&self.remains, offer);
+        self.remains.retain(|name| !reception.exports.iter().any(|export| export.name() == name));
+        let answer = Prepared { stamp, instance: guest.instance, epoch: reception.epoch, token: reception.token, disks };
+        log::info!("migration: attempt {:.8} is received from {}", stamp.attempt, session.theirs.host);
+        self.ended = None;
+        self.stage = Stage::Receiving(reception);
+        Ok(Message::Prepared(answer))
+    }
+
+    /// Looks at every offered disk and collects all that is wrong. Returns the exports and their files.
+    fn check(&self, guest: &Guest, offer: &Prepare, problems: &mut Problems) -> Vec<(Arc<Export>, PathBuf)> {
+        let mut found: Vec<(Arc<Export>, PathBuf)> = Vec::new();
+        let mut needed: Vec<(u64, u64, u64)> = Vec::new();
+        for disk in &offer.disks {
+            let twice = found.iter().any(|(export, _)| export.name() == disk.name);
+            let checked = if twice {
+                Err("is offered twice".to_owned())
+            } else {
+                self.check_disk(guest, disk, offer.mode, &mut needed)
+            };
+            match checked {
+                Ok(export) => found.push(export),
+                Err(cause) => problems.add(&disk.name, &cause),
+            }
+        }
+        if offer.disks.is_empty() {
+            problems.add("", &"no disk is offered");
+        }
+        for (_, needs, has) in needed.iter().filter(|(_, needs, has)| needs > has) {
+            problems.add("", &format_args!("the disks need {needs} bytes, their file system has {has} free"));
+        }
+        found
+    }
+
+    fn check_disk(
+        &self,
+        guest: &Guest,
+        offer: &DiskOffer,
+        mode: Mode,
+        needed: &mut Vec<(u64, u64, u64)>,
+    ) -> Result<(Arc<Export>, PathBuf), String> {
+        let disk = guest.disk(&offer.name).ok_or("the destination has no disk of this name")?;
+        let (Some(export), Source::File { path, .. }) = (&disk.export, &disk.spec.source) else {
+            let why = disk.spec.stays().unwrap_or(Stays::Empty);
+            return Err(format!("is {why} at the destination"));
+        };
+        if let Some(why @ (Stays::ReadOnly | Stays::Shared)) = disk.spec.stays() {
+            return Err(format!("is {why} at the destination"));
+        }
+        let free = match export.disk() {
+            None => crate::disk::free_space_beside(path).map_err(|error| error.to_string())?,
+            Some(target) => {
+                if target.size() != offer.size_bytes {
+                    let (there, here) = (target.size(), offer.size_bytes);
+                    return Err(format!("has {there} bytes at the destination and {here} at the source"));
+                }
+                let ours = self.remains.iter().any(|name| *name == offer.name);
+                let content = target.content().map_err(|error| format!("cannot be read: {error}"))?;
+                if content == Content::Data && mode == Mode::CopyAll && !ours {
+                    return Err(format!("{} is not empty (--overwrite overwrites it)", path.display()));
+                }
+                target.free_space().map_err(|error| error.to_string())?
+            }
+        };
+        if let Some((file_system, bytes)) = free {
+            match needed.iter_mut().find(|(known, ..)| *known == file_system) {
+                Some((_, needs, _)) => *needs += offer.data_bytes,
+                None => needed.push((file_system, offer.data_bytes, bytes)),
+            }
+        }
+        Ok((Arc::clone(export), path.clone()))
+    }
+
+    /// D4. Repeating the fence of an epoch that is over changes nothing.
+    fn fence(&mut self, guest: &Guest, stamp: Stamp, epoch: Epoch) -> Message {
+        let Stage::Receiving(reception) = &mut self.stage else {
+            return failed(stamp, &"nothing is received");
+        };
+        if epoch > reception.epoch {
+            return failed(stamp, &"a fence of an epoch that has not begun");
+        }
+        if epoch == reception.epoch {
+            // The next epoch begins first: whoever waits for the lock with an old name finds it refused.
+            reception.epoch = Epoch(epoch.0.saturating_add(1));
+            if !reception.end_writers() {
+                return failed(stamp, &"requests in flight do not end");
+            }
+        }
+        Message::Fenced { stamp, instance: guest.instance, epoch: reception.epoch }
+    }
+
+    /// Everything has been sent: joins the writers, makes all durable, and only then says so.
+    fn seal(&mut self, guest: &Guest, stamp: Stamp) -> Result<Message, String> {
+        let Stage::Receiving(reception) = &mut self.stage else { return record(guest, stamp) };
+        let began = Instant::now();
+        let durable = if !reception.end_writers() {
+            Err("requests in flight do not end".to_owned())
+        } else if refused_writes(guest) > reception.refused_before {
+            Err("a client of the destination's guest door wrote before the hand-over".to_owned())
+        } else {
+            reception.make_durable()
+        };
+        if let Err(cause) = durable {
+            self.give_up(guest, &cause);
+            self.ended = None;
+            return Ok(failed(stamp, &cause));
+        }
+        let fsync_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        // M2: from here on nothing of this attempt is cleaned up.
+        self.stage = Stage::Idle;
+        match guest.apply(&Event::Seal { stamp, images: Images::NONE }) {
+            Ok(Answer::Sealed) => Ok(Message::Sealed { stamp, fsync_us }),
+            Ok(_) | Err(KeepError::Refused(_)) => record(guest, stamp),
+            Err(error @ KeepError::Unknown(_)) => Err(error.to_string()),
+        }
+    }
+
+    /// This side ends the attempt that it receives (M6): VOID, then the source is told.
+    fn give_up(&mut self, guest: &Guest, cause: &str) {
+        let Stage::Receiving(reception) = &self.stage else { return };
+        let stamp = reception.stamp;
+        log::warn!("migration: attempt {:.8} ended here: {cause}", stamp.attempt);
+        self.stop_receiving();
+        if let Err(error) = guest.apply(&Event::AbortReceiving { attempt: stamp.attempt }) {
+            log::error!("migration: {error}");
+        }
+        self.clean_up();
+        self.ended = Some((stamp, cause.to_owned()));
+    }
+
+    /// Ends the writers of the attempt that is received, if there is one. `false`: they do not end.
+    fn stop_receiving(&mut self) -> bool {
+        match &mut self.stage {
+            Stage::Receiving(reception) => reception.end_writers(),
+            Stage::Idle => true,
+        }
+    }
+
+    /// Removes what the attempt made, and remembers what it leaves behind. Only for an attempt that is not sealed.
+    fn clean_up(&mut self) {
+        if let Stage::Receiving(mut reception) = std::mem::take(&mut self.stage) {
+            for export in &reception.exports {
+                export.set_gate(Gate::Incoming);
+            }
+            reception.join_write_back();
+            self.remains.append(&mut reception.were_empty);
+            reception.remove_created();
+        }
+    }
+}
+
+impl Reception {
+    fn create_missing(
+        &mut self,
+        guest: &Guest,
+        export: &Arc<Export>,
+        path: &Path,
+        offer: &DiskOffer,
+    ) -> Result<(), String> {
+        if export.disk().is_some() {
+            return Ok(());
+        }
+        let cache = guest.disk(&offer.name).map(|disk| disk.spec.cache).unwrap_or_default();
+        let disk = Disk::create(path, offer.size_bytes, cache)
+            .map_err(|error| format!("cannot create {}: {error}", path.display()))?;
+        export.set_disk(Some(Arc::new(disk)));
+        self.created.push((Arc::clone(export), path.to_owned()));
+        Ok(())
+    }
+
+    /// Empties what may be emptied, and starts writing back. The gates are at Receiving already.
+    fn begin(&mut self, remains: &[String], offer: &Prepare) -> heapless::Vec<DiskReady, { crate::limits::DISKS_MAX }> {
+        let connections = u8::try_from(CONNECTIONS_PER_DISK_MAX).unwrap_or(u8::MAX);
+        let mut ready = heapless::Vec::new();
+        for export in &self.exports {
+            let ours = remains.iter().any(|name| name == export.name());
+            if (ours || offer.mode == Mode::Overwrite)
+                && let Err(error) = export.discard_all()
+            {
+                log::info!("migration: disk {} cannot be emptied, all of it is sent: {error}", export.name());
+            }
+            // D10: looked at here, before anything is sent.
+            let content = export.disk().map(|disk| disk.content());
+            let reads_as_zero = matches!(content, Some(Ok(Content::Hole)));
+            if ours || offer.mode == Mode::CopyAll {
+                self.were_empty.push(export.name().to_owned());
+            }
+            // As many as there are offers, which fit.
+            let _ = ready.push(DiskReady { reads_as_zero, connections });
+            let writer = Arc::clone(export);
+            let thread = std::thread::Builder::new().name("write back".to_owned()).stack_size(CONNECTION_STACK);
+            match thread.spawn(move || writer.write_back()) {
+                Ok(thread) => self.write_back.push(thread),
+                Err(error) => log::warn!("migration: no thread to write disk {} back: {error}", export.name()),
+            }
+        }
+        ready
+    }
+
+    /// Ends every data connection and waits for what they had admitted.
+    fn end_writers(&self) -> bool {
+        self.exports.iter().all(|export| export.end_connections(Door::Migration))
+    }
+
+    fn join_write_back(&mut self) {
+        for thread in self.write_back.drain(..) {
+            let _ = thread.join();
+        }
+    }
+
+    fn make_durable(&mut self) -> Result<(), String> {
+        for export in &self.exports {
+            export.set_gate(Gate::Sealed);
+        }
+        self.join_write_back();
+        for export in &self.exports {
+            let disk = export.disk().ok_or_else(|| format!("disk {}: has gone", export.name()))?;
+            disk.flush().map_err(|error| format!("flush: disk {}: {error}", export.name()))?;
+        }
+        for (export, path) in &self.created {
+            crate::disk::sync_directory_of(path).map_err(|error| format!("sync: disk {}: {error}", export.name()))?;
+        }
+        Ok(())
+    }
+
+    /// Removes the files that this attempt made, unless somebody put others in their place.
+    fn remove_created(&mut self) {
+        for (export, path) in self.created.drain(..) {
+            let ours = export.disk().map(|disk| disk.identity());
+            let _ = export.end_connections(Door::Guest);
+            export.set_disk(None);
+            if ours.is_some() && Disk::identify(&path) == ours {
+                let _ = std::fs::remove_file(&path);
+            }
+        }
+    }
+}
+
+/// All that is wrong, as far as it fits a message.
+#[derive(Default)]
+struct Problems(heapless::Vec<Problem, { crate::limits::PROBLEMS_MAX }>);
+
+impl Problems {
+    fn add(&mut self, disk: &str, cause: &dyn Display) {
+        let _ = self.0.push(Problem { disk: cut(disk), cause: cut(&cause.to_string()) });
+    }
+}
+
+/// Lets the record change and says what it says.
+fn settle(guest: &Guest, event: &Event, stamp: Stamp) -> Result<Option<Message>, String> {
+    match guest.apply(event) {
+        Ok(Answer::Sealed) => Ok(Some(Message::Sealed { stamp, fsync_us: 0 })),
+        Ok(Answer::Running) => Ok(Some(Message::Running { stamp, instance: guest.instance })),
+        Ok(Answer::Unsealed) => Ok(Some(Message::Unsealed { stamp })),
+        Ok(Answer::Silent | Answer::Prepared | Answer::Record) | Err(KeepError::Refused(_)) => {
+            Ok(Some(record(guest, stamp)?))
+        }
+        // M4: nobody is answered before the record is durable.
+        Err(error @ KeepError::Unknown(_)) => Err(error.to_string()),
+    }
+}
+
+fn record(guest: &Guest, stamp: Stamp) -> Result<Message, String> {
+    let record = guest.record().map_err(|error| error.to_string())?;
+    Ok(Message::Record { stamp, record: record.map(|record| record.summary()) })
+}
+
+fn failed(stamp: Stamp, cause: &dyn Display) -> Message {
+    Message::Failed { stamp, cause: cut(&cause.to_string()), region: None }
+}
+
+fn refused_writes(guest: &Guest) -> u64 {
+    guest.exports().map(|export| export.refused_guest_writes()).sum()
+}
+
+/// M11: before "unsealed" is said nobody reads from here any more. Not where the guest is served: an ABORT that comes
+/// too late for that finds an owner, and gets the record for an answer.
+fn shut_guest_doors(guest: &Guest) {
+    for export in guest.exports().filter(|export| export.gate() == Gate::Sealed) {
+        let _ = export.end_connections(Door::Guest);
+    }
+}
+
+/// What the migration door offers to one connection: nothing that could be listed.
+pub struct MigrationDirectory<'a> {
+    /// The guest.
+    pub guest: &'a Guest,
+    /// The connection that asks.
+    pub socket: &'a Arc<Socket>,
+}
+
+impl Directory for MigrationDirectory<'_> {
+    type Opened = Visit;
+
+    fn list(&self, _: &mut dyn FnMut(&str, &str)) {}
+
+    fn describe(&self, name: &str) -> Result<Description, OpenError> {
+        let inner = self.guest.destination.lock();
+        let disk = inner.find(self.guest, name).and_then(|export| export.disk()).ok_or(OpenError::Unknown)?;
+        Ok(server::description(disk.size(), false))
+    }
+
+    fn open(&self, name: &str) -> Result<(Description, Visit), OpenError> {
+        self.guest.destination.open(self.guest, name, self.socket)
+    }
+
+    fn takes_phases(&self) -> bool {
+        true
+    }
+}

@@ -75,3 +75,15 @@ pub const CONNECTIONS_PER_DISK_MAX: usize = 8;
 const _: () = assert!(SLOT_BUFFER <= RECEIVE_BUFFER, "a parked request must fit a slot");
 const _: () = assert!(RECEIVE_BUFFER <= PAYLOAD_MAX as usize, "larger requests stream through the buffer");
 const _: () = assert!(OPTION_PAYLOAD_MAX > EXPORT_NAME_MAX + 64, "an INFO with the longest name must be readable");
+
+// ---- phases ------------------------------------------------------------------------------------------------------
+
+/// Longest frame of the phase protocol without its length, in bytes; the largest message of each kind fits (a test
+/// says so).
+pub const FRAME_MAX: usize = 8 * KIB;
+/// Most problems in one refusal; what is left out stands in the destination's log.
+pub const PROBLEMS_MAX: usize = 16;
+/// Longest exchange of hellos.
+pub const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+const _: () = assert!(PROBLEMS_MAX * (DISK_NAME_MAX + CAUSE_MAX + 3) < FRAME_MAX, "a refusal must fit a frame");

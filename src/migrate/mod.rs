@@ -1,1 +1,3 @@
 //! Everything that knows the phases of a migration.
+
+pub mod wire;

@@ -233,3 +233,14 @@ const _: () = assert!(RECEIVE_BUFFER <= PAYLOAD_MAX as usize, "larger requests s
 const _: () = assert!(OPTION_PAYLOAD_MAX > EXPORT_NAME_MAX + 64, "an INFO with the longest name must be readable");
 const _: () = assert!(ADDRESS_MAX > UNIX_PATH_MAX + "unix://".len(), "every Unix address must be printable");
 const _: () = assert!(HANG_UP_POLL.as_millis() <= 200, "a client that goes away is noticed within 200 ms");
+// ---- phases ------------------------------------------------------------------------------------------------------
+
+/// Longest frame of the phase protocol without its length, in bytes; the largest message of each kind fits (a test
+/// says so).
+pub const FRAME_MAX: usize = 8 * KIB;
+/// Most problems in one refusal; what is left out stands in the destination's log.
+pub const PROBLEMS_MAX: usize = 16;
+/// Longest exchange of hellos.
+pub const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+const _: () = assert!(PROBLEMS_MAX * (DISK_NAME_MAX + CAUSE_MAX + 3) < FRAME_MAX, "a refusal must fit a frame");

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Attempt, Images, Lineage, Peer, Record, Stamp, Title, Word};
 
 /// Everything that can change a record.
@@ -233,7 +235,7 @@ impl fmt::Display for Refusal {
 impl std::error::Error for Refusal {}
 
 /// What a source answers when a sealed destination asks whether an attempt was given (rule M3).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Promise {
     /// Given: the answer is GO.
     Given,

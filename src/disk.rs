@@ -482,6 +482,30 @@ impl Disk {
     }
 }
 
+/// Free bytes on the file system on which a file at `path` would be made, and which file system that is.
+///
+/// # Errors
+/// The system's error: there is no such directory, for example.
+pub fn free_space_beside(path: &Path) -> Result<Option<(u64, u64)>> {
+    let directory = directory_of(path);
+    let stat = rustix::fs::statvfs(directory)?;
+    Ok(Some((rustix::fs::stat(directory)?.st_dev, stat.f_bavail.saturating_mul(stat.f_frsize))))
+}
+
+/// Makes the name of a created file durable.
+///
+/// # Errors
+/// The system's error.
+pub fn sync_directory_of(path: &Path) -> Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(directory_of(path), flags, Mode::empty())?;
+    Ok(rustix::fs::fsync(&directory)?)
+}
+
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 /// Locks an image against a second blockferry (`flock`) and against QEMU (whose byte-range locks a whole-file one
 /// collides with). The kernel drops both when the process ends. They stay ours only as long as nobody else in this
 /// process opens and closes the same file; that is one reason why only this file opens images.

@@ -271,6 +271,20 @@ impl Export {
         self.wait_until(inner, Instant::now() + DRAIN_MAX, gone).1
     }
 
+    /// Empties a receiving disk before anything is sent to it: all of it becomes a hole.
+    ///
+    /// # Errors
+    /// The file system cannot, or this is not the moment for it.
+    pub fn discard_all(&self) -> io::Result<()> {
+        let inner = self.lock();
+        match &inner.disk {
+            Some(disk) if inner.gate == Gate::Receiving && inner.connections.iter().all(|c| c.door == Door::Guest) => {
+                disk.write_zeroes(0, disk.size(), true, true)
+            }
+            _ => Err(io::Error::other("not receiving, or in use")),
+        }
+    }
+
     /// Writes back what a migration brings, while it brings it (D13), so that the sync before SEALED is short. Returns
     /// when the gate is no longer [`Gate::Receiving`]. A failed sync poisons the disk (D9), and the migration learns of
     /// it by its next request.

@@ -13,7 +13,7 @@ use crate::error::Problem;
 use crate::export::{Export, Gate};
 use crate::migrate::destination::Destination;
 use crate::migrate::source::Desk;
-use crate::ownership::{Answer, Door, Event, Host, Instance, KeepError, Keeper, Kind, Order, Record};
+use crate::ownership::{Answer, Door, Event, Host, Instance, KeepError, Keeper, Kind, Order, Promise, Record, Stamp};
 
 /// One disk of the guest.
 #[derive(Debug)]
@@ -138,6 +138,14 @@ impl Guest {
         result
     }
 
+    /// What to answer to a destination that asks what became of an attempt of this source (M3).
+    ///
+    /// # Errors
+    /// Nothing may be answered.
+    pub fn promise(&self, asked: &Stamp) -> Result<Promise, KeepError> {
+        self.keeper().promise(self.source.live_attempt(), asked)
+    }
+
     /// Why the guest door is shut, and who owns: for whoever knocks at a fenced export.
     #[must_use]
     pub fn why_fenced(&self) -> String {
@@ -194,8 +202,7 @@ fn is_same_file(other: &GuestDisk, path: &Path) -> bool {
 }
 
 fn has_directory(path: &Path) -> bool {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    parent.unwrap_or(Path::new(".")).is_dir()
+    crate::disk::free_space_beside(path).is_ok()
 }
 
 /// This machine's identity in records and stamps. There is no durable record yet that could outlive the process, so

@@ -243,4 +243,39 @@ pub const PROBLEMS_MAX: usize = 16;
 /// Longest exchange of hellos.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How often a side of a phase connection looks for orders of its own while it waits for messages.
+pub const LINK_LOOK: Duration = Duration::from_millis(50);
+/// A source asks this often whether the destination is still there.
+pub const PING_PERIOD: Duration = Duration::from_secs(1);
+/// A phase connection on which nothing has come for so long is given up.
+pub const LINK_SILENCE_MAX: Duration = Duration::from_secs(15);
+/// Longest wait for a message to leave, or for an answer that needs no disk.
+pub const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest PREPARE: the destination looks through its disks.
+pub const PREPARE_MAX: Duration = Duration::from_secs(120);
+/// Longest fence: requests in flight end, or the destination's disk is broken.
+pub const FENCE_MAX: Duration = Duration::from_secs(75);
+/// Longest wait for SEALED, with the guest quiesced: the destination's last sync.
+pub const SEAL_MAX: Duration = Duration::from_secs(10);
+/// How long a lost destination is dialled again before the attempt is aborted.
+pub const RECONNECT_MAX: Duration = Duration::from_secs(30);
+/// First and longest pause between two dials.
+pub const RECONNECT_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+/// How long `migrate` waits for RUNNING; the process goes on asking.
+pub const RUNNING_PATIENCE: Duration = Duration::from_secs(15);
+/// How long an aborted migration waits for UNSEALED; the process goes on asking if it must know.
+pub const UNSEALED_PATIENCE: Duration = Duration::from_secs(5);
+/// A switchover that did not come to SEAL in time is tried again after this.
+pub const SWITCHOVER_PAUSE: Duration = Duration::from_secs(1);
+/// So many switchovers may fail to quiesce or to finish in time before the attempt is aborted.
+pub const SWITCHOVERS_MAX: u32 = 10;
+/// A mirror's flush is measured at least this often before it has converged.
+pub const FLUSH_PERIOD: Duration = Duration::from_millis(250);
+/// Connections of one disk where nobody says how many.
+pub const CONNECTIONS_PER_DISK_DEFAULT: u8 = 2;
+/// Stack of the thread that drives a migration, in bytes.
+pub const DRIVER_STACK: usize = 256 * KIB;
+
+const _: () = assert!(QUIESCE_MAX.as_secs() < LINK_SILENCE_MAX.as_secs(), "a quiet link outlives a quiesce");
+const _: () = assert!(DRAIN_MAX.as_secs() < FENCE_MAX.as_secs(), "the destination gives up a fence first");
 const _: () = assert!(PROBLEMS_MAX * (DISK_NAME_MAX + CAUSE_MAX + 3) < FRAME_MAX, "a refusal must fit a frame");

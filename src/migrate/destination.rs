@@ -25,7 +25,7 @@ use crate::domain::{Source, Stays};
 use crate::export::{Door, Export, Gate, Visit};
 use crate::guest::Guest;
 use crate::limits::{
-    CONNECTION_STACK, CONNECTIONS_PER_DISK_MAX, HANDSHAKE_TIMEOUT, LINK_LOOK, LINK_SILENCE_MAX, REPLY_TIMEOUT,
+    CONNECTION_STACK, CONNECTIONS_PER_DISK_MAX, HELLO_TIMEOUT, LINK_LOOK, LINK_SILENCE_MAX, REPLY_TIMEOUT,
 };
 use crate::nbd::handshake::{Description, Directory, OpenError};
 use crate::nbd::server;
@@ -83,7 +83,7 @@ pub fn serve(guest: &Arc<Guest>, socket: &Arc<Socket>) {
 fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
     let challenge = Challenge::random().map_err(|error| error.to_string())?;
     let ours = hello(guest, Role::Destination, challenge);
-    let (theirs, _) = link.hello(&ours, Instant::now() + HANDSHAKE_TIMEOUT).map_err(|error| error.to_string())?;
+    let (theirs, _) = link.hello(&ours, Instant::now() + HELLO_TIMEOUT).map_err(|error| error.to_string())?;
     if theirs.guest != ours.guest {
         return Err(format!("the peer speaks of guest '{}', this is '{}'", theirs.guest.escape_debug(), guest.name));
     }
@@ -154,6 +154,7 @@ impl Destination {
             (true, Message::Abort { stamp, cause }) => {
                 log::info!("migration: attempt {:.8} aborted by the source: {}", stamp.attempt, cause.escape_debug());
                 inner.stop_receiving();
+                shut_guest_doors(guest);
                 let answer = settle(guest, &Event::Abort(stamp), stamp);
                 inner.clean_up();
                 answer
@@ -247,12 +248,12 @@ impl Inner {
             problems.add("", &refusal);
             return refused(problems);
         }
-        // M1, D4: whatever an earlier attempt still has on its way is over before this one is answered.
+        // D4: whatever an earlier attempt still has on its way is over before this one is answered.
         if !self.stop_receiving() {
             problems.add("", &"requests of an earlier attempt do not end");
             return refused(problems);
         }
-        self.clean_up();
+        self.give_up(guest, "another attempt has begun");
         let found = self.check(guest, offer, &mut problems);
         if !problems.0.is_empty() {
             return refused(problems);
@@ -556,10 +557,10 @@ fn refused_writes(guest: &Guest) -> u64 {
     guest.exports().map(|export| export.refused_guest_writes()).sum()
 }
 
-/// M11: before "unsealed" is said nobody reads from here any more. Not where the guest is served: an ABORT that comes
-/// too late for that finds an owner, and gets the record for an answer.
+/// M11: before "unsealed" is said nobody uses what was read here. Not where the guest is served: an ABORT that comes too
+/// late for that finds an owner, and gets the record for an answer.
 fn shut_guest_doors(guest: &Guest) {
-    for export in guest.exports().filter(|export| export.gate() == Gate::Sealed) {
+    for export in guest.exports().filter(|export| matches!(export.gate(), Gate::Receiving | Gate::Sealed)) {
         let _ = export.end_connections(Door::Guest);
     }
 }

@@ -1,4 +1,15 @@
 //! Everything that knows the phases of a migration.
+//!
+//! `wire` is bytes, `link` one phase connection, `dial` opens one. `destination` is the receiving side. On the sending
+//! side `source` is what the user talks to, `drive` the phases in their order, `lanes` the data connections, `meter` the
+//! rates, and `settle` what is left to be said after an attempt.
 
+pub mod destination;
+mod dial;
+mod drive;
+mod lanes;
 pub mod link;
+mod meter;
+mod settle;
+pub mod source;
 pub mod wire;

@@ -95,7 +95,7 @@ impl Disk {
     pub fn parse(text: &str) -> Result<Self, String> {
         let mut parts = text.split(',');
         let name = parts.next().unwrap_or_default();
-        check_name("disk", name, DISK_NAME_MAX)?;
+        check_disk_name(name)?;
         let mut given = Given::default();
         for part in parts {
             given.take(name, part)?;
@@ -286,6 +286,14 @@ fn disk_size(text: &str) -> Result<u64, String> {
 /// The cause, for a usage error.
 pub fn check_guest_name(name: &str) -> Result<(), String> {
     check_name("guest", name, GUEST_NAME_MAX)
+}
+
+/// Checks a disk's name: it names an export too.
+///
+/// # Errors
+/// The cause, for a usage error.
+pub fn check_disk_name(name: &str) -> Result<(), String> {
+    check_name("disk", name, DISK_NAME_MAX)
 }
 
 /// A name is a path component and a word on a command line.

@@ -5,6 +5,7 @@
 
 pub mod address;
 pub mod cause;
+pub mod cli;
 pub mod control;
 pub mod dirty;
 pub mod disk;
@@ -12,6 +13,7 @@ pub mod domain;
 pub mod doors;
 pub mod error;
 pub mod export;
+pub mod json;
 pub mod limits;
 pub mod listener;
 pub mod log;
@@ -19,4 +21,7 @@ pub mod migrate;
 pub mod mirror;
 pub mod nbd;
 pub mod ownership;
+pub mod progress;
+pub mod ready;
 pub mod socket;
+pub mod units;

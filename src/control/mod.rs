@@ -10,4 +10,8 @@ pub mod server;
 pub mod wire;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod fake;
+#[cfg(test)]
+mod tests_bytes;
+#[cfg(test)]
+mod tests_ends;

@@ -1,0 +1,166 @@
+//! `blockferry migrate`.
+
+use std::time::Instant;
+
+use super::guest::{CONTROL, GuestDoor, PLAINTEXT, guest_door};
+use super::options::{Matches, Spec, Takes, later, opt};
+use super::{Command, print};
+use crate::address::Address;
+use crate::control::client::Client;
+use crate::control::wire::{MigrateRequest, Reply, Request, text};
+use crate::domain::{check_disk_name, parse_size};
+use crate::error::{Exit, Problem};
+use crate::json;
+use crate::limits::{CONNECTIONS_PER_DISK_MAX, DISKS_MAX, DOWNTIME_LIMIT_DEFAULT_MS, DOWNTIME_LIMIT_MAX_MS};
+use crate::progress::{Display, Form};
+
+/// What `migrate` was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MigrateOptions {
+    /// The guest.
+    pub door: GuestDoor,
+    /// The destination's migration door.
+    pub destination: Address,
+    /// Disks there that are not empty are overwritten.
+    pub overwrite: bool,
+    /// Exactly these disks move; empty: all that move by themselves.
+    pub disks: Vec<String>,
+    /// Bytes a second for all disks together; 0: no limit.
+    pub bandwidth_bytes: u64,
+    /// Longest predicted final pass that counts as converged.
+    pub downtime_limit_ms: u32,
+    /// Wait for `switch` when converged.
+    pub hold: bool,
+    /// Data connections of one disk; 0: as many as the destination recommends.
+    pub connections: u8,
+    /// Return once the migration has started.
+    pub detach: bool,
+}
+
+pub(super) const SPEC: Spec = Spec {
+    name: "migrate",
+    arguments: "GUEST DEST [--OPTION]...",
+    about: "Move the guest's disks, and its ownership, to another host",
+    options: &[
+        opt("copy-storage-all", Takes::Nothing, "copy everything (default); the disks there must be empty"),
+        opt("overwrite", Takes::Nothing, "disks there that are not empty are overwritten"),
+        opt(
+            "migrate-disks",
+            Takes::One("A,B"),
+            "move exactly these disks [all but shared, read-only, external and\nempty ones]",
+        ),
+        opt("bandwidth", Takes::One("SIZE"), "bytes a second for all disks together; 0: no limit [0]"),
+        opt("downtime-limit", Takes::One("MS"), "longest final pass that counts as converged [300]"),
+        opt("hold", Takes::Nothing, "when converged, wait for: blockferry switch GUEST"),
+        opt("detach", Takes::Nothing, "return once it has started; see: blockferry status GUEST"),
+        opt("connections", Takes::One("N"), "data connections of one disk, 1 to 8 [the destination's advice]"),
+        opt("synchronous", Takes::One("never"), "guest writes never wait for the mirror [never]"),
+        opt("transport", Takes::One("MODE"), "nbd, or auto: today the same [auto]"),
+        opt("verify", Takes::One("none"), "today nothing is verified [none]"),
+        CONTROL,
+        PLAINTEXT,
+        later("copy-storage-inc", Takes::Nothing),
+        later("keep-partial", Takes::Nothing),
+        later("unsafe", Takes::Nothing),
+        later("plain", Takes::Nothing),
+        later("tls-dir", Takes::One("DIR")),
+        later("key", Takes::One("FILE")),
+        later("peers", Takes::One("FILE")),
+    ],
+    notes: "DEST is the --listen address of `blockferry serve GUEST` on the other host.\n\
+            Runs in the foreground; when it goes away (Ctrl-C) the migration ends and this host goes on, until\n\
+            ownership is being given away.\n\n\
+            Examples:\n\
+            \x20 blockferry migrate g1 tcp://B:49152 --insecure-plaintext\n\
+            \x20 blockferry migrate g1 tcp://127.0.0.1:49152 --migrate-disks vda,vdb --bandwidth 100M --hold\n",
+};
+
+pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
+    let [guest, destination] = matches.arguments(["GUEST", "DEST"])?;
+    if destination.starts_with("nbd://") || destination.starts_with("nbd+unix://") {
+        return Err(SPEC.usage("DEST", format!("'{destination}': plain NBD destinations are not built yet")));
+    }
+    let destination = Address::parse(destination).map_err(|cause| SPEC.usage("DEST", cause))?;
+    if matches!(destination, Address::Tcp { port: 0, .. }) {
+        return Err(SPEC.usage("DEST", format!("'{destination}': port 0 can be listened on only")));
+    }
+    matches.only("synchronous", &["never"], &["auto", "always"])?;
+    matches.only("transport", &["nbd", "auto"], &["stream"])?;
+    matches.only("verify", &["none"], &["written", "full"])?;
+    let most = u8::try_from(CONNECTIONS_PER_DISK_MAX).unwrap_or(u8::MAX);
+    Ok(Command::Migrate(MigrateOptions {
+        door: guest_door(&SPEC, matches, guest)?,
+        destination,
+        overwrite: matches.flag("overwrite"),
+        disks: matches.read("migrate-disks", parse_names)?.unwrap_or_default(),
+        bandwidth_bytes: matches.read("bandwidth", parse_size)?.unwrap_or(0),
+        downtime_limit_ms: matches
+            .number("downtime-limit", 1, DOWNTIME_LIMIT_MAX_MS)?
+            .unwrap_or(DOWNTIME_LIMIT_DEFAULT_MS),
+        hold: matches.flag("hold"),
+        connections: matches.number("connections", 1, most)?.unwrap_or(0),
+        detach: matches.flag("detach"),
+    }))
+}
+
+/// `A,B`.
+fn parse_names(text: &str) -> Result<Vec<String>, String> {
+    let names: Vec<String> = text.split(',').map(str::to_owned).collect();
+    names.iter().try_for_each(|name| check_disk_name(name))?;
+    if names.len() > DISKS_MAX {
+        return Err(format!("{} disks are more than {DISKS_MAX}", names.len()));
+    }
+    match names.iter().enumerate().find(|(i, name)| names[..*i].contains(name)) {
+        Some((_, name)) => Err(format!("disk {name} is named twice")),
+        None => Ok(names),
+    }
+}
+
+impl MigrateOptions {
+    /// As it travels through the control door.
+    #[must_use]
+    pub fn request(&self) -> MigrateRequest {
+        MigrateRequest {
+            destination: text(&self.destination.to_string()),
+            overwrite: self.overwrite,
+            disks: self.disks.iter().map(|name| text(name)).collect(),
+            bandwidth_bytes: self.bandwidth_bytes,
+            downtime_limit_ms: self.downtime_limit_ms,
+            hold: self.hold,
+            connections: self.connections,
+            detach: self.detach,
+            insecure_plaintext: self.door.insecure_plaintext,
+        }
+    }
+}
+
+pub(super) fn run(options: &MigrateOptions, as_json: bool, terminal: bool) -> Result<(), Problem> {
+    options.destination.check_plaintext("migrate", options.door.insecure_plaintext)?;
+    let guest = &options.door.guest;
+    let mut client = options.door.connect("migrate")?;
+    client.tell(&Request::Migrate(options.request()))?;
+    if options.detach {
+        let text = if as_json { json::ok("migrate", guest) } else { format!("{guest}: started\n") };
+        print(&text);
+        return Ok(());
+    }
+    let form = match (as_json, terminal) {
+        (true, _) => Form::Json,
+        (false, true) => Form::Terminal,
+        (false, false) => Form::Lines,
+    };
+    follow(&mut client, &mut Display::new(std::io::stdout(), form, guest))
+}
+
+/// Shows a migration until its end.
+pub(super) fn follow<W: std::io::Write>(client: &mut Client, display: &mut Display<W>) -> Result<(), Problem> {
+    loop {
+        match client.next_reply() {
+            Ok(Reply::Progress(progress)) => display.show(&progress, Instant::now()),
+            Ok(Reply::Done(done)) => return display.finish(&done),
+            Ok(_) => {}
+            // Whatever broke after the start, the migration's end is not known here.
+            Err(problem) => return Err(Problem { exit: Exit::Unknown, ..problem }),
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! `blockferry serve`.
+
+use std::path::PathBuf;
+
+use super::options::{Matches, Spec, Takes, later, opt};
+use super::{Command, guest};
+use crate::address::Address;
+use crate::domain::{Disk, check_disks, check_guest_name};
+use crate::error::Problem;
+
+/// What `serve` was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServeOptions {
+    /// The guest.
+    pub guest: String,
+    /// Its disks, at least one, names and files all different.
+    pub disks: Vec<Disk>,
+    /// Where the record is kept.
+    pub state: PathBuf,
+    /// The record may be kept where a restart of the host loses it.
+    pub volatile_state: bool,
+    /// The guest doors, at least one.
+    pub nbd: Vec<Address>,
+    /// The migration door.
+    pub listen: Option<Address>,
+    /// The control doors, at least one.
+    pub control: Vec<Address>,
+    /// TCP beyond this host is allowed without keys.
+    pub insecure_plaintext: bool,
+    /// The ready line is JSON.
+    pub json: bool,
+}
+
+impl ServeOptions {
+    /// Checks what only the host can answer: whether every TCP door stays on it, or may leave it.
+    ///
+    /// # Errors
+    /// A refusal.
+    pub fn check(&self) -> Result<(), Problem> {
+        let doors = self.nbd.iter().chain(&self.listen).chain(&self.control);
+        doors.into_iter().try_for_each(|door| door.check_plaintext("serve", self.insecure_plaintext))
+    }
+}
+
+pub(super) const SPEC: Spec = Spec {
+    name: "serve",
+    arguments: "GUEST --disk NAME[,...]... [--OPTION]...",
+    about: "Serve a guest's disks: one process per guest and host",
+    options: &[
+        opt(
+            "disk",
+            Takes::Many("NAME[,...]"),
+            "a disk, repeatable (a path cannot contain a comma):\n\
+             NAME,file=PATH[,size=SIZE][,ro][,shared][,cache=writeback|none]\n\
+             \x20 a file or block device; a missing file is created with size=, or when\n\
+             \x20 a migration brings it\n\
+             NAME,external[,ro][,shared]\n\
+             \x20 opened by the VMM itself; known, never copied\n\
+             NAME\n\
+             \x20 an empty drive",
+        ),
+        opt("nbd", Takes::Many("ADDR"), "guest door, repeatable [unix:///run/blockferry/GUEST/nbd.sock]"),
+        opt("listen", Takes::One("ADDR"), "migration door; TCP port 0 prints the port it got [none]"),
+        opt("control", Takes::Many("ADDR"), "control door, repeatable [unix:///run/blockferry/GUEST/control.sock]"),
+        opt(
+            "state",
+            Takes::One("DIR"),
+            "for the record of who owns [/var/lib/blockferry/GUEST];\n\
+             not built yet: today the record lives in memory only",
+        ),
+        opt("volatile-state", Takes::Nothing, "the record may be lost with the host; today it always is"),
+        opt("vmm", Takes::One("none"), "what holds the guest still: none, the caller does [none]"),
+        opt("insecure-plaintext", Takes::Nothing, "allow TCP beyond this host without keys"),
+        later("domain-xml", Takes::One("FILE")),
+        later("tls-dir", Takes::One("DIR")),
+        later("key", Takes::One("FILE")),
+        later("peers", Takes::One("FILE")),
+    ],
+    notes: "Prints one line when ready, and sends READY=1 to $NOTIFY_SOCKET:\n\
+            \x20 blockferry: GUEST: ready: STATE order=TERM.GEN nbd=ADDR listen=ADDR\n\n\
+            Examples:\n\
+            \x20 blockferry serve g1 --disk vda,file=/d/g1.raw\n\
+            \x20 blockferry serve g1 --disk vda,file=/d/g1.raw,size=20G --listen tcp://127.0.0.1:49152\n\
+            \x20 blockferry serve g1 --disk vda,file=/d/root.raw --disk vdb,external,shared \
+            --disk vdc,file=/d/tools.raw,ro --disk sr0\n",
+};
+
+pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
+    let [guest] = matches.arguments(["GUEST"])?;
+    check_guest_name(guest).map_err(|cause| SPEC.usage("GUEST", cause))?;
+    let disks = matches.read_all("disk", Disk::parse)?;
+    if disks.is_empty() {
+        return Err(matches.error("disk", "a guest has at least one"));
+    }
+    check_disks(&disks).map_err(|cause| matches.error("disk", cause))?;
+    matches.only("vmm", &["none"], &["qmp:", "hook:"])?;
+    let state = matches.read("state", |path| match path {
+        "" => Err("the path is empty".to_owned()),
+        path => Ok(PathBuf::from(path)),
+    })?;
+    Ok(Command::Serve(ServeOptions {
+        guest: guest.to_owned(),
+        disks,
+        state: state.unwrap_or_else(|| PathBuf::from(format!("/var/lib/blockferry/{guest}"))),
+        volatile_state: matches.flag("volatile-state"),
+        nbd: matches.addresses("nbd", || guest::door(guest, "nbd"))?,
+        listen: matches.read("listen", Address::parse)?,
+        control: matches.addresses("control", || guest::door(guest, "control"))?,
+        insecure_plaintext: matches.flag("insecure-plaintext"),
+        json: false,
+    }))
+}

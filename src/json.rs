@@ -1,0 +1,331 @@
+//! `--json`: one object a line, one schema for all commands. `docs/json.md` describes every field.
+//!
+//! Each object has `type`. Fields are only ever added; what is not known is `null`, never left out. Identities are
+//! strings of hexadecimal digits, because a number in JSON has 53 bits in many readers.
+
+use serde::Serialize;
+
+use crate::address::Address;
+use crate::control::wire::{Convergence, Done, Progress, Status};
+use crate::error::{Exit, Problem};
+use crate::limits::JSON_LINE_MAX;
+use crate::ready::Ready;
+
+/// One object as a line, with its line end.
+fn line(object: &impl Serialize) -> String {
+    let mut bytes = vec![0; JSON_LINE_MAX];
+    let length = serde_json_core::to_slice(object, &mut bytes).unwrap_or_else(|_| {
+        // Every text that comes in is bounded far below the largest line.
+        log::error!("json: a line longer than {JSON_LINE_MAX} bytes was not written");
+        0
+    });
+    bytes.truncate(length);
+    bytes.push(b'\n');
+    String::from_utf8(bytes).unwrap_or_default()
+}
+
+/// `None` for what is empty.
+fn some(text: &str) -> Option<&str> {
+    if text.is_empty() { None } else { Some(text) }
+}
+
+#[derive(Serialize)]
+struct ReadyLine<'a> {
+    r#type: &'static str,
+    name: &'a str,
+    state: Option<&'a str>,
+    term: Option<u64>,
+    generation: Option<u64>,
+    nbd: &'a [&'a str],
+    listen: Option<&'a str>,
+    next: Option<&'a str>,
+}
+
+/// The ready line of `serve` and `export`.
+#[must_use]
+pub fn ready(ready: &Ready<'_>) -> String {
+    let nbd: Vec<String> = ready.nbd.iter().map(Address::to_string).collect();
+    let nbd: Vec<&str> = nbd.iter().map(String::as_str).collect();
+    let listen = ready.listen.map(Address::to_string);
+    line(&ReadyLine {
+        r#type: "ready",
+        name: ready.name,
+        state: ready.record.map(|(state, ..)| state.word()),
+        term: ready.record.map(|(_, term, _)| term),
+        generation: ready.record.map(|(_, _, generation)| generation),
+        nbd: &nbd,
+        listen: listen.as_deref(),
+        next: some(ready.next),
+    })
+}
+
+#[derive(Serialize)]
+struct OkLine<'a> {
+    r#type: &'static str,
+    operation: &'a str,
+    guest: &'a str,
+}
+
+/// A command without a result of its own was done.
+#[must_use]
+pub fn ok(operation: &str, guest: &str) -> String {
+    line(&OkLine { r#type: "ok", operation, guest })
+}
+
+#[derive(Serialize)]
+struct ErrorLine<'a> {
+    r#type: &'static str,
+    operation: &'a str,
+    object: &'a str,
+    cause: &'a str,
+    exit: u8,
+}
+
+/// A command failed; the same text is on stderr.
+#[must_use]
+pub fn error(problem: &Problem) -> String {
+    line(&ErrorLine {
+        r#type: "error",
+        operation: &problem.operation,
+        object: &problem.object,
+        cause: &problem.cause,
+        exit: problem.exit.code(),
+    })
+}
+
+#[derive(Serialize)]
+struct StatusLine<'a> {
+    r#type: &'static str,
+    guest: &'a str,
+    state: &'a str,
+    term: u64,
+    generation: u64,
+    lineage: Option<&'a str>,
+    peer: Option<&'a str>,
+    migration: &'a str,
+    next: Option<&'a str>,
+    disks: &'a [StatusDisk<'a>],
+}
+
+#[derive(Serialize)]
+struct StatusDisk<'a> {
+    name: &'a str,
+    size_bytes: u64,
+    moves: bool,
+    stays: Option<&'a str>,
+    gate: Option<&'a str>,
+}
+
+/// How a guest's disks are.
+#[must_use]
+pub fn status(status: &Status) -> String {
+    let disks: Vec<_> = status
+        .disks
+        .iter()
+        .map(|disk| StatusDisk {
+            name: &disk.name,
+            size_bytes: disk.size_bytes,
+            moves: disk.stays.is_none(),
+            stays: disk.stays.map(|stays| stays.word()),
+            gate: disk.gate.map(|gate| gate.word()),
+        })
+        .collect();
+    let lineage = if status.lineage == 0 { String::new() } else { format!("{:032x}", status.lineage) };
+    line(&StatusLine {
+        r#type: "status",
+        guest: &status.guest,
+        state: status.state.word(),
+        term: status.term,
+        generation: status.generation,
+        lineage: some(&lineage),
+        peer: some(&status.peer),
+        migration: status.migration.word(),
+        next: some(&status.hint),
+        disks: &disks,
+    })
+}
+
+#[derive(Serialize)]
+struct ProgressLine<'a> {
+    r#type: &'static str,
+    guest: &'a str,
+    attempt: &'a str,
+    phase: &'a str,
+    elapsed_ms: u64,
+    converged: bool,
+    convergence: &'a str,
+    predicted_final_ms: Option<u32>,
+    downtime_limit_ms: u32,
+    bandwidth_bytes: u64,
+    held: bool,
+    disks: &'a [ProgressDisk<'a>],
+}
+
+#[derive(Serialize)]
+struct ProgressDisk<'a> {
+    name: &'a str,
+    size_bytes: u64,
+    left_bytes: u64,
+    sent_bytes: u64,
+    zero_bytes: u64,
+    rate_bytes: u64,
+    dirty_rate_bytes: u64,
+    passes: u32,
+    estimate_s: Option<u32>,
+}
+
+/// How a migration is.
+#[must_use]
+pub fn progress(guest: &str, progress: &Progress) -> String {
+    let disks: Vec<_> = progress
+        .disks
+        .iter()
+        .map(|disk| ProgressDisk {
+            name: &disk.name,
+            size_bytes: disk.size_bytes,
+            left_bytes: disk.left_bytes,
+            sent_bytes: disk.sent_bytes,
+            zero_bytes: disk.zero_bytes,
+            rate_bytes: disk.rate_bytes,
+            dirty_rate_bytes: disk.dirty_rate_bytes,
+            passes: disk.passes,
+            estimate_s: disk.estimate_s,
+        })
+        .collect();
+    line(&ProgressLine {
+        r#type: "progress",
+        guest,
+        attempt: &format!("{:032x}", progress.attempt),
+        phase: progress.phase.word(),
+        elapsed_ms: progress.elapsed_ms,
+        converged: progress.convergence == Convergence::Converged,
+        convergence: match progress.convergence {
+            Convergence::Copying => "copying",
+            Convergence::Converged => "converged",
+            Convergence::TooLong => "too long",
+            Convergence::GuestIsFaster { .. } => "guest is faster",
+        },
+        predicted_final_ms: progress.predicted_final_ms,
+        downtime_limit_ms: progress.downtime_limit_ms,
+        bandwidth_bytes: progress.bandwidth_bytes,
+        held: progress.held,
+        disks: &disks,
+    })
+}
+
+#[derive(Serialize)]
+struct DoneLine<'a> {
+    r#type: &'static str,
+    guest: &'a str,
+    attempt: &'a str,
+    exit: u8,
+    cause: Option<&'a str>,
+    owner: &'a str,
+    destination: Option<&'a str>,
+    sent_bytes: u64,
+    zero_bytes: u64,
+    passes: u32,
+    total_ms: u64,
+    switchover_us: Option<u64>,
+}
+
+/// How a migration ended.
+#[must_use]
+pub fn done(guest: &str, done: &Done) -> String {
+    line(&DoneLine {
+        r#type: "done",
+        guest,
+        attempt: &format!("{:032x}", done.attempt),
+        exit: Exit::from_code(done.exit).code(),
+        cause: some(&done.message),
+        owner: done.owner.word(),
+        destination: some(&done.destination),
+        sent_bytes: done.sent_bytes,
+        zero_bytes: done.zero_bytes,
+        passes: done.passes,
+        total_ms: done.total_ms,
+        switchover_us: done.switchover_us,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::wire::{DiskProgress, DiskStatus, Gate, Migration, Owner, Phase, State, text};
+    use crate::domain::Stays;
+
+    #[test]
+    fn every_line_has_its_fields_in_order() {
+        let nbd = [Address::Unix("/run/n".into())];
+        let announced = Ready {
+            name: "g1",
+            record: Some((State::Incoming, 1, 2)),
+            nbd: &nbd,
+            listen: None,
+            next: "blockferry claim g1",
+        };
+        assert_eq!(
+            ready(&announced),
+            "{\"type\":\"ready\",\"name\":\"g1\",\"state\":\"incoming\",\"term\":1,\"generation\":2,\
+             \"nbd\":[\"unix:///run/n\"],\"listen\":null,\"next\":\"blockferry claim g1\"}\n"
+        );
+        assert_eq!(ok("switch", "g1"), "{\"type\":\"ok\",\"operation\":\"switch\",\"guest\":\"g1\"}\n");
+        assert_eq!(
+            error(&Problem::refused("claim", "g1", "a \"b\"\\\n\u{1b}é")),
+            "{\"type\":\"error\",\"operation\":\"claim\",\"object\":\"g1\",\"cause\":\"a \\\"b\\\"\\\\\\n\\u001Bé\",\
+             \"exit\":1}\n"
+        );
+    }
+
+    #[test]
+    fn a_status_line_has_its_fields_in_order() {
+        let disks = [
+            DiskStatus { name: text("a"), size_bytes: 512, stays: None, gate: Some(Gate::Serving) },
+            DiskStatus { name: text("b"), size_bytes: 0, stays: Some(Stays::Empty), gate: None },
+        ];
+        let told = Status {
+            guest: text("g1"),
+            state: State::Owner,
+            term: 1,
+            generation: 2,
+            lineage: 255,
+            migration: Migration::Running,
+            disks: disks.into_iter().collect(),
+            ..Status::default()
+        };
+        assert_eq!(
+            status(&told),
+            "{\"type\":\"status\",\"guest\":\"g1\",\"state\":\"owner\",\"term\":1,\"generation\":2,\
+             \"lineage\":\"000000000000000000000000000000ff\",\"peer\":null,\"migration\":\"running\",\"next\":null,\
+             \"disks\":[{\"name\":\"a\",\"size_bytes\":512,\"moves\":true,\"stays\":null,\"gate\":\"serving\"},\
+             {\"name\":\"b\",\"size_bytes\":0,\"moves\":false,\"stays\":\"no source\",\"gate\":null}]}\n"
+        );
+    }
+
+    #[test]
+    fn progress_and_done_lines_have_their_fields_in_order() {
+        let disk = DiskProgress { name: text("a"), size_bytes: 9, estimate_s: Some(8), ..DiskProgress::default() };
+        let running = Progress {
+            attempt: 1,
+            phase: Phase::Bulk,
+            predicted_final_ms: Some(3),
+            disks: [disk].into_iter().collect(),
+            ..Progress::default()
+        };
+        assert_eq!(
+            progress("g1", &running),
+            "{\"type\":\"progress\",\"guest\":\"g1\",\"attempt\":\"00000000000000000000000000000001\",\
+             \"phase\":\"bulk pass\",\"elapsed_ms\":0,\"converged\":false,\"convergence\":\"copying\",\
+             \"predicted_final_ms\":3,\"downtime_limit_ms\":0,\"bandwidth_bytes\":0,\"held\":false,\"disks\":[\
+             {\"name\":\"a\",\"size_bytes\":9,\"left_bytes\":0,\"sent_bytes\":0,\"zero_bytes\":0,\"rate_bytes\":0,\
+             \"dirty_rate_bytes\":0,\"passes\":0,\"estimate_s\":8}]}\n"
+        );
+        let ended = Done { attempt: 1, owner: Owner::Destination, destination: text("d"), ..Done::default() };
+        assert_eq!(
+            done("g1", &ended),
+            "{\"type\":\"done\",\"guest\":\"g1\",\"attempt\":\"00000000000000000000000000000001\",\"exit\":0,\
+             \"cause\":null,\"owner\":\"destination\",\"destination\":\"d\",\"sent_bytes\":0,\"zero_bytes\":0,\
+             \"passes\":0,\"total_ms\":0,\"switchover_us\":null}\n"
+        );
+    }
+}

@@ -1,0 +1,318 @@
+//! Progress of a migration as its user sees it: redrawn on a terminal, a line a second elsewhere, or `--json`.
+//!
+//! Draws into any writer; what the writer does not take is lost, because no migration should end for its picture.
+
+use std::io::Write;
+use std::time::Instant;
+
+use crate::control::wire::{Convergence, DiskProgress, Done, Owner, Phase, Progress};
+use crate::error::{Exit, OneLine, Problem};
+use crate::json;
+use crate::limits::PROGRESS_LINE_INTERVAL;
+use crate::units::{rate, size, time_ms, time_us};
+
+/// How progress is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// A line for each disk and one for the whole, drawn over each other.
+    Terminal,
+    /// At most one line a second, and one for each new phase.
+    Lines,
+    /// One object a line, each frame.
+    Json,
+}
+
+/// Shows the progress of one migration.
+#[derive(Debug)]
+pub struct Display<W> {
+    out: W,
+    form: Form,
+    guest: String,
+    /// Lines of the last picture on a terminal.
+    drawn: usize,
+    /// The last plain line: when, and what phase and convergence it told.
+    told: Option<(Instant, Phase, bool)>,
+}
+
+impl<W: Write> Display<W> {
+    /// Nothing is shown yet.
+    pub fn new(out: W, form: Form, guest: &str) -> Self {
+        Self { out, form, guest: guest.to_owned(), drawn: 0, told: None }
+    }
+
+    /// Shows how the migration is `now`.
+    pub fn show(&mut self, progress: &Progress, now: Instant) {
+        let form = self.form;
+        let text = match form {
+            Form::Json => json::progress(&self.guest, progress),
+            Form::Terminal => self.picture(progress),
+            Form::Lines if !self.is_time(progress, now) => return,
+            Form::Lines => format!("{}\n", total_line(&self.guest, progress)),
+        };
+        self.put(&text);
+    }
+
+    /// Shows how the migration ended.
+    ///
+    /// # Errors
+    /// Its problem, for stderr and the exit code, when it did not end well.
+    pub fn finish(&mut self, done: &Done) -> Result<(), Problem> {
+        if self.form == Form::Json {
+            self.put(&json::done(&self.guest, done));
+        }
+        if Exit::from_code(done.exit) != Exit::Done {
+            return Err(problem(&self.guest, done));
+        }
+        if self.form != Form::Json {
+            self.put(&format!("{}\n", done_line(&self.guest, done)));
+        }
+        Ok(())
+    }
+
+    /// Whether a plain line is due; remembers it.
+    fn is_time(&mut self, progress: &Progress, now: Instant) -> bool {
+        let converged = progress.convergence == Convergence::Converged;
+        let due = self.told.is_none_or(|(when, phase, before)| {
+            phase != progress.phase || before != converged || now.duration_since(when) >= PROGRESS_LINE_INTERVAL
+        });
+        if due {
+            self.told = Some((now, progress.phase, converged));
+        }
+        due
+    }
+
+    /// The picture of a terminal, drawn over the one before. Lines are not wrapped meanwhile: too long ones are cut.
+    fn picture(&mut self, progress: &Progress) -> String {
+        let mut text = String::from("\x1b[?7l");
+        if self.drawn > 0 {
+            text.push_str(&format!("\x1b[{}A", self.drawn));
+        }
+        let lines = disk_lines(progress);
+        self.drawn = lines.len() + 1;
+        for line in lines.into_iter().chain([whole_line(&self.guest, progress)]) {
+            text.push_str(&format!("\r{line}\x1b[K\n"));
+        }
+        // What a longer picture has left below.
+        text.push_str("\x1b[J\x1b[?7h");
+        text
+    }
+
+    fn put(&mut self, text: &str) {
+        let _ = self.out.write_all(text.as_bytes());
+        let _ = self.out.flush();
+    }
+}
+
+/// A line for each disk.
+fn disk_lines(progress: &Progress) -> Vec<String> {
+    let width = progress.disks.iter().map(|disk| disk.name.chars().count()).max().unwrap_or(0);
+    let line = |disk: &DiskProgress| {
+        format!(
+            "  {:width$}  {:>8}  left {:>8}  {:>10}  dirty {:>10}  pass {}  {}",
+            OneLine(&disk.name).to_string(),
+            size(disk.size_bytes),
+            size(disk.left_bytes),
+            rate(disk.rate_bytes),
+            rate(disk.dirty_rate_bytes),
+            disk.passes,
+            estimate(disk.left_bytes, disk.estimate_s),
+        )
+    };
+    progress.disks.iter().map(line).collect()
+}
+
+/// When nothing will be left.
+fn estimate(left_bytes: u64, estimate_s: Option<u32>) -> String {
+    match estimate_s {
+        _ if left_bytes == 0 => "clean".to_owned(),
+        Some(seconds) => format!("about {}", time_ms(u64::from(seconds) * 1000)),
+        None => "no end in sight".to_owned(),
+    }
+}
+
+/// The line for the whole migration.
+fn whole_line(guest: &str, progress: &Progress) -> String {
+    let head = format!("{}: {}: {}", OneLine(guest), progress.phase.word(), time_ms(progress.elapsed_ms));
+    let body = if progress.phase > Phase::Passes { String::new() } else { format!(": {}", convergence(progress)) };
+    let held = progress.held && progress.convergence == Convergence::Converged && progress.phase <= Phase::Passes;
+    let tail = if held { format!("; held: blockferry switch {guest}") } else { String::new() };
+    format!("{head}{body}{tail}")
+}
+
+/// Whether it converged, or why not, with the numbers that decide it.
+fn convergence(progress: &Progress) -> String {
+    let limit = progress.downtime_limit_ms;
+    let predicted = match progress.predicted_final_ms {
+        Some(ms) => format!("final pass {ms} ms, allowed {limit} ms"),
+        None => format!("final pass not known yet, allowed {limit} ms"),
+    };
+    match progress.convergence {
+        Convergence::Copying => "copying".to_owned(),
+        Convergence::Converged => format!("converged: {predicted}"),
+        Convergence::TooLong => format!("not converged: {predicted}"),
+        Convergence::GuestIsFaster { dirty_rate_bytes, rate_bytes } => format!(
+            "not converging: the guest writes {}, the mirror copies {}; {predicted}",
+            rate(dirty_rate_bytes),
+            rate(rate_bytes)
+        ),
+    }
+}
+
+/// All disks in one plain line.
+fn total_line(guest: &str, progress: &Progress) -> String {
+    let sum = |of: fn(&DiskProgress) -> u64| progress.disks.iter().map(of).fold(0, u64::saturating_add);
+    format!(
+        "{}; {} left, {}, dirty {}",
+        whole_line(guest, progress),
+        size(sum(|d| d.left_bytes)),
+        rate(sum(|d| d.rate_bytes)),
+        rate(sum(|d| d.dirty_rate_bytes)),
+    )
+}
+
+/// The last line of a migration that went well.
+fn done_line(guest: &str, done: &Done) -> String {
+    let switchover = done.switchover_us.map(|us| format!(", switchover {}", time_us(us))).unwrap_or_default();
+    let note = if done.message.is_empty() { String::new() } else { format!(" ({})", OneLine(&done.message)) };
+    format!(
+        "{}: migrated to {}: sent {} and {} of zeroes in {} passes, {}{switchover}{note}",
+        OneLine(guest),
+        OneLine(&done.destination),
+        size(done.sent_bytes),
+        size(done.zero_bytes),
+        done.passes,
+        time_ms(done.total_ms),
+    )
+}
+
+/// The problem of a migration that did not end well: its cause, and who owns the guest now.
+fn problem(guest: &str, done: &Done) -> Problem {
+    let exit = Exit::from_code(done.exit);
+    let owner = match (exit, done.owner) {
+        (Exit::Refused | Exit::Usage, _) => "nothing has changed".to_owned(),
+        (_, Owner::Here) => "this source still owns and serves the guest".to_owned(),
+        (_, Owner::Destination) => format!("{} owns the guest: do not start it here", done.destination),
+        (_, Owner::Unknown) => "who owns the guest is not known from here: do not start it".to_owned(),
+    };
+    let cause = if done.message.is_empty() { owner } else { format!("{}; {owner}", done.message) };
+    Problem { exit, ..Problem::aborted("migrate", guest, cause) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::control::wire::text;
+
+    fn a_progress() -> Progress {
+        let disk = |name: &str, left_bytes, estimate_s| DiskProgress {
+            name: text(name),
+            size_bytes: 20 << 30,
+            left_bytes,
+            rate_bytes: 118 << 20,
+            dirty_rate_bytes: 3 << 20,
+            passes: 2,
+            estimate_s,
+            ..DiskProgress::default()
+        };
+        Progress {
+            phase: Phase::Passes,
+            elapsed_ms: 12_300,
+            convergence: Convergence::TooLong,
+            predicted_final_ms: Some(900),
+            downtime_limit_ms: 300,
+            disks: [disk("vda", 1 << 30, Some(9)), disk("vdb10", 0, Some(0))].into_iter().collect(),
+            ..Progress::default()
+        }
+    }
+
+    fn shown(form: Form, frames: &[(&Progress, Duration)]) -> String {
+        let mut out = Vec::new();
+        let mut display = Display::new(&mut out, form, "g1");
+        let start = Instant::now();
+        for (progress, at) in frames {
+            display.show(progress, start + *at);
+        }
+        String::from_utf8(out).expect("text")
+    }
+
+    #[test]
+    fn a_terminal_is_drawn_over() {
+        let progress = a_progress();
+        let disks = "\r  vda    20.0 GiB  left  1.0 GiB   118 MiB/s  dirty  3.0 MiB/s  pass 2  about 9.0 s\x1b[K\n\
+                     \r  vdb10  20.0 GiB  left      0 B   118 MiB/s  dirty  3.0 MiB/s  pass 2  clean\x1b[K\n";
+        let whole = "\rg1: passes: 12.3 s: not converged: final pass 900 ms, allowed 300 ms\x1b[K\n";
+        let picture = format!("{disks}{whole}\x1b[J\x1b[?7h");
+        let twice = shown(Form::Terminal, &[(&progress, Duration::ZERO), (&progress, Duration::ZERO)]);
+        assert_eq!(twice, format!("\x1b[?7l{picture}\x1b[?7l\x1b[3A{picture}"));
+    }
+
+    #[test]
+    fn plain_lines_come_once_a_second_and_at_each_turn() {
+        let first = a_progress();
+        let converged = Progress { convergence: Convergence::Converged, held: true, ..a_progress() };
+        let last = Progress { phase: Phase::Final, ..a_progress() };
+        let ms = Duration::from_millis;
+        let frames =
+            [(&first, ms(0)), (&first, ms(999)), (&first, ms(1000)), (&converged, ms(1001)), (&last, ms(1002))];
+        let tail = "1.0 GiB left, 236 MiB/s, dirty 6.0 MiB/s";
+        let line = format!("g1: passes: 12.3 s: not converged: final pass 900 ms, allowed 300 ms; {tail}\n");
+        let held = format!(
+            "g1: passes: 12.3 s: converged: final pass 900 ms, allowed 300 ms; held: blockferry switch g1; {tail}\n"
+        );
+        assert_eq!(shown(Form::Lines, &frames), format!("{line}{line}{held}g1: final pass: 12.3 s; {tail}\n"));
+    }
+
+    #[test]
+    fn each_convergence_is_said_with_its_numbers() {
+        let said = |convergence, predicted_final_ms| {
+            super::convergence(&Progress { convergence, predicted_final_ms, ..a_progress() })
+        };
+        assert_eq!(said(Convergence::Copying, None), "copying");
+        assert_eq!(said(Convergence::TooLong, None), "not converged: final pass not known yet, allowed 300 ms");
+        assert_eq!(
+            said(Convergence::GuestIsFaster { dirty_rate_bytes: 30 << 20, rate_bytes: 20 << 20 }, Some(9000)),
+            "not converging: the guest writes 30.0 MiB/s, the mirror copies 20.0 MiB/s; \
+             final pass 9000 ms, allowed 300 ms"
+        );
+        assert_eq!(estimate(1, None), "no end in sight");
+    }
+
+    #[test]
+    fn json_gets_every_frame() {
+        let progress = a_progress();
+        let lines = shown(Form::Json, &[(&progress, Duration::ZERO), (&progress, Duration::ZERO)]);
+        assert_eq!(lines, json::progress("g1", &progress).repeat(2));
+    }
+
+    #[test]
+    fn the_end_says_what_was_done_or_who_owns() {
+        let good = Done {
+            owner: Owner::Destination,
+            destination: text("tcp://b:1"),
+            sent_bytes: 3 << 30,
+            zero_bytes: 1 << 20,
+            passes: 3,
+            total_ms: 32_100,
+            switchover_us: Some(8_300),
+            ..Done::default()
+        };
+        let mut out = Vec::new();
+        Display::new(&mut out, Form::Lines, "g1").finish(&good).expect("went well");
+        assert_eq!(
+            String::from_utf8(out).expect("text"),
+            "g1: migrated to tcp://b:1: sent 3.0 GiB and 1.0 MiB of zeroes in 3 passes, 32.1 s, switchover 8.3 ms\n"
+        );
+        for (exit, owner, cause) in [
+            (Exit::Refused, Owner::Here, "disk full; nothing has changed"),
+            (Exit::Aborted, Owner::Here, "disk full; this source still owns and serves the guest"),
+            (Exit::GaveAway, Owner::Destination, "disk full; tcp://b:1 owns the guest: do not start it here"),
+            (Exit::Unknown, Owner::Unknown, "disk full; who owns the guest is not known from here: do not start it"),
+        ] {
+            let done = Done { exit: exit.code(), owner, message: text("disk full"), ..good.clone() };
+            let problem = Display::new(Vec::new(), Form::Lines, "g1").finish(&done).expect_err("did not");
+            assert_eq!((problem.exit, problem.to_string()), (exit, format!("blockferry: migrate: g1: {cause}")));
+        }
+    }
+}

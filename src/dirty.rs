@@ -82,10 +82,7 @@ impl DirtyMap {
     /// lowest level within 1 MiB: 4 KiB up to 32 GiB, 128 KiB for 1 TiB.
     #[must_use]
     pub fn new(size: u64) -> Arc<Self> {
-        let mut granularity = GRANULARITY_MIN;
-        while size.div_ceil(granularity).div_ceil(8) > DIRTY_MAP_MAX as u64 {
-            granularity *= 2;
-        }
+        let granularity = Self::granularity_for(size);
         let inner = Inner {
             bits: Bits::new(size.div_ceil(granularity)),
             taken: heapless::Vec::new(),
@@ -94,6 +91,16 @@ impl DirtyMap {
             marked: 0,
         };
         Arc::new(Self { size, granularity, inner: Mutex::new(inner) })
+    }
+
+    /// The bytes that one bit of a disk of `size` bytes stands for.
+    #[must_use]
+    pub fn granularity_for(size: u64) -> u64 {
+        let mut granularity = GRANULARITY_MIN;
+        while size.div_ceil(granularity).div_ceil(8) > DIRTY_MAP_MAX as u64 {
+            granularity *= 2;
+        }
+        granularity
     }
 
     /// The bytes that one bit stands for.

@@ -25,6 +25,20 @@ pub enum Cache {
     None,
 }
 
+impl Cache {
+    /// Reads `writeback` or `none`.
+    ///
+    /// # Errors
+    /// The cause, for a usage error.
+    pub fn parse(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "writeback" => Ok(Self::Writeback),
+            "none" => Ok(Self::None),
+            _ => Err(format!("'{text}' is neither writeback nor none")),
+        }
+    }
+}
+
 /// Who may use the disk beside this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {

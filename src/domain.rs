@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::disk::Cache;
 use crate::limits::{DISK_NAME_MAX, DISKS_MAX, GIB, GUEST_NAME_MAX, KIB, MIB, SECTOR};
 
 /// One disk of the guest.
@@ -39,16 +40,6 @@ pub enum Source {
     External,
     /// An empty drive.
     Empty,
-}
-
-/// How the host's page cache is used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Cache {
-    /// Writes are answered from the page cache; FLUSH makes them durable.
-    #[default]
-    Writeback,
-    /// The page cache is passed by (`O_DIRECT`).
-    None,
 }
 
 /// Why a disk stays where it is. The numbers travel through the control door: only append.
@@ -181,20 +172,6 @@ impl Given {
             shared: self.shared,
             cache: self.cache.unwrap_or_default(),
         })
-    }
-}
-
-impl Cache {
-    /// Reads `writeback` or `none`.
-    ///
-    /// # Errors
-    /// The cause, for a usage error.
-    pub fn parse(text: &str) -> Result<Self, String> {
-        match text {
-            "writeback" => Ok(Self::Writeback),
-            "none" => Ok(Self::None),
-            _ => Err(format!("'{text}' is neither writeback nor none")),
-        }
     }
 }
 

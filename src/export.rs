@@ -120,6 +120,8 @@ struct Inner {
     /// Threads that wait on `changed`; nobody is woken, and no system call made, when there are none.
     waiting: u32,
     connections: Vec<Arc<Connection>>,
+    /// Connections ever let in.
+    visits: usize,
     /// Bytes received from a migration and not synced yet (D13).
     unsynced: u64,
     /// Guest writes refused because this host does not own the disk (M11 wants to know).
@@ -154,6 +156,7 @@ impl Export {
             generation: 0,
             waiting: 0,
             connections: Vec::new(),
+            visits: 0,
             unsynced: 0,
             refused_guest_writes: 0,
         };
@@ -200,6 +203,16 @@ impl Export {
         self.changed.notify_all();
     }
 
+    /// Ends a quiesce, unless the gate has been moved meanwhile.
+    fn reopen(&self) {
+        let mut inner = self.lock();
+        if inner.gate == Gate::Quiesced {
+            inner.gate = Gate::Serving;
+        }
+        drop(inner);
+        self.changed.notify_all();
+    }
+
     /// How many guest writes were refused because this host does not own the disk.
     #[must_use]
     pub fn refused_guest_writes(&self) -> u64 {
@@ -210,6 +223,12 @@ impl Export {
     #[must_use]
     pub fn connections(&self, door: Door) -> usize {
         self.lock().connections.iter().filter(|c| c.door == door).count()
+    }
+
+    /// How many connections have ever been let in.
+    #[must_use]
+    pub fn visits(&self) -> usize {
+        self.lock().visits
     }
 
     /// Begins dirty tracking (D1): the map is in place, then everything that was admitted before is drained. Only after
@@ -242,6 +261,7 @@ impl Export {
         let Some(disk) = inner.disk.clone() else { return Err("this disk does not exist yet") };
         let connection = Arc::new(Connection { socket: Arc::clone(socket), door, dead: AtomicBool::new(false) });
         inner.connections.push(Arc::clone(&connection));
+        inner.visits += 1;
         let visit = Visit { export: Arc::clone(self), disk, connection };
         if door == Door::Guest {
             let gone: Vec<_> = inner.connections.iter().filter(|c| c.door == door && c.socket.has_hung_up()).collect();
@@ -586,7 +606,7 @@ impl Quiesced {
 impl Drop for Quiesced {
     fn drop(&mut self) {
         for export in &self.exports {
-            export.set_gate(Gate::Serving);
+            export.reopen();
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::domain::{self, Source};
 use crate::error::Problem;
 use crate::export::{Export, Gate};
 use crate::migrate::destination::Destination;
-use crate::migrate::source::Desk;
+use crate::migrate::source::Source as Sending;
 use crate::ownership::{Answer, Door, Event, Host, Instance, KeepError, Keeper, Kind, Order, Promise, Record, Stamp};
 
 /// One disk of the guest.
@@ -44,7 +44,7 @@ pub struct Guest {
     /// What this process receives.
     pub destination: Destination,
     /// What this process sends.
-    pub source: Desk,
+    pub source: Sending,
     keeper: Mutex<Keeper>,
 }
 
@@ -79,7 +79,7 @@ impl Guest {
             migration_address: address,
             insecure_plaintext: insecure,
             destination: Destination::default(),
-            source: Desk::default(),
+            source: Sending::default(),
             keeper: Mutex::new(Keeper::volatile(host)),
         })
     }
@@ -143,7 +143,9 @@ impl Guest {
     /// # Errors
     /// Nothing may be answered.
     pub fn promise(&self, asked: &Stamp) -> Result<Promise, KeepError> {
-        self.keeper().promise(self.source.live_attempt(), asked)
+        // Before the keeper's lock: the desk asks for the record under its own.
+        let live = self.source.live_attempt();
+        self.keeper().promise(live, asked)
     }
 
     /// Why the guest door is shut, and who owns: for whoever knocks at a fenced export.
@@ -168,7 +170,8 @@ fn open_disk(
     created: &mut Vec<PathBuf>,
 ) -> Result<Option<Arc<Export>>, Problem> {
     let Source::File { path, size } = &spec.source else { return Ok(None) };
-    let refuse = |cause: &dyn std::fmt::Display| Problem::fatal(format!("open disk {}", spec.name), path.display(), cause);
+    let refuse =
+        |cause: &dyn std::fmt::Display| Problem::fatal(format!("open disk {}", spec.name), path.display(), cause);
     if let Some(twin) = others.iter().find(|other| is_same_file(other, path)) {
         return Err(refuse(&format_args!("is the image of disk {} too", twin.spec.name)));
     }

@@ -245,6 +245,8 @@ pub const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How often a side of a phase connection looks for orders of its own while it waits for messages.
 pub const LINK_LOOK: Duration = Duration::from_millis(50);
+/// How long the driver of a migration waits for a message before it looks at its mirrors again.
+pub const TICK: Duration = Duration::from_millis(5);
 /// A source asks this often whether the destination is still there.
 pub const PING_PERIOD: Duration = Duration::from_secs(1);
 /// A phase connection on which nothing has come for so long is given up.

@@ -3,12 +3,9 @@
 use std::process::ExitCode;
 
 use blockferry::cli::{self, Entry};
-use blockferry::error::Problem;
+use blockferry::serve;
 
 fn main() -> ExitCode {
-    let entry = Entry {
-        serve: |options| Err(Problem::fatal("serve", options.guest, "not built yet")),
-        export: |_| Err(Problem::fatal("export", "", "not built yet")),
-    };
+    let entry = Entry { serve: serve::serve, export: serve::export };
     cli::run(std::env::args_os().skip(1), &entry).into()
 }

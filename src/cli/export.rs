@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use super::Command;
 use super::options::{Matches, Spec, Takes, later, opt};
 use crate::address::Address;
-use crate::domain::{Cache, check_disk_name};
+use crate::disk::Cache;
+use crate::domain::check_disk_name;
 use crate::error::Problem;
 use crate::limits::DISKS_MAX;
 

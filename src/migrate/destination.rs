@@ -53,7 +53,7 @@ struct Inner {
 enum Stage {
     #[default]
     Idle,
-    Receiving(Reception),
+    Receiving(Box<Reception>),
 }
 
 #[derive(Debug)]
@@ -159,9 +159,7 @@ impl Destination {
                 inner.clean_up();
                 answer
             }
-            (false, Message::Seal { stamp, .. }) => {
-                settle(guest, &Event::Seal { stamp, images: Images::NONE }, stamp)
-            }
+            (false, Message::Seal { stamp, .. }) => settle(guest, &Event::Seal { stamp, images: Images::NONE }, stamp),
             (false, Message::Go { stamp }) => settle(guest, &Event::Go(stamp), stamp),
             (false, Message::Abort { stamp, .. }) => {
                 shut_guest_doors(guest);
@@ -284,10 +282,11 @@ impl Inner {
         }
         let disks = reception.begin(&self.remains, offer);
         self.remains.retain(|name| !reception.exports.iter().any(|export| export.name() == name));
-        let answer = Prepared { stamp, instance: guest.instance, epoch: reception.epoch, token: reception.token, disks };
+        let answer =
+            Prepared { stamp, instance: guest.instance, epoch: reception.epoch, token: reception.token, disks };
         log::info!("migration: attempt {:.8} is received from {}", stamp.attempt, session.theirs.host);
         self.ended = None;
-        self.stage = Stage::Receiving(reception);
+        self.stage = Stage::Receiving(Box::new(reception));
         Ok(Message::Prepared(answer))
     }
 
@@ -338,7 +337,7 @@ impl Inner {
                     let (there, here) = (target.size(), offer.size_bytes);
                     return Err(format!("has {there} bytes at the destination and {here} at the source"));
                 }
-                let ours = self.remains.iter().any(|name| *name == offer.name);
+                let ours = self.remains.iter().any(|name| name.as_str() == offer.name);
                 let content = target.content().map_err(|error| format!("cannot be read: {error}"))?;
                 if content == Content::Data && mode == Mode::CopyAll && !ours {
                     return Err(format!("{} is not empty (--overwrite overwrites it)", path.display()));

@@ -16,7 +16,7 @@ use crate::nbd::client::{PhasesAnswer, offer_phases};
 ///
 /// # Errors
 /// One line: nobody is there, it is a plain NBD server, it speaks another version, or serves another guest.
-pub fn dial(guest: &Guest, address: &Address) -> Result<(Link, Hello), String> {
+pub(super) fn dial(guest: &Guest, address: &Address) -> Result<(Link, Hello), String> {
     let socket = Arc::new(address.connect(CONNECT_TIMEOUT).map_err(|error| reason(&error))?);
     match offer_phases(&socket) {
         Ok(PhasesAnswer::Accepted) => {}

@@ -18,7 +18,7 @@ use crate::socket::Socket;
 
 /// The lanes of all disks. Dropping it ends and joins them.
 #[derive(Debug, Default)]
-pub struct Lanes {
+pub(super) struct Lanes {
     lanes: Vec<Lane>,
 }
 
@@ -34,8 +34,8 @@ impl Lanes {
     /// other's writes.
     ///
     /// # Errors
-    /// One line; what was opened is ended again.
-    pub fn open(
+    /// One line. What was opened runs already and stays: the caller ends it and keeps what was in flight.
+    pub(super) fn open(
         &mut self,
         address: &Address,
         prepared: &Prepared,
@@ -43,7 +43,7 @@ impl Lanes {
         mirrors: &[Arc<Mirror>],
         connections: u8,
     ) -> Result<(), String> {
-        let opened = mirrors.iter().try_for_each(|mirror| {
+        mirrors.iter().try_for_each(|mirror| {
             let attempt = prepared.stamp.attempt;
             let name = export_name(attempt, prepared.instance, epoch, prepared.token, mirror.name());
             let several = self.open_one(address, mirror, name.as_str())?;
@@ -51,11 +51,7 @@ impl Lanes {
                 self.open_one(address, mirror, name.as_str())?;
                 Ok(())
             })
-        });
-        if opened.is_err() {
-            self.end();
-        }
-        opened
+        })
     }
 
     /// Opens one lane and starts its thread. Returns whether there may be more.
@@ -80,7 +76,7 @@ impl Lanes {
 
     /// Ends all lanes and joins their threads. Returns the regions whose copies have an unknown outcome: they stay in
     /// flight as long as the caller holds them.
-    pub fn end(&mut self) -> Vec<Region> {
+    pub(super) fn end(&mut self) -> Vec<Region> {
         for lane in &self.lanes {
             lane.mirror.stop();
             lane.socket.shutdown();

@@ -28,16 +28,16 @@ struct Sample {
 
 /// What the guest and the mirror do to one disk, in bytes a second.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Rates {
+pub(super) struct Rates {
     /// Copied and acknowledged.
-    pub copied: u64,
+    pub(super) copied: u64,
     /// Made dirty by guest writes.
-    pub dirtied: u64,
+    pub(super) dirtied: u64,
 }
 
 /// What a look at the meter says about all disks together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+pub(super) enum Verdict {
     /// The predicted final pass fits the limit.
     Converged,
     /// It does not yet, but what is outstanding goes down.
@@ -48,7 +48,7 @@ pub enum Verdict {
 
 /// Measures one migration.
 #[derive(Debug)]
-pub struct Meter {
+pub(super) struct Meter {
     disks: Vec<Samples>,
     /// Bytes a second of all disks together while there was always enough to copy; smoothed.
     capacity: Option<f64>,
@@ -59,16 +59,21 @@ pub struct Meter {
 impl Meter {
     /// A meter for so many disks, counting from now.
     #[must_use]
-    pub fn new(disks: usize) -> Self {
+    pub(super) fn new(disks: usize) -> Self {
         let now = Instant::now();
         let start = Sample { at: now, acknowledged: 0, marked: 0 };
         let samples = || Samples { ring: [start; SAMPLES], taken: 1 };
-        Self { disks: std::iter::repeat_with(samples).take(disks).collect(), capacity: None, busy_since: None, last: now }
+        Self {
+            disks: std::iter::repeat_with(samples).take(disks).collect(),
+            capacity: None,
+            busy_since: None,
+            last: now,
+        }
     }
 
     /// Takes a sample if it is time for one. `counts` are the disks' in the same order each time.
     #[expect(clippy::cast_precision_loss, reason = "byte counts are far below 2^52")]
-    pub fn sample(&mut self, counts: &[Counts]) {
+    pub(super) fn sample(&mut self, counts: &[Counts]) {
         let now = Instant::now();
         if now.duration_since(self.last) < METER_PERIOD {
             return;
@@ -93,12 +98,12 @@ impl Meter {
 
     /// The rates of one disk over the last second.
     #[must_use]
-    pub fn rates(&self, disk: usize) -> Rates {
+    pub(super) fn rates(&self, disk: usize) -> Rates {
         let Some(samples) = self.disks.get(disk) else { return Rates::default() };
         let newest = samples.ring[(samples.taken - 1) % SAMPLES];
         let oldest = samples.ring[if samples.taken > SAMPLES { samples.taken % SAMPLES } else { 0 }];
         let ms = u64::try_from(newest.at.duration_since(oldest.at).as_millis()).unwrap_or(u64::MAX);
-        let per_second = |bytes: u64| if ms == 0 { 0 } else { bytes.saturating_mul(1000) / ms };
+        let per_second = |bytes: u64| bytes.saturating_mul(1000).checked_div(ms).unwrap_or(0);
         Rates {
             copied: per_second(newest.acknowledged - oldest.acknowledged),
             dirtied: per_second(newest.marked - oldest.marked),
@@ -107,7 +112,7 @@ impl Meter {
 
     /// The rates of all disks together.
     #[must_use]
-    pub fn total(&self) -> Rates {
+    pub(super) fn total(&self) -> Rates {
         (0..self.disks.len()).map(|disk| self.rates(disk)).fold(Rates::default(), |sum, rates| Rates {
             copied: sum.copied + rates.copied,
             dirtied: sum.dirtied + rates.dirtied,
@@ -117,7 +122,7 @@ impl Meter {
     /// How long the final pass would take now.
     #[must_use]
     #[expect(clippy::cast_precision_loss, reason = "byte counts are far below 2^52")]
-    pub fn predicted_final(&self, counts: &[Counts]) -> Duration {
+    pub(super) fn predicted_final(&self, counts: &[Counts]) -> Duration {
         let bytes: u64 = counts.iter().map(|c| c.outstanding.bytes).sum();
         let rate = self.capacity.unwrap_or(ASSUMED_RATE as f64).max(1.0);
         let flush = counts.iter().map(|c| c.flush_took).max().unwrap_or_default();
@@ -127,11 +132,15 @@ impl Meter {
 
     /// Whether the final pass would fit `limit`, or why not.
     #[must_use]
-    pub fn verdict(&self, counts: &[Counts], limit: Duration) -> Verdict {
+    pub(super) fn verdict(&self, counts: &[Counts], limit: Duration) -> Verdict {
         if self.predicted_final(counts) <= limit {
             return Verdict::Converged;
         }
         let total = self.total();
-        if total.dirtied > 0 && total.dirtied >= total.copied { Verdict::GuestIsFaster(total) } else { Verdict::TooLong }
+        if total.dirtied > 0 && total.dirtied >= total.copied {
+            Verdict::GuestIsFaster(total)
+        } else {
+            Verdict::TooLong
+        }
     }
 }

@@ -32,12 +32,12 @@ fn business(record: &Record) -> Option<(Business, Stamp, Peer)> {
 }
 
 /// Whether anything is left to be said.
-pub fn is_needed(guest: &Guest) -> bool {
+pub(super) fn is_needed(guest: &Guest) -> bool {
     guest.record().ok().flatten().is_some_and(|record| business(&record).is_some())
 }
 
 /// Starts a thread that says it until it is heard.
-pub fn start(guest: &Arc<Guest>) {
+pub(super) fn start(guest: &Arc<Guest>) {
     let guest = Arc::clone(guest);
     let thread = std::thread::Builder::new().name("settle".to_owned()).stack_size(DRIVER_STACK);
     let started = thread.spawn(move || {
@@ -71,7 +71,7 @@ fn settle_once(guest: &Guest) -> Result<(), String> {
 ///
 /// # Errors
 /// One line: the link is of no more use, or the answer is not one.
-pub fn say(guest: &Guest, link: &mut Link, deadline: Instant) -> Result<(), String> {
+pub(super) fn say(guest: &Guest, link: &mut Link, deadline: Instant) -> Result<(), String> {
     let record = guest.record().map_err(|error| error.to_string())?;
     let Some((business, stamp, to)) = record.as_ref().and_then(business) else { return Ok(()) };
     let message = match business {
@@ -86,7 +86,7 @@ pub fn say(guest: &Guest, link: &mut Link, deadline: Instant) -> Result<(), Stri
             Some(Message::Unsealed { stamp: about }) if about.matches(&stamp) => Event::Unsealed(stamp),
             // The guest has moved on from there, or was taken by hand: the record of the peer is the proof (M6).
             Some(Message::Record { stamp: about, record: Some(theirs) }) if about.matches(&stamp) => {
-                Event::Meet { title: theirs.title, peer: to }
+                Event::Meet { title: theirs.title, peer: to.clone() }
             }
             Some(Message::Record { .. }) => return Err(format!("{to} does not know the attempt")),
             Some(_) => continue,

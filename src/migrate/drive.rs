@@ -1,0 +1,654 @@
+//! The phases of a migration on the source, in their order.
+//!
+//! [`run`] reads from top to bottom: prepare, perform, finish; beside it stands the one failure path, [`abort`]. Nothing
+//! here touches a data byte: it starts lanes, asks mirrors for counts, and speaks with the destination.
+//!
+//! What may end when is decided in [`Drive::finish`]: until SEAL is sent the gates may open again and the migration goes
+//! on; once it is sent, opening them ends the attempt (D6); once GIVEN is begun, nothing takes it back (M3).
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::dial::dial;
+use super::lanes::Lanes;
+use super::link::{Link, LinkError};
+use super::meter::{Meter, Verdict};
+use super::settle;
+use super::source::Job;
+use super::wire::{DiskOffer, Epoch, Hello, Message, Mode, Prepare, Prepared, cut};
+use crate::control::wire::{Convergence, DiskProgress, Done, Owner, Phase, text};
+use crate::dirty::{DirtyMap, Region};
+use crate::error::Exit;
+use crate::export::{Export, Quiesced, quiesce};
+use crate::guest::Guest;
+use crate::limits::{
+    CONNECTIONS_PER_DISK_DEFAULT, CONNECTIONS_PER_DISK_MAX, DISKS_MAX, FENCE_MAX, FLUSH_PERIOD, LINK_SILENCE_MAX,
+    PING_PERIOD, PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REPLY_TIMEOUT, RUNNING_PATIENCE, SEAL_MAX,
+    SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
+};
+use crate::mirror::{Counts, Mirror, NotReady};
+use crate::ownership::{Event, KeepError, Peer, Stamp};
+
+/// Why a migration does not go on. Which exit code that is depends on where it happens.
+#[derive(Debug)]
+enum Stop {
+    /// It failed, or was cancelled: the attempt ends, the source goes on.
+    Abort(String),
+    /// The record cannot be made durable: who owns is not known from here (M4).
+    Unknown(String),
+}
+
+impl From<String> for Stop {
+    fn from(cause: String) -> Self {
+        Self::Abort(cause)
+    }
+}
+
+impl From<&str> for Stop {
+    fn from(cause: &str) -> Self {
+        Self::Abort(cause.to_owned())
+    }
+}
+
+/// Why a switchover came to nothing while the gates could still open again.
+enum NotYet {
+    /// The guest goes on, and the migration too.
+    GoOn(String),
+    /// The migration does not.
+    Stop(Stop),
+}
+
+impl From<NotYet> for Stop {
+    fn from(not_yet: NotYet) -> Self {
+        match not_yet {
+            NotYet::GoOn(cause) => Self::Abort(cause),
+            NotYet::Stop(stop) => stop,
+        }
+    }
+}
+
+/// Drives one migration to its end.
+pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
+    let mut drive = match prepare(guest, job) {
+        Ok(drive) => drive,
+        Err(cause) => return done(job, Exit::Refused, Owner::Here, &cause),
+    };
+    let result = drive.perform().and_then(|()| drive.finish());
+    let counts = drive.counts();
+    let mut done = match result {
+        Ok(Some(switchover)) => {
+            let mut done = done(job, Exit::Done, Owner::Destination, "");
+            done.switchover_us = Some(u64::try_from(switchover.as_micros()).unwrap_or(u64::MAX));
+            done
+        }
+        Ok(None) => done(
+            job,
+            Exit::Unknown,
+            Owner::Unknown,
+            "given away, and the destination has not answered yet: it owns as soon as it hears of it",
+        ),
+        Err(Stop::Unknown(cause)) => done(job, Exit::Unknown, Owner::Unknown, &cause),
+        Err(Stop::Abort(cause)) => {
+            abort(drive, &cause);
+            done(job, Exit::Aborted, Owner::Here, &cause)
+        }
+    };
+    done.sent_bytes = counts.iter().map(|c| c.sent).sum();
+    done.zero_bytes = counts.iter().map(|c| c.zeroed).sum();
+    done.passes = counts.iter().map(|c| c.passes).max().unwrap_or(0);
+    done
+}
+
+fn done(job: &Job, exit: Exit, owner: Owner, cause: &str) -> Done {
+    Done {
+        attempt: u128::from_be_bytes(job.attempt.0),
+        exit: exit.code(),
+        message: text(cause),
+        owner,
+        destination: text(&job.address.to_string()),
+        total_ms: u64::try_from(job.began.elapsed().as_millis()).unwrap_or(u64::MAX),
+        ..Done::default()
+    }
+}
+
+// ---- PREPARE -----------------------------------------------------------------------------------------------------
+
+/// Everything before the first byte: dials, says hello, has the destination check and open the disks. A failure here
+/// has changed nothing.
+fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String> {
+    let (mut link, theirs) = dial(guest, &job.address).map_err(|cause| format!("{}: {cause}", job.address))?;
+    let record = guest.record().map_err(|error| error.to_string())?.ok_or("this host owns nothing")?;
+    let stamp = Stamp {
+        lineage: record.lineage,
+        word: record.word,
+        attempt: job.attempt,
+        source: guest.host,
+        destination: theirs.host,
+        order: record.order.handed_over().ok_or("the order cannot rise further")?,
+    };
+    let message = Message::Prepare(Prepare {
+        stamp,
+        challenge: theirs.challenge,
+        mode: if job.request.overwrite { Mode::Overwrite } else { Mode::CopyAll },
+        disks: job.exports.iter().map(offer).collect::<Result<_, _>>()?,
+        connections: job.request.connections,
+    });
+    link.send(&message, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
+    let deadline = Instant::now() + PREPARE_MAX;
+    let prepared = loop {
+        if let Some(cause) = job.cancelled() {
+            return Err(cause);
+        }
+        match link.receive(Instant::now() + TICK).map_err(|error| error.to_string())? {
+            Some(Message::Prepared(prepared)) if prepared.stamp.matches(&stamp) => break prepared,
+            Some(Message::Refused { stamp: about, problems }) if about.matches(&stamp) => {
+                return Err(report(&problems));
+            }
+            None if Instant::now() >= deadline => return Err("the destination does not get ready".to_owned()),
+            _ => {}
+        }
+    };
+    if prepared.disks.len() != job.exports.len() || prepared.instance != theirs.instance {
+        return Err("the destination's answer does not fit the question".to_owned());
+    }
+    Ok(Drive {
+        guest,
+        job,
+        stamp,
+        epoch: prepared.epoch,
+        prepared,
+        peer: Peer { host: theirs.host, address: cut(&job.address.to_string()) },
+        link,
+        mirrors: Vec::new(),
+        lanes: Lanes::default(),
+        unknown: Vec::new(),
+        down: false,
+        link_lost: false,
+        meter: Meter::new(job.exports.len()),
+        heard: Instant::now(),
+        pinged: Instant::now(),
+        flushed: Instant::now(),
+    })
+}
+
+fn offer(export: &Arc<Export>) -> Result<DiskOffer, String> {
+    let fault = |cause: &dyn std::fmt::Display| format!("disk {}: {cause}", export.name());
+    let disk = export.disk().ok_or_else(|| fault(&"does not exist"))?;
+    Ok(DiskOffer {
+        name: cut(export.name()),
+        size_bytes: disk.size(),
+        data_bytes: disk.data_bytes().map_err(|error| fault(&error))?,
+        granularity_bytes: DirtyMap::granularity_for(disk.size()),
+    })
+}
+
+/// One line with all that the destination found wrong.
+fn report(problems: &[super::wire::Problem]) -> String {
+    let mut report = String::from("refused by the destination");
+    for problem in problems {
+        report.push_str("; ");
+        if !problem.disk.is_empty() {
+            report.push_str(&format!("disk {}: ", problem.disk));
+        }
+        report.push_str(&problem.cause);
+    }
+    report.replacen("; ", ": ", 1)
+}
+
+// ---- PERFORM and FINISH ------------------------------------------------------------------------------------------
+
+/// A migration that the destination is prepared for.
+struct Drive<'a> {
+    guest: &'a Arc<Guest>,
+    job: &'a Job,
+    stamp: Stamp,
+    prepared: Prepared,
+    epoch: Epoch,
+    peer: Peer,
+    link: Link,
+    mirrors: Vec<Arc<Mirror>>,
+    lanes: Lanes,
+    /// Regions whose copies may still be in a buffer of the destination: in flight until it is fenced (D4).
+    unknown: Vec<Region>,
+    /// The lanes are ended and not open again.
+    down: bool,
+    /// The phase connection is dead.
+    link_lost: bool,
+    meter: Meter,
+    /// When the destination was last heard, asked whether it is there, and asked for a flush.
+    heard: Instant,
+    pinged: Instant,
+    flushed: Instant,
+}
+
+impl Drive<'_> {
+    /// Copies until the final pass would be short enough, and, with `--hold`, until somebody says switch.
+    fn perform(&mut self) -> Result<(), Stop> {
+        for (export, ready) in self.job.exports.iter().zip(self.prepared.disks.clone()) {
+            let fault = |cause: String| format!("disk {}: {cause}", export.name());
+            let mirror = Mirror::arm(export, &self.job.budget).map_err(fault)?;
+            // D1: the first extent is asked for after arming.
+            mirror.scan(ready.reads_as_zero).map_err(|error| fault(error.to_string()))?;
+            self.mirrors.push(mirror);
+        }
+        if let Err(cause) = self.open_lanes() {
+            self.recover(&cause, Instant::now() + RECONNECT_MAX)?;
+        }
+        self.copy_until_converged()
+    }
+
+    fn copy_until_converged(&mut self) -> Result<(), Stop> {
+        loop {
+            self.look()?;
+            let counts = self.counts();
+            self.meter.sample(&counts);
+            let limit = if self.job.is_switched() { QUIESCE_MAX / 2 } else { self.job.downtime_limit() };
+            let verdict = self.meter.verdict(&counts, limit);
+            let converged = verdict == Verdict::Converged && counts.iter().all(|c| c.flushes > 0);
+            self.show(&counts, verdict, converged);
+            if converged && (!self.job.request.hold || self.job.is_switched()) {
+                return Ok(());
+            }
+            if verdict == Verdict::Converged && self.flushed.elapsed() >= FLUSH_PERIOD {
+                self.flushed = Instant::now();
+                self.mirrors.iter().for_each(|mirror| mirror.ask_for_flush());
+            }
+        }
+    }
+
+    /// Hands over. Returns the length of the switchover, or `None` if the destination has not answered to GO yet.
+    fn finish(&mut self) -> Result<Option<Duration>, Stop> {
+        // M5: durable before anything that lets the destination seal.
+        self.record(&Event::Offer { attempt: self.stamp.attempt, to: self.peer.clone() })?;
+        let mut tries = 0;
+        let quiesced = loop {
+            match self.final_pass() {
+                Ok(quiesced) => break quiesced,
+                Err(NotYet::Stop(stop)) => return Err(stop),
+                Err(NotYet::GoOn(cause)) => {
+                    tries += 1;
+                    log::warn!("migration: switchover put off: {cause}");
+                    if tries == SWITCHOVERS_MAX {
+                        return Err(format!("switchover failed {tries} times: {cause}").into());
+                    }
+                    self.pause(SWITCHOVER_PAUSE)?;
+                    self.copy_until_converged()?;
+                }
+            }
+        };
+        // From here on the gates open only for an attempt that has ended.
+        let given = self.seal().and_then(|()| {
+            self.job.close_decision("the guest is given away")?;
+            self.show_phase(Phase::Give);
+            self.record(&Event::Give { sealed: self.stamp })
+        });
+        if let Err(stop) = given {
+            if let Stop::Abort(_) = stop {
+                // M3: it ends for good, and only then does the guest go on.
+                self.record(&Event::End { attempt: self.stamp.attempt })?;
+                drop(quiesced);
+            } else {
+                quiesced.fence();
+            }
+            return Err(stop);
+        }
+        let since = quiesced.since();
+        quiesced.fence();
+        self.lanes.end();
+        Ok(self.give(Instant::now() + RUNNING_PATIENCE).then(|| since.elapsed()))
+    }
+
+    /// Quiesces the guest and copies what is left: when this returns, the destination has everything, flushed (D5).
+    fn final_pass(&mut self) -> Result<Quiesced, NotYet> {
+        self.show_phase(Phase::Final);
+        let deadline = Instant::now() + QUIESCE_MAX;
+        let exports: Vec<_> = self.guest.exports().filter(|export| !export.is_read_only()).cloned().collect();
+        let quiesced = quiesce(&exports, deadline)
+            .map_err(|disk| NotYet::GoOn(format!("disk {disk}: requests in flight do not end")))?;
+        self.mirrors.iter().for_each(|mirror| mirror.hurry(&quiesced));
+        let ready = self.settle_mirrors(&quiesced, deadline);
+        self.mirrors.iter().for_each(|mirror| mirror.relax());
+        ready.map(|()| quiesced)
+    }
+
+    fn settle_mirrors(&mut self, quiesced: &Quiesced, deadline: Instant) -> Result<(), NotYet> {
+        'again: loop {
+            for mirror in self.mirrors.clone() {
+                match mirror.settle(quiesced, deadline) {
+                    Ok(()) => {}
+                    Err(NotReady::Lost(cause)) => {
+                        self.recover(&cause, deadline)?;
+                        self.mirrors.iter().for_each(|mirror| mirror.hurry(quiesced));
+                        continue 'again;
+                    }
+                    Err(NotReady::TooSlow) => {
+                        return Err(NotYet::GoOn(format!("disk {}: the final pass takes too long", mirror.name())));
+                    }
+                    Err(NotReady::Failed(failure)) => return Err(NotYet::Stop(failure.text.into())),
+                }
+            }
+            return Ok(());
+        }
+    }
+
+    /// SEAL, said again over a new connection if need be, until SEALED.
+    fn seal(&mut self) -> Result<(), Stop> {
+        self.show_phase(Phase::Seal);
+        let deadline = Instant::now() + SEAL_MAX;
+        let message = Message::Seal { stamp: self.stamp, digests: heapless::Vec::new() };
+        let mut ask = Some(&message);
+        while Instant::now() < deadline {
+            match self.converse(ask.take()) {
+                Ok(Some(Message::Sealed { fsync_us, .. })) => {
+                    log::info!("migration: sealed, the destination's last sync took {fsync_us} us");
+                    return Ok(());
+                }
+                Ok(Some(Message::Failed { cause, .. })) => return Err(format!("the destination: {cause}").into()),
+                Ok(Some(Message::Unsealed { .. } | Message::Record { .. })) => {
+                    return Err("the destination cannot seal this attempt any more".into());
+                }
+                Ok(_) => {}
+                Err(_) => {
+                    self.redial(deadline)?;
+                    ask = Some(&message);
+                }
+            }
+            if let Some(cause) = self.job.cancelled() {
+                return Err(cause.into());
+            }
+        }
+        Err("the destination does not answer to SEAL".into())
+    }
+
+    /// GO, until the destination says that it owns (`true`), or until the patience of whoever waits is at its end.
+    fn give(&mut self, deadline: Instant) -> bool {
+        loop {
+            match settle::say(self.guest, &mut self.link, deadline) {
+                Ok(()) => return true,
+                Err(cause) => {
+                    log::info!("migration: GO: {cause}");
+                    if Instant::now() >= deadline || self.redial(deadline).is_err() {
+                        return !settle::is_needed(self.guest);
+                    }
+                }
+            }
+        }
+    }
+
+    // ---- what happens meanwhile ----
+
+    /// Takes in what has happened: cancels, failures, messages, lost connections. Waits a moment for a message.
+    fn look(&mut self) -> Result<(), Stop> {
+        if let Some(cause) = self.job.cancelled() {
+            return Err(cause.into());
+        }
+        if let Some(failure) = self.mirrors.iter().find_map(|mirror| mirror.failure()) {
+            return Err(failure.text.into());
+        }
+        let until = Instant::now() + RECONNECT_MAX;
+        if self.down {
+            return Ok(self.recover("the data connections are down", until)?);
+        }
+        if let Some(cause) = self.mirrors.iter().find_map(|mirror| mirror.lost()) {
+            return Ok(self.recover(&cause, until)?);
+        }
+        let ping = (self.pinged.elapsed() >= PING_PERIOD).then(|| {
+            self.pinged = Instant::now();
+            Message::Ping { number: 0 }
+        });
+        match self.converse(ping.as_ref()) {
+            Ok(Some(Message::Failed { cause, .. })) => Err(format!("the destination: {cause}").into()),
+            Ok(_) if self.heard.elapsed() > LINK_SILENCE_MAX => {
+                self.link_lost = true;
+                Ok(self.recover("the destination is silent", until)?)
+            }
+            Ok(_) => Ok(()),
+            Err(cause) => Ok(self.recover(&cause, until)?),
+        }
+    }
+
+    fn pause(&mut self, time: Duration) -> Result<(), Stop> {
+        let until = Instant::now() + time;
+        while Instant::now() < until {
+            self.look()?;
+        }
+        Ok(())
+    }
+
+    /// Says `message`, if there is one, and waits a moment for one about this attempt.
+    fn converse(&mut self, message: Option<&Message>) -> Result<Option<Message>, String> {
+        self.exchange(message).map_err(|error| {
+            self.link_lost = true;
+            error.to_string()
+        })
+    }
+
+    fn exchange(&mut self, message: Option<&Message>) -> Result<Option<Message>, LinkError> {
+        if let Some(message) = message {
+            self.link.send(message, Instant::now() + REPLY_TIMEOUT)?;
+        }
+        let look = Instant::now() + TICK;
+        while let Some(message) = self.link.receive(look)? {
+            self.heard = Instant::now();
+            if message.stamp().is_some_and(|stamp| stamp.matches(&self.stamp)) {
+                return Ok(Some(message));
+            }
+        }
+        Ok(None)
+    }
+
+    /// D4: a connection was lost. Ends all data connections, has the destination fence their epoch, gives back what
+    /// was in flight on them, and opens a new set; dials again for as long as it takes.
+    fn recover(&mut self, cause: &str, deadline: Instant) -> Result<(), NotYet> {
+        log::warn!("migration: {cause}; reconnecting");
+        self.down = true;
+        self.unknown.append(&mut self.lanes.end());
+        let mut pause = RECONNECT_PAUSE.0;
+        while let Err(not_yet) = self.try_to_recover() {
+            let NotYet::GoOn(cause) = not_yet else { return Err(not_yet) };
+            log::info!("migration: {cause}");
+            self.rest(&mut pause, deadline, &cause)?;
+        }
+        self.down = false;
+        Ok(())
+    }
+
+    fn try_to_recover(&mut self) -> Result<(), NotYet> {
+        if self.link_lost {
+            self.dial_again()?;
+        }
+        self.fence()?;
+        // FENCED: now, and not before, they may be copied again.
+        self.unknown.clear();
+        self.mirrors.iter().for_each(|mirror| mirror.resume());
+        self.open_lanes().map_err(|cause| {
+            // Those that did open belong to an epoch that must end before another set is opened.
+            self.unknown.append(&mut self.lanes.end());
+            NotYet::GoOn(cause)
+        })
+    }
+
+    fn fence(&mut self) -> Result<(), NotYet> {
+        let deadline = Instant::now() + FENCE_MAX;
+        let message = Message::Fence { stamp: self.stamp, epoch: self.epoch };
+        let mut ask = Some(&message);
+        while Instant::now() < deadline {
+            match self.converse(ask.take()).map_err(NotYet::GoOn)? {
+                Some(Message::Fenced { instance, epoch, .. })
+                    if instance == self.prepared.instance && epoch > self.epoch =>
+                {
+                    self.epoch = epoch;
+                    return Ok(());
+                }
+                Some(Message::Fenced { .. }) => return stop("the destination's fence is not for this process"),
+                Some(Message::Failed { cause, .. }) => return stop(&format!("the destination: {cause}")),
+                Some(Message::Record { .. }) => return stop("the destination has ended this attempt"),
+                _ => {}
+            }
+            if let Some(cause) = self.job.cancelled() {
+                return stop(&cause);
+            }
+        }
+        stop("the destination does not answer to a fence")
+    }
+
+    /// Opens a new phase connection to the same process of the destination.
+    fn dial_again(&mut self) -> Result<(), NotYet> {
+        let (link, theirs): (Link, Hello) = dial(self.guest, &self.job.address).map_err(NotYet::GoOn)?;
+        if theirs.instance != self.prepared.instance {
+            // D12: what it had been sent, it may have forgotten.
+            return stop("the destination has been restarted");
+        }
+        self.link = link;
+        self.link_lost = false;
+        self.heard = Instant::now();
+        Ok(())
+    }
+
+    /// Dials until somebody answers or `deadline` passes.
+    fn redial(&mut self, deadline: Instant) -> Result<(), NotYet> {
+        let mut pause = RECONNECT_PAUSE.0;
+        while let Err(not_yet) = self.dial_again() {
+            let NotYet::GoOn(cause) = not_yet else { return Err(not_yet) };
+            self.rest(&mut pause, deadline, &cause)?;
+        }
+        Ok(())
+    }
+
+    /// A pause before something is tried again, each longer than the one before.
+    fn rest(&self, pause: &mut Duration, deadline: Instant, cause: &str) -> Result<(), NotYet> {
+        if let Some(cause) = self.job.cancelled() {
+            return stop(&cause);
+        }
+        if Instant::now() + *pause >= deadline {
+            return Err(NotYet::GoOn(format!("the destination is lost: {cause}")));
+        }
+        std::thread::sleep(*pause);
+        *pause = (*pause * 2).min(RECONNECT_PAUSE.1);
+        Ok(())
+    }
+
+    /// Opens the lanes of the current epoch. The mirrors may run.
+    fn open_lanes(&mut self) -> Result<(), String> {
+        let most = self.prepared.disks.iter().map(|disk| disk.connections).min().unwrap_or(1).max(1);
+        let most = most.min(u8::try_from(CONNECTIONS_PER_DISK_MAX).unwrap_or(u8::MAX));
+        let wanted = match self.job.request.connections {
+            0 => CONNECTIONS_PER_DISK_DEFAULT,
+            some => some,
+        };
+        self.lanes.open(&self.job.address, &self.prepared, self.epoch, &self.mirrors, wanted.min(most))
+    }
+
+    fn record(&self, event: &Event) -> Result<(), Stop> {
+        match self.guest.apply(event) {
+            Ok(_) => Ok(()),
+            Err(KeepError::Refused(refusal)) => Err(Stop::Abort(refusal.to_string())),
+            Err(error @ KeepError::Unknown(_)) => Err(Stop::Unknown(error.to_string())),
+        }
+    }
+
+    // ---- what is shown ----
+
+    fn counts(&self) -> Vec<Counts> {
+        self.mirrors.iter().map(|mirror| mirror.counts()).collect()
+    }
+
+    fn show_phase(&self, phase: Phase) {
+        let counts = self.counts();
+        self.job.show(|progress| {
+            progress.phase = phase;
+            progress.held = false;
+            progress.disks = self.disks(&counts);
+        });
+    }
+
+    fn show(&self, counts: &[Counts], verdict: Verdict, converged: bool) {
+        let bulk = counts.iter().any(|c| c.passes <= 1);
+        let predicted = self.meter.predicted_final(counts).as_millis();
+        self.job.show(|progress| {
+            progress.phase = if bulk { Phase::Bulk } else { Phase::Passes };
+            progress.convergence = match verdict {
+                _ if converged => Convergence::Converged,
+                Verdict::GuestIsFaster(rates) if !bulk => {
+                    Convergence::GuestIsFaster { dirty_rate_bytes: rates.dirtied, rate_bytes: rates.copied }
+                }
+                _ if bulk => Convergence::Copying,
+                _ => Convergence::TooLong,
+            };
+            progress.predicted_final_ms = u32::try_from(predicted).ok();
+            progress.downtime_limit_ms = u32::try_from(self.job.downtime_limit().as_millis()).unwrap_or(u32::MAX);
+            progress.bandwidth_bytes = self.job.budget.rate();
+            progress.held = converged && self.job.request.hold && !self.job.is_switched();
+            progress.disks = self.disks(counts);
+        });
+    }
+
+    fn disks(&self, counts: &[Counts]) -> heapless::Vec<DiskProgress, DISKS_MAX> {
+        let disk = |(number, (mirror, counts)): (usize, (&Arc<Mirror>, &Counts))| {
+            let rates = self.meter.rates(number);
+            let left = counts.outstanding.bytes;
+            let gain = rates.copied.saturating_sub(rates.dirtied);
+            let estimate = if left == 0 { Some(0) } else { left.checked_div(gain) };
+            DiskProgress {
+                name: text(mirror.name()),
+                size_bytes: mirror.size(),
+                left_bytes: left,
+                sent_bytes: counts.sent,
+                zero_bytes: counts.zeroed,
+                rate_bytes: rates.copied,
+                dirty_rate_bytes: rates.dirtied,
+                passes: counts.passes,
+                estimate_s: estimate.and_then(|seconds| u32::try_from(seconds).ok()),
+            }
+        };
+        // No more mirrors than disks, which fit.
+        self.mirrors.iter().zip(counts).enumerate().map(disk).take(DISKS_MAX).collect()
+    }
+}
+
+fn stop(cause: &str) -> Result<(), NotYet> {
+    Err(NotYet::Stop(Stop::Abort(cause.to_owned())))
+}
+
+// ---- the failure path --------------------------------------------------------------------------------------------
+
+/// Ends an attempt that is not given: for good first, then the destination is told (M3), and UNSEALED is waited for a
+/// little (M6). If the guest was offered and the destination cannot be reached, the process goes on asking (M5).
+fn abort(mut drive: Drive<'_>, cause: &str) {
+    log::warn!("migration: aborted: {cause}");
+    drive.show_phase(Phase::Abort);
+    // Somebody may have cancelled already: that is what is happening.
+    let _ = drive.job.close_decision("the migration is being aborted");
+    if let Err(stop) = drive.record(&Event::End { attempt: drive.stamp.attempt }) {
+        log::error!("migration: {stop:?}");
+        return;
+    }
+    // Given back without a fence: nobody copies them any more.
+    drop(drive.lanes.end());
+    drive.unknown.clear();
+    drive.mirrors.clear();
+    let deadline = Instant::now() + UNSEALED_PATIENCE;
+    let message = Message::Abort { stamp: drive.stamp, cause: cut(cause) };
+    let mut ask = Some(&message);
+    while Instant::now() < deadline {
+        match drive.converse(ask.take()) {
+            Ok(Some(Message::Unsealed { stamp })) => {
+                if settle::is_needed(drive.guest)
+                    && let Err(stop) = drive.record(&Event::Unsealed(stamp))
+                {
+                    log::error!("migration: {stop:?}");
+                }
+                return;
+            }
+            Ok(Some(Message::Record { .. })) => return,
+            Ok(_) => {}
+            Err(lost) => {
+                log::info!("migration: {lost}");
+                if drive.dial_again().is_err() {
+                    return;
+                }
+                ask = Some(&message);
+            }
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! The long-running commands: `serve`, one guest behind its three doors, and `export`, a plain NBD server.
+//!
+//! Both bind everything first, so that nothing is changed when something is in use, then open the disks, start the
+//! doors, say that they are ready, and go on until they are killed: ending is as safe as a crash, and a crash is as
+//! safe as ending.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::address::Address;
+use crate::cli::export::{ExportOptions, Lifetime};
+use crate::cli::serve::ServeOptions;
+use crate::control::server::{Desk, News, Server};
+use crate::control::wire::Gate as ShownGate;
+use crate::control::wire::{DiskStatus, MigrateRequest, Migration, SetRequest, State, Status, text};
+use crate::disk::{Access, Disk};
+use crate::domain::Source;
+use crate::doors::{self, GuestDirectory};
+use crate::error::{Problem, reason};
+use crate::export::{Door, Export, Gate};
+use crate::guest::Guest;
+use crate::listener::Listener;
+use crate::migrate::destination::{self, MigrationDirectory};
+use crate::ownership::{Event, Images, KeepError, Kind, Lineage, Word};
+use crate::ready::{self, Ready};
+
+/// `blockferry serve`.
+///
+/// # Errors
+/// Something is in use, or a disk is not what it should be.
+pub fn serve(options: ServeOptions) -> Result<(), Problem> {
+    let control = bind_all("control door", &options.control)?;
+    let nbd = bind_all("guest door", &options.nbd)?;
+    let listen = options.listen.as_ref().map(|address| bind("migration door", address)).transpose()?;
+    let address = listen.as_ref().map(|listener| listener.address().to_string()).unwrap_or_default();
+    let guest = Arc::new(Guest::open(&options.guest, options.disks, address, options.insecure_plaintext)?);
+
+    for listener in &nbd {
+        open_guest_door(&guest, listener)?;
+    }
+    if let Some(listener) = &listen {
+        open_migration_door(&guest, listener)?;
+    }
+    let desk = ControlDesk { guest: Arc::clone(&guest) };
+    let server = Server::new(&desk);
+    let status = desk.status();
+    let doors: Vec<Address> = nbd.iter().map(|listener| listener.address().clone()).collect();
+    ready::announce(
+        &Ready {
+            name: &guest.name,
+            record: Some((status.state, status.term, status.generation)),
+            nbd: &doors,
+            listen: listen.as_ref().map(|listener| listener.address()),
+            next: &status.hint,
+        },
+        options.json,
+    );
+    std::thread::scope(|scope| {
+        let mut doors = control.iter().map(|listener| scope.spawn(|| server.run(listener))).collect::<Vec<_>>();
+        let first = doors.remove(0);
+        first.join().map_err(|_| ()).and_then(|ran| ran.map_err(|error| log::error!("control door: {error}")))
+    })
+    .map_err(|()| Problem::fatal("serve", &guest.name, "the control door has failed"))
+}
+
+fn bind_all(what: &'static str, addresses: &[Address]) -> Result<Vec<Arc<Listener>>, Problem> {
+    addresses.iter().map(|address| bind(what, address)).collect()
+}
+
+fn bind(what: &'static str, address: &Address) -> Result<Arc<Listener>, Problem> {
+    let listener = Listener::bind(address).map_err(|error| Problem::fatal(what, address, reason(&error)))?;
+    Ok(Arc::new(listener))
+}
+
+fn open_guest_door(guest: &Arc<Guest>, listener: &Arc<Listener>) -> Result<(), Problem> {
+    let guest = Arc::clone(guest);
+    let exports: Vec<_> = guest.exports().cloned().collect();
+    let opened = doors::open("guest", Arc::clone(listener), move |socket| {
+        let fenced = || guest.why_fenced();
+        let directory = GuestDirectory { exports: &exports, socket: &socket, fenced: &fenced };
+        doors::serve_nbd("guest", &socket, &directory, |_| {});
+    });
+    opened.map_err(|error| Problem::fatal("guest door", listener.address(), error))
+}
+
+fn open_migration_door(guest: &Arc<Guest>, listener: &Arc<Listener>) -> Result<(), Problem> {
+    let guest = Arc::clone(guest);
+    let opened = doors::open("migration", Arc::clone(listener), move |socket| {
+        let directory = MigrationDirectory { guest: &guest, socket: &socket };
+        doors::serve_nbd("migration", &socket, &directory, |socket| destination::serve(&guest, socket));
+    });
+    opened.map_err(|error| Problem::fatal("migration door", listener.address(), error))
+}
+
+/// `blockferry export`: no guest, no record, the same code.
+///
+/// # Errors
+/// The address is in use, or a file is not a disk.
+pub fn export(options: ExportOptions) -> Result<(), Problem> {
+    let listeners = bind_all("export", &options.nbd)?;
+    let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
+    let mut exports: Vec<Arc<Export>> = Vec::new();
+    for file in &options.files {
+        let refuse = |cause: &dyn std::fmt::Display| Problem::fatal("open disk", file.path.display(), cause);
+        let identity = Disk::identify(&file.path);
+        if exports.iter().any(|export| export.disk().map(|disk| disk.identity()) == identity && identity.is_some()) {
+            return Err(refuse(&"is exported twice"));
+        }
+        let disk = Disk::open(&file.path, access, options.cache).map_err(|error| refuse(&error))?;
+        exports.push(Export::new(&file.name, Some(Arc::new(disk)), options.read_only, Gate::Serving));
+    }
+    let (left, gone) = std::sync::mpsc::channel();
+    for listener in &listeners {
+        let (exports, left) = (exports.clone(), left.clone());
+        doors::open("export", Arc::clone(listener), move |socket| {
+            let fenced = || "this export is fenced".to_owned();
+            let directory = GuestDirectory { exports: &exports, socket: &socket, fenced: &fenced };
+            let visits_before: usize = exports.iter().map(|export| export.visits()).sum();
+            doors::serve_nbd("export", &socket, &directory, |_| {});
+            let visited = exports.iter().map(|export| export.visits()).sum::<usize>() > visits_before;
+            if visited && exports.iter().all(|export| export.connections(Door::Guest) == 0) {
+                let _ = left.send(());
+            }
+        })
+        .map_err(|error| Problem::fatal("export", listener.address(), error))?;
+    }
+    let nbd: Vec<Address> = listeners.iter().map(|listener| listener.address().clone()).collect();
+    ready::announce(&Ready { name: "export", record: None, nbd: &nbd, listen: None, next: "" }, options.json);
+    loop {
+        // The sender lives as long as the doors do.
+        let _ = gone.recv();
+        if options.lifetime == Lifetime::Once {
+            return Ok(());
+        }
+    }
+}
+
+/// What the control door talks to.
+struct ControlDesk {
+    guest: Arc<Guest>,
+}
+
+impl Desk for ControlDesk {
+    fn status(&self) -> Status {
+        let guest = &*self.guest;
+        let record = guest.record();
+        let known = record.as_ref().ok().and_then(Option::as_ref);
+        let state = match (&record, Kind::of(known)) {
+            (Err(_), _) => State::Unknown,
+            (_, Kind::None | Kind::Void) => State::Incoming,
+            (_, Kind::Receiving) => State::Receiving,
+            (_, Kind::Sealed) => State::Sealed,
+            (_, Kind::Owner) => State::Owner,
+            (_, Kind::Offered) => State::Offered,
+            (_, Kind::Given) => State::Given,
+            (_, Kind::Superseded) => State::Superseded,
+        };
+        let (_, order) = guest.standing();
+        let peer = known.and_then(|record| record.peer()).map(|peer| peer.address.clone()).unwrap_or_default();
+        let hint = match state {
+            State::Incoming => {
+                format!("owns nothing: receives a migration, or is made the owner by 'blockferry claim {}'", guest.name)
+            }
+            State::Given | State::Superseded | State::Unknown => guest.why_fenced(),
+            _ => String::new(),
+        };
+        Status {
+            guest: text(&guest.name),
+            state,
+            term: u64::from(order.term),
+            generation: order.generation,
+            lineage: known.map_or(0, |record| u128::from_be_bytes(record.lineage.0)),
+            peer,
+            migration: match guest.source.is_running() {
+                None => Migration::None,
+                Some(true) => Migration::Running,
+                Some(false) => Migration::Ended,
+            },
+            hint: text(&hint),
+            // No more than --disk takes.
+            disks: guest
+                .disks
+                .iter()
+                .map(|disk| DiskStatus {
+                    name: text(&disk.spec.name),
+                    size_bytes: disk.export.as_ref().and_then(|e| e.disk()).map_or(0, |disk| disk.size()),
+                    stays: disk.spec.stays(),
+                    gate: disk.export.as_ref().map(|export| shown(export.gate())),
+                })
+                .collect(),
+        }
+    }
+
+    fn claim(&self, discard_record: bool) -> Result<(), Problem> {
+        let guest = &*self.guest;
+        let refuse = |cause: &dyn std::fmt::Display| Problem::refused("claim", &guest.name, cause);
+        if let Some(missing) = guest.disks.iter().find(|disk| {
+            matches!(disk.spec.source, Source::File { .. })
+                && disk.export.as_ref().is_some_and(|export| export.disk().is_none())
+        }) {
+            return Err(refuse(&format_args!("disk {} does not exist", missing.spec.name)));
+        }
+        let lineage = Lineage::random().map_err(|error| refuse(&error))?;
+        let word = Word::random().map_err(|error| refuse(&error))?;
+        let event = Event::Claim { lineage, word, images: Images::NONE, discard: discard_record };
+        match guest.apply(&event) {
+            Ok(_) => Ok(()),
+            Err(KeepError::Refused(refusal)) => Err(refuse(&refusal)),
+            Err(error @ KeepError::Unknown(_)) => Err(Problem::unknown("claim", &guest.name, error)),
+        }
+    }
+
+    fn migrate(&self, request: &MigrateRequest) -> Result<u128, Problem> {
+        let attempt = self.guest.source.start(&self.guest, request)?;
+        Ok(u128::from_be_bytes(attempt.0))
+    }
+
+    fn switch(&self) -> Result<(), Problem> {
+        self.guest.source.running("switch", &self.guest)?.switch();
+        Ok(())
+    }
+
+    fn cancel(&self, attempt: Option<u128>, cause: &str) -> Result<(), Problem> {
+        let guest = &*self.guest;
+        let refuse = |cause: String| Problem::refused("cancel", &guest.name, cause);
+        match guest.source.running("cancel", guest) {
+            Ok(job) if attempt.is_some_and(|attempt| attempt != u128::from_be_bytes(job.attempt.0)) => {
+                Err(refuse("that migration is over".to_owned()))
+            }
+            Ok(job) => job.cancel(cause).map_err(refuse),
+            Err(problem) if attempt.is_some() => Err(problem),
+            Err(_) => guest.destination.cancel(guest, cause).map_err(refuse),
+        }
+    }
+
+    fn set(&self, change: &SetRequest) -> Result<(), Problem> {
+        self.guest.source.running("set", &self.guest)?.set(change);
+        Ok(())
+    }
+
+    fn news(&self, attempt: Option<u128>, timeout: Duration) -> Option<News> {
+        self.guest.source.news(attempt, timeout)
+    }
+}
+
+fn shown(gate: Gate) -> ShownGate {
+    match gate {
+        Gate::Incoming => ShownGate::Incoming,
+        Gate::Receiving => ShownGate::Receiving,
+        Gate::Sealed => ShownGate::Sealed,
+        Gate::Serving => ShownGate::Serving,
+        Gate::Quiesced => ShownGate::Quiesced,
+        Gate::Fenced => ShownGate::Fenced,
+    }
+}

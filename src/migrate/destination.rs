@@ -284,7 +284,7 @@ impl Inner {
         self.remains.retain(|name| !reception.exports.iter().any(|export| export.name() == name));
         let answer =
             Prepared { stamp, instance: guest.instance, epoch: reception.epoch, token: reception.token, disks };
-        log::info!("migration: attempt {:.8} is received from {}", stamp.attempt, session.theirs.host);
+        log::info!("migration: attempt {:.8} is received from host {:.8}", stamp.attempt, session.theirs.host);
         self.ended = None;
         self.stage = Stage::Receiving(Box::new(reception));
         Ok(Message::Prepared(answer))

@@ -244,12 +244,13 @@ impl Drive<'_> {
             self.meter.sample(&counts);
             let limit = if self.job.is_switched() { QUIESCE_MAX / 2 } else { self.job.downtime_limit() };
             let verdict = self.meter.verdict(&counts, limit);
-            let converged = verdict == Verdict::Converged && counts.iter().all(|c| c.flushes > 0);
+            let bulk_over = counts.iter().all(|c| c.passes > 1 || c.outstanding.granules == 0);
+            let converged = verdict == Verdict::Converged && bulk_over && counts.iter().all(|c| c.flushes > 0);
             self.show(&counts, verdict, converged);
             if converged && (!self.job.request.hold || self.job.is_switched()) {
                 return Ok(());
             }
-            if verdict == Verdict::Converged && self.flushed.elapsed() >= FLUSH_PERIOD {
+            if verdict == Verdict::Converged && bulk_over && self.flushed.elapsed() >= FLUSH_PERIOD {
                 self.flushed = Instant::now();
                 self.mirrors.iter().for_each(|mirror| mirror.ask_for_flush());
             }
@@ -276,6 +277,8 @@ impl Drive<'_> {
                 }
             }
         };
+        // Nothing is left to copy: the lanes go quietly, before the destination ends them.
+        self.mirrors.iter().for_each(|mirror| mirror.stop());
         // From here on the gates open only for an attempt that has ended.
         let given = self.seal().and_then(|()| {
             self.job.close_decision("the guest is given away")?;

@@ -2,6 +2,9 @@
 
 mod build;
 mod elf;
+mod rules;
+mod source;
+mod tidy;
 mod util;
 
 use std::io::Write;
@@ -14,6 +17,7 @@ cargo xtask TASK: what is done to this tree
   build [--target x86_64-unknown-linux-musl] [--way installed|rustup|debian]
                   the static executable, in the first way that works here, checked:
                   target/static/x86_64-unknown-linux-musl/blockferry
+  tidy            rustfmt, clippy, and the rules of the tree: imports, unsafe code, sizes, links
   help            this text
 
 Examples:
@@ -34,6 +38,7 @@ fn main() -> ExitCode {
     };
     let result = match task {
         "build" => build::main(arguments),
+        "tidy" => tidy::main(arguments),
         "help" => {
             // A reader that has seen enough (`| head`) is no error.
             let _ = std::io::stdout().write_all(HELP.as_bytes());

@@ -65,6 +65,12 @@ pub(crate) fn main(arguments: &[String]) -> Result<()> {
     build(parse(arguments)?).map(drop)
 }
 
+/// Builds the executable in the first way that works, checks it, and returns its stable place: an absolute path. For
+/// every task that runs what ships.
+pub(crate) fn static_executable() -> Result<PathBuf> {
+    build(None)
+}
+
 /// The way that the arguments ask for.
 fn parse(arguments: &[String]) -> Result<Option<Way>> {
     let mut way = None;

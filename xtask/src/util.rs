@@ -277,6 +277,11 @@ pub(crate) fn is_root() -> bool {
     ids.and_then(|ids| ids.split_whitespace().nth(1)) == Some("0")
 }
 
+/// Whether a continuous integration machine runs this: there, what is missing is a failure.
+pub(crate) fn is_ci() -> bool {
+    std::env::var("CI").is_ok_and(|value| value == "true" || value == "1")
+}
+
 /// `PATH` with the folders where Debian keeps what only root used to call (`chroot`, `nbd-client`).
 pub(crate) fn wide_path() -> String {
     let path = std::env::var("PATH").unwrap_or_default();

@@ -1,1 +1,68 @@
-fn main() {}
+//! blockferry's chores: `cargo xtask TASK`, one file per task. Needs only what the toolchain brings.
+
+mod build;
+mod ci;
+mod elf;
+mod peers;
+mod rules;
+mod source;
+mod test;
+mod tidy;
+mod util;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+/// What `cargo xtask help` prints.
+const HELP: &str = "\
+cargo xtask TASK: what is done to this tree
+
+  build [--target x86_64-unknown-linux-musl] [--way installed|rustup|debian]
+                  the static executable, in the first way that works here, checked:
+                  target/static/x86_64-unknown-linux-musl/blockferry
+  test [--quick]  everything: tidy, unit tests, the static executable, integration tests that drive it; installs
+                  missing peers when root. --quick: no clippy, no static executable, nothing installed
+  tidy            rustfmt, clippy, and the rules of the tree: imports, unsafe code, sizes, links
+  ci              what .ci/run does before it tests: rustfmt, clippy and every peer are here, or it fails
+  help            this text
+
+Examples:
+  cargo xtask build
+  cargo xtask build --way debian
+  cargo xtask test
+  cargo xtask test --quick
+  .ci/run
+  target/static/x86_64-unknown-linux-musl/blockferry --version
+
+Exit codes: 0 done, 1 failed, 2 called wrongly. What children print in masses is in target/xtask/*.log.
+";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let asks_for_help = arguments.iter().any(|word| word == "--help" || word == "-h");
+    let (task, arguments) = match arguments.split_first() {
+        Some((task, rest)) if !asks_for_help => (task.as_str(), rest),
+        Some(_) => ("help", &[][..]),
+        None => ("", &[][..]),
+    };
+    let result = match task {
+        "build" => build::main(arguments),
+        "test" => test::main(arguments),
+        "tidy" => tidy::main(arguments),
+        "ci" => ci::main(arguments),
+        "help" => {
+            // A reader that has seen enough (`| head`) is no error.
+            let _ = std::io::stdout().write_all(HELP.as_bytes());
+            Ok(())
+        }
+        "" => Err(util::Error::usage("usage", "no task", "try: cargo xtask help")),
+        other => Err(util::Error::usage("usage", other, "not a task; try: cargo xtask help")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error}");
+            ExitCode::from(error.exit)
+        }
+    }
+}

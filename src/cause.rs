@@ -5,8 +5,8 @@ use core::fmt::{self, Write as _};
 use crate::limits::CAUSE_MAX;
 
 /// A cause: at most [`CAUSE_MAX`] bytes of one line. What does not fit is cut at a character; control characters, which
-/// a peer's text may contain, become `?`. It lies on the heap, so that the results that may carry one stay small; causes
-/// exist only where something has failed.
+/// a peer's text may contain, become `?`. It lies on the heap, so that the results that may carry one stay small;
+/// causes exist only where something has failed.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Cause(Box<str>);
 

@@ -337,8 +337,9 @@ proptest! {
     fn no_bytes_confuse_the_reader(mut bytes in prop::collection::vec(any::<u8>(), 0..400), structured: bool) {
         let (mut replies, cookie) = asked(structured, wire::CMD_READ);
         if bytes.len() > 20 {
-            let head = if structured { wire::structured_chunk(0, 1, cookie, 40).to_vec() } else { wire::simple_reply(0, cookie).to_vec() };
-            bytes[..head.len()].copy_from_slice(&head);
+            let (chunk, simple) = (wire::structured_chunk(0, 1, cookie, 40), wire::simple_reply(0, cookie));
+            let head = if structured { &chunk[..] } else { &simple[..] };
+            bytes[..head.len()].copy_from_slice(head);
         }
         let progress = replies.read(&bytes, &mut |_| {});
         prop_assert!(progress.is_err() || progress.is_ok_and(|progress| progress.consumed <= bytes.len()));

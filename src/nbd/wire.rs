@@ -1,8 +1,8 @@
 //! The bytes of the NBD protocol: numbers, heads, and how they stand on the wire.
 //!
 //! Bytes in, values out, and back; no socket, no state, no judgement. Names are the specification's without the `NBD_`
-//! prefix. A number that is not listed here is still a value: whoever handles it decides what an unknown option, command
-//! or reply type means. All fields are big-endian. Sections named below are those of the NBD specification, `proto.md`.
+//! prefix. A number that is not listed here is still a value: whoever handles it decides what an unknown option,
+//! command or reply type means. All fields are big-endian.
 
 // ---- magic numbers -----------------------------------------------------------------------------------------------
 

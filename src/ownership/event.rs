@@ -33,7 +33,10 @@ pub enum Event {
     /// The operator says that the peer of an ended offer will never own (rule M5).
     ForgetPeer,
     /// The operator gives up what is here (rule M6).
-    Forget,
+    Forget {
+        /// What the peer said; it is asked only by a sealed host.
+        heard: Heard,
+    },
 
     /// Destination: PREPARE arrived. Every writer of earlier attempts has been joined (rule D4).
     Prepare {
@@ -95,7 +98,7 @@ pub enum Event {
     },
 }
 
-/// What the peer said when an operator wants to take ownership.
+/// What the peer said when an operator wants to take ownership, or to give up a sealed guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Heard {
     /// Nothing: it is not there. The operator has been told what the guest may lose.

@@ -69,6 +69,9 @@ fn meet(title: Title) -> Event {
 fn take(heard: Heard) -> Event {
     Event::Take { word: OTHER_WORD, heard }
 }
+fn forget(heard: Heard) -> Event {
+    Event::Forget { heard }
+}
 fn claim() -> Event {
     Event::Claim { lineage: LINEAGE, word: WORD, images: IMAGES, discard: true }
 }
@@ -132,7 +135,8 @@ fn table() -> String {
         ("take, disclaims", take(Heard::Disclaims)),
         ("take, decides", take(Heard::Decides)),
         ("forget peer", Event::ForgetPeer),
-        ("forget", Event::Forget),
+        ("forget", forget(Heard::Silence)),
+        ("forget, decides", forget(Heard::Decides)),
         ("PREPARE this", prepare(THIS, true)),
         ("PREPARE other", prepare(OTHER, true)),
         ("PREPARE again", prepare(OTHER, false)),
@@ -247,7 +251,7 @@ fn m2_sealed_ends_by_go_abort_not_given_or_the_operator() {
         (Event::Go(stamp(THIS)), "OWNER"),
         (Event::Abort(stamp(THIS)), "VOID"),
         (Event::NotGiven(stamp(THIS)), "VOID"),
-        (Event::Forget, "VOID"),
+        (forget(Heard::Silence), "VOID"),
         (take(Heard::Silence), "OWNER"),
     ];
     for (event, state) in ends {
@@ -359,7 +363,7 @@ fn m6_an_aborted_reception_is_void_whatever_was_there_before() {
     assert_eq!(state_name(void.as_ref()), "VOID");
     assert_eq!(refused(void.as_ref(), &take(Heard::Silence)), Why::NotTakeable);
     assert_eq!(refused(void.as_ref(), &claim()), Why::Exists);
-    assert_eq!(after(void.as_ref(), &Event::Forget).0, None);
+    assert_eq!(after(void.as_ref(), &forget(Heard::Silence)).0, None);
 }
 
 #[test]
@@ -474,8 +478,13 @@ fn go_is_answered_again_by_the_owner_and_with_the_record_once_the_guest_moved_on
 
 #[test]
 fn a_give_that_is_not_known_to_have_arrived_is_not_forgotten() {
-    assert_eq!(refused(Some(&given(false)), &Event::Forget), Why::NotForgettable);
-    assert_eq!(after(Some(&given(true)), &Event::Forget).0, None);
+    assert_eq!(refused(Some(&given(false)), &forget(Heard::Silence)), Why::NotForgettable);
+    assert_eq!(after(Some(&given(true)), &forget(Heard::Silence)).0, None);
+}
+
+#[test]
+fn a_sealed_guest_is_not_forgotten_while_its_source_answers() {
+    assert_eq!(refused(Some(&sealed()), &forget(Heard::Decides)), Why::PeerDecides);
 }
 
 #[test]

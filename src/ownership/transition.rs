@@ -54,7 +54,7 @@ fn step(host: Host, record: Option<&Record>, event: &Event) -> Result<Step, Why>
         },
         Event::Take { word, heard } => take(record.ok_or(Why::NoRecord)?, *word, *heard),
         Event::ForgetPeer => forget_peer(record.ok_or(Why::NoRecord)?),
-        Event::Forget => forget(record.ok_or(Why::NoRecord)?),
+        Event::Forget { heard } => forget(record.ok_or(Why::NoRecord)?, *heard),
         Event::Prepare { stamp, from, fresh } => prepare(host, record, stamp, from, *fresh),
         Event::AbortReceiving { attempt } => abort_receiving(record.ok_or(Why::NoRecord)?, *attempt),
         Event::Seal { stamp, images } => Ok(seal(record, stamp, *images)),
@@ -84,7 +84,7 @@ fn becomes(record: Record, answer: Answer) -> Step {
 fn foreign(host: Host, event: &Event) -> Result<Step, Why> {
     match event {
         Event::Claim { lineage, word, images, discard: true } => Ok(claim(host, *lineage, *word, *images)),
-        Event::Forget => Ok(Step { change: Change::Remove, answer: Answer::Silent }),
+        Event::Forget { .. } => Ok(Step { change: Change::Remove, answer: Answer::Silent }),
         Event::Restart | Event::Meet { .. } => Ok(keep(Answer::Silent)),
         _ => Err(Why::Foreign),
     }
@@ -138,13 +138,15 @@ fn forget_peer(record: &Record) -> Result<Step, Why> {
     }
 }
 
-/// M6: VOID can be claimed only after this word. M2: the operator may end SEALED, which leaves VOID, so that the
-/// source can still be told "unsealed". Whoever gave keeps the record until the guest has arrived.
-fn forget(record: &Record) -> Result<Step, Why> {
+/// M6: VOID can be claimed only after this word. M2: the operator may end SEALED, too, which leaves VOID, so that the
+/// source can still be told "unsealed"; but a source that answers decides, or else the guest it is just giving would
+/// have no owner (found by exploration). Whoever gave keeps the record until the guest has arrived.
+fn forget(record: &Record, heard: Heard) -> Result<Step, Why> {
     match &record.state {
         State::Void { .. } | State::Superseded { .. } | State::Given { arrived: true, .. } => {
             Ok(Step { change: Change::Remove, answer: Answer::Silent })
         }
+        State::Sealed { .. } if heard == Heard::Decides => Err(Why::PeerDecides),
         State::Sealed { attempt, .. } => Ok(becomes(record.void(*attempt), Answer::Silent)),
         _ => Err(Why::NotForgettable),
     }

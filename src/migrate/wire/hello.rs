@@ -118,6 +118,18 @@ impl Capabilities {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Challenge(pub [u8; ID_BYTES]);
 
+impl Challenge {
+    /// Draws a new one.
+    ///
+    /// # Errors
+    /// The system's random source failed.
+    pub fn random() -> Result<Self, getrandom::Error> {
+        let mut bytes = [0; ID_BYTES];
+        getrandom::fill(&mut bytes)?;
+        Ok(Self(bytes))
+    }
+}
+
 /// The kernel's number for this boot of the machine (rule D12).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct BootId(pub [u8; ID_BYTES]);

@@ -324,6 +324,8 @@ impl Mirror {
         state.lanes -= 1;
         match end {
             LaneEnd::Stopped => {}
+            // The other end may be quicker than the order to stop.
+            LaneEnd::Lost(_) if state.stop => {}
             LaneEnd::Lost(cause) => {
                 log::warn!("mirror: disk {}: connection lost: {cause}", self.name());
                 state.lost_lanes.get_or_insert(cause);

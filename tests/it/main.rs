@@ -3,3 +3,4 @@
 mod client;
 mod handshake;
 mod harness;
+mod orders;

@@ -287,12 +287,12 @@ fn run_in_chroot(product: &Path, scratch: &Path, chroot: &Path) -> Result<Captur
     said
 }
 
-/// What `--version` printed, if it ended well.
+/// What `--version` printed, if it ended well and that is what it printed.
 fn printed(product: &Path, said: &Captured) -> Result<String> {
-    if said.status.success() {
+    if said.status.success() && said.stdout.starts_with(PRODUCT) {
         return Ok(format!("{:?}", said.stdout));
     }
-    let cause = format!("--version: {}: {}", said.status, said.stderr);
+    let cause = format!("--version: {}: {:?} {}", said.status, said.stdout, said.stderr);
     Err(Error::new("build", product.display(), cause))
 }
 
@@ -353,6 +353,17 @@ mod tests {
         let shell = fs::canonicalize("/bin/sh").expect("there is a shell");
         let error = check(&shell, &std::env::temp_dir()).expect_err("the shell is dynamic");
         assert!(error.to_string().contains("not static: asks for "), "{error}");
+    }
+
+    #[test]
+    fn a_program_that_does_not_say_its_version_is_refused() {
+        let version = |script: &str| {
+            let said = util::capture("test", Command::new("sh").args(["-c", script]), QUESTION).expect("sh runs");
+            printed(Path::new("/p"), &said).map_err(|error| error.to_string())
+        };
+        assert_eq!(version("echo blockferry 1.2"), Ok("\"blockferry 1.2\"".to_owned()));
+        assert_eq!(version("true"), Err("build: /p: --version: exit status: 0: \"\"".to_owned()));
+        assert_eq!(version("echo no >&2; exit 3"), Err("build: /p: --version: exit status: 3: \"\" no".to_owned()));
     }
 
     #[test]

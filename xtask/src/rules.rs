@@ -22,6 +22,8 @@ pub(crate) struct Source {
     pub(crate) path: String,
     /// What is in it.
     pub(crate) text: String,
+    /// Whether all of it is tests.
+    pub(crate) is_test: bool,
 }
 
 /// A rule that is broken somewhere.
@@ -213,7 +215,7 @@ const IMPORTS: &[Import] = &[
         within: SRC,
         allowed: &["src/main.rs", "src/init.rs", "src/cli.rs", "src/cli/"],
         never: &["cli"],
-        reason: "only main and init run the command line",
+        reason: "nothing imports upward, and the command line is the top",
     },
 ];
 /// What a wire file may name of the crate besides its own module: the rows whose files it is among.
@@ -234,9 +236,9 @@ pub(crate) fn check(source: &Source, exists: &dyn Fn(&Path) -> bool) -> Vec<Find
     }
     if source.path.ends_with(".rs") {
         let code = source::code(&source.text);
-        let shipped = if is_test(&source.path) { String::new() } else { source::without_tests(&code) };
+        let shipped = if source.is_test { String::new() } else { source::without_tests(&code) };
         // What the tests of a file are is said by that file.
-        if !is_test(&source.path) || source.path.starts_with("tests/") {
+        if !source.is_test || source.path.starts_with("tests/") {
             found.extend(headless(source));
         }
         found.extend(words(source, &code, &shipped));
@@ -246,8 +248,23 @@ pub(crate) fn check(source: &Source, exists: &dyn Fn(&Path) -> bool) -> Vec<Find
     found
 }
 
-/// Whether a whole file is tests.
-fn is_test(path: &str) -> bool {
+/// Finds out which files are tests as a whole: by their names, or because another file declares them for tests.
+pub(crate) fn mark_tests(sources: &mut [Source]) {
+    let declared = |source: &Source| {
+        let code = source::code(&source.text);
+        let module = source::module(&source.path);
+        let names = source::test_modules(&code).into_iter().map(str::to_owned);
+        names.map(|name| [module.clone(), vec![name]].concat()).collect::<Vec<_>>()
+    };
+    let ours = sources.iter().filter(|source| is_one_of(&source.path, SRC));
+    let modules: Vec<Vec<String>> = ours.flat_map(declared).collect();
+    for source in sources {
+        let is_declared = is_one_of(&source.path, SRC) && modules.contains(&source::module(&source.path));
+        source.is_test = is_declared || has_name_of_tests(&source.path);
+    }
+}
+
+fn has_name_of_tests(path: &str) -> bool {
     path.starts_with("tests/") || path.ends_with("tests.rs") || path.contains("/tests/")
 }
 
@@ -313,7 +330,7 @@ fn imports(source: &Source, code: &str) -> Vec<Finding> {
     let is_impure = |named: &source::Named, top: &str| {
         let below = BELOW_WIRE.iter().filter(|row| is_one_of(path, row.0));
         let is_own = |wire: &[String]| named.segments.starts_with(wire);
-        wire.is_some_and(|wire| !is_own(wire)) && !is_test(path) && !below.into_iter().any(|row| row.1.contains(&top))
+        wire.is_some_and(|wire| !is_own(wire)) && !source.is_test && !below.into_iter().any(|row| row.1.contains(&top))
     };
     let rows = || IMPORTS.iter().filter(|row| is_one_of(path, row.within) && !is_one_of(path, row.allowed));
     let mut found = Vec::new();
@@ -436,10 +453,17 @@ fn links(text: &str) -> Vec<(usize, String)> {
 mod tests {
     use super::*;
 
+    fn file(path: &str, text: &str) -> Source {
+        let mut sources = [Source { path: path.to_owned(), text: text.to_owned(), is_test: false }];
+        mark_tests(&mut sources);
+        let [source] = sources;
+        source
+    }
+
     /// What the rules say about a file, as `line: cause`; a Rust file gets a head, every link is good.
     fn check(path: &str, text: &str) -> Vec<String> {
         let text = if path.ends_with(".rs") { format!("//! Head.\n{text}") } else { text.to_owned() };
-        let source = Source { path: path.to_owned(), text };
+        let source = file(path, &text);
         let found = super::check(&source, &|_| true);
         found.iter().map(|found| format!("{}: {}", found.line, found.cause)).collect()
     }
@@ -543,7 +567,7 @@ mod tests {
         );
         breaks("src/disk.rs", "use crate::export::Export;", "a lower layer", "use crate::limits;");
         breaks("src/vmm/qmp.rs", "use crate::init;", "nothing imports upward", "use crate::error::Error;");
-        breaks("src/doors.rs", "fn f() { crate::cli::run(); }", "only main and init", "use crate::migrate;");
+        breaks("src/doors.rs", "fn f() { crate::cli::run(); }", "the command line is the top", "use crate::migrate;");
         assert_eq!(check("src/main.rs", "fn main() { blockferry::cli::run(); }"), Vec::<String>::new());
         assert_eq!(check("src/migrate/link.rs", "use crate::nbd::client;"), Vec::<String>::new());
     }
@@ -589,11 +613,10 @@ mod tests {
 
     #[test]
     fn a_file_says_what_it_is() {
-        let source = |text: &str| Source { path: "src/a.rs".to_owned(), text: text.to_owned() };
+        let source = |text: &str| file("src/a.rs", text);
         assert_eq!(headless(&source("use std::io;\n")).map(|found| found.line), Some(1));
         assert_eq!(headless(&source("//! Owns nothing.\n")), None);
-        let tests = Source { path: "src/a/tests.rs".to_owned(), text: "use super::*;\n".to_owned() };
-        assert_eq!(super::check(&tests, &|_| true), []);
+        assert_eq!(super::check(&file("src/a/tests.rs", "use super::*;\n"), &|_| true), []);
     }
 
     #[test]
@@ -627,7 +650,7 @@ mod tests {
     fn links_lead_somewhere() {
         let text = "See [a](docs/a.md#top), [b](https://b.example/c), [c](#here) and `[d](no.md)`.\n\
                     ```\n[e](no.md)\n```\n[f]: gone.md\n[g](docs/gone.md)\n";
-        let source = |path: &str| Source { path: path.to_owned(), text: text.to_owned() };
+        let source = |path: &str| file(path, text);
         let exists = |file: &Path| file == Path::new("docs/a.md");
         let lines = |path| broken_links(&source(path), &exists).into_iter().map(|found| (found.line, found.cause));
         let expected = [(5, "broken link: gone.md".to_owned()), (6, "broken link: docs/gone.md".to_owned())];
@@ -635,6 +658,18 @@ mod tests {
         assert_eq!(lines("src/a.rs").count(), 0);
         // From docs/ the first link means docs/docs/a.md.
         assert_eq!(lines("docs/b.md").count(), 3);
+    }
+
+    #[test]
+    fn files_that_another_declares_for_tests_are_tests() {
+        let mut sources = [
+            file("src/a/fake.rs", ""),
+            file("src/a/mod.rs", "#[cfg(test)]\nmod fake;\nmod real;"),
+            file("src/a/real.rs", ""),
+            file("src/fake.rs", ""),
+        ];
+        mark_tests(&mut sources);
+        assert_eq!(sources.map(|source| source.is_test), [true, false, false, false]);
     }
 
     #[test]

@@ -54,6 +54,15 @@ pub(crate) fn without_tests(code: &str) -> String {
     String::from_utf8(out).unwrap_or_default()
 }
 
+/// The names of the modules in files of their own that `code` declares for tests: `#[cfg(test)] mod fake;`.
+pub(crate) fn test_modules(code: &str) -> Vec<&str> {
+    let declared = code.match_indices("#[cfg(test)]").filter_map(|(at, _)| {
+        let item = code[at..item_end(code.as_bytes(), at)].strip_suffix(';')?;
+        item.rsplit_once("mod ").map(|(_, name)| name.trim())
+    });
+    declared.collect()
+}
+
 /// Where the item at `start` ends: after its block, or after its semicolon.
 fn item_end(bytes: &[u8], start: usize) -> usize {
     let mut depth = 0_usize;
@@ -326,6 +335,13 @@ mod tests {
         let seen = without_tests(&code(text));
         assert_eq!(seen.split_whitespace().collect::<String>(), "fna(){}fnd(){}fnf(){}");
         assert_eq!(seen.lines().count(), text.lines().count());
+    }
+
+    #[test]
+    fn modules_of_tests_are_named() {
+        let text = "#[cfg(test)]\nmod fake;\nmod real;\n#[cfg(test)]\n#[path = \"b.rs\"]\npub(crate) mod b;\n\
+            #[cfg(test)] mod c { mod d; }";
+        assert_eq!(test_modules(&code(text)), ["fake", "b"]);
     }
 
     #[test]

@@ -60,7 +60,8 @@ pub(crate) fn clippy(limit: Duration) -> Result<()> {
 /// The rules of `rules.rs`. Every finding is a line on stderr, in the order of the files.
 pub(crate) fn rules() -> Result<()> {
     let root = util::root()?;
-    let sources = sources(&root)?;
+    let mut sources = sources(&root)?;
+    rules::mark_tests(&mut sources);
     let exists = |file: &Path| root.join(file).exists();
     let mut findings: Vec<Finding> = sources.iter().flat_map(|source| rules::check(source, &exists)).collect();
     findings.sort();
@@ -85,7 +86,7 @@ fn sources(root: &Path) -> Result<Vec<Source>> {
             }
         } else if let Ok(text) = String::from_utf8(fs::read(&path).map_err(failed)?) {
             let below = path.strip_prefix(root).unwrap_or(&path);
-            sources.push(Source { path: below.to_string_lossy().into_owned(), text });
+            sources.push(Source { path: below.to_string_lossy().into_owned(), text, is_test: false });
         }
     }
     Ok(sources)

@@ -11,6 +11,7 @@ use ::log::LevelFilter;
 use crate::error::{Exit, Problem};
 use crate::json;
 use crate::log;
+use crate::options::{ExportOptions, ServeOptions};
 use options::{Matches, Spec};
 
 pub mod export;
@@ -23,10 +24,8 @@ pub mod serve;
 #[cfg(test)]
 mod tests;
 
-pub use export::{ExportFile, ExportOptions, Lifetime};
 pub use guest::{ClaimOptions, GuestDoor, SetOptions};
 pub use migrate::MigrateOptions;
-pub use serve::ServeOptions;
 
 /// What the commands that run a process of their own call. Both return when that process is to end.
 #[derive(Debug, Clone, Copy)]

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{Advice, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, Stat};
 use rustix::io::{Errno, ReadWriteFlags};
 
-use crate::limits::{DIRECT_ALIGN, PROBE_BYTES, PROBES, SECTOR, ZERO_WRITE};
+use crate::limits::{DIRECT_ALIGN, PROBE_BYTES, PROBES, SECTOR, ZERO_STEP, ZERO_WRITE};
 
 /// How the host's page cache is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -368,8 +368,8 @@ impl Disk {
     }
 
     fn write_out_zeroes(&self, offset: u64, length: u64) -> Result<()> {
-        const PAGE: [u8; 4096] = [0; 4096];
-        let pages = [IoSlice::new(&PAGE); ZERO_WRITE / PAGE.len()];
+        const PAGE: [u8; ZERO_STEP] = [0; ZERO_STEP];
+        let pages = [IoSlice::new(&PAGE); ZERO_WRITE / ZERO_STEP];
         let (mut at, end) = (offset, offset + length);
         while at < end {
             let left = usize::try_from(end - at).unwrap_or(usize::MAX);

@@ -21,6 +21,7 @@ pub mod log;
 pub mod migrate;
 pub mod mirror;
 pub mod nbd;
+pub mod options;
 pub mod ownership;
 pub mod progress;
 pub mod ready;

@@ -82,6 +82,8 @@ pub const CONNECTIONS_PER_DISK_MAX: usize = 8;
 
 // ---- NBD: a client in transmission -------------------------------------------------------------------------------
 
+/// Largest minimum block size that a client accepts from a server (the NBD specification's own limit), in bytes.
+pub const MINIMUM_BLOCK_MAX: u32 = 64 * 1024;
 /// Most requests of one client connection in flight.
 pub const WINDOW_MAX: usize = 64;
 /// Receive buffer of one client connection, in bytes. Only a client that reads ever touches more than its first pages.

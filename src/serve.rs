@@ -8,8 +8,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::address::Address;
-use crate::cli::export::{ExportOptions, Lifetime};
-use crate::cli::serve::ServeOptions;
 use crate::control::server::{Desk, News, Server};
 use crate::control::wire::Gate as ShownGate;
 use crate::control::wire::{DiskStatus, MigrateRequest, Migration, SetRequest, State, Status, text};
@@ -21,6 +19,7 @@ use crate::export::{Door, Export, Gate};
 use crate::guest::Guest;
 use crate::listener::Listener;
 use crate::migrate::destination::{self, MigrationDirectory};
+use crate::options::{ExportOptions, Lifetime, ServeOptions};
 use crate::ownership::{Event, Images, KeepError, Kind, Lineage, Word};
 use crate::ready::{self, Ready};
 

@@ -9,54 +9,7 @@ use crate::disk::Cache;
 use crate::domain::check_disk_name;
 use crate::error::Problem;
 use crate::limits::DISKS_MAX;
-
-/// What `export` was asked for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ExportOptions {
-    /// What to serve, at least one, names all different.
-    pub files: Vec<ExportFile>,
-    /// Where, at least one.
-    pub nbd: Vec<Address>,
-    /// Clients cannot write.
-    pub read_only: bool,
-    /// How the host's page cache is used.
-    pub cache: Cache,
-    /// When to end.
-    pub lifetime: Lifetime,
-    /// TCP beyond this host is allowed without keys.
-    pub insecure_plaintext: bool,
-    /// The ready line is JSON.
-    pub json: bool,
-}
-
-/// One file and its name.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ExportFile {
-    /// The export's name; empty: the default export.
-    pub name: String,
-    /// A file or a block device.
-    pub path: PathBuf,
-}
-
-/// When an export ends by itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Lifetime {
-    /// Never.
-    #[default]
-    Persistent,
-    /// When its last client has gone.
-    Once,
-}
-
-impl ExportOptions {
-    /// Checks what only the host can answer: whether every TCP door stays on it, or may leave it.
-    ///
-    /// # Errors
-    /// A refusal.
-    pub fn check(&self) -> Result<(), Problem> {
-        self.nbd.iter().try_for_each(|door| door.check_plaintext("export", self.insecure_plaintext))
-    }
-}
+use crate::options::{ExportFile, ExportOptions, Lifetime};
 
 /// NBD's own port, for this host only.
 const DEFAULT_NBD: &str = "127.0.0.1";

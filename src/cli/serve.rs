@@ -7,40 +7,7 @@ use super::{Command, guest};
 use crate::address::Address;
 use crate::domain::{Disk, check_disks, check_guest_name};
 use crate::error::Problem;
-
-/// What `serve` was asked for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ServeOptions {
-    /// The guest.
-    pub guest: String,
-    /// Its disks, at least one, names and files all different.
-    pub disks: Vec<Disk>,
-    /// Where the record is kept.
-    pub state: PathBuf,
-    /// The record may be kept where a restart of the host loses it.
-    pub volatile_state: bool,
-    /// The guest doors, at least one.
-    pub nbd: Vec<Address>,
-    /// The migration door.
-    pub listen: Option<Address>,
-    /// The control doors, at least one.
-    pub control: Vec<Address>,
-    /// TCP beyond this host is allowed without keys.
-    pub insecure_plaintext: bool,
-    /// The ready line is JSON.
-    pub json: bool,
-}
-
-impl ServeOptions {
-    /// Checks what only the host can answer: whether every TCP door stays on it, or may leave it.
-    ///
-    /// # Errors
-    /// A refusal.
-    pub fn check(&self) -> Result<(), Problem> {
-        let doors = self.nbd.iter().chain(&self.listen).chain(&self.control);
-        doors.into_iter().try_for_each(|door| door.check_plaintext("serve", self.insecure_plaintext))
-    }
-}
+use crate::options::ServeOptions;
 
 pub(super) const SPEC: Spec = Spec {
     name: "serve",

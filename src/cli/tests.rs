@@ -13,6 +13,7 @@ use crate::disk::Cache;
 use crate::domain::Disk;
 use crate::limits::{CONNECTIONS_PER_DISK_MAX, DOWNTIME_LIMIT_DEFAULT_MS};
 use crate::listener::Listener;
+use crate::options::{ExportFile, Lifetime};
 use crate::progress::{Display, Form};
 
 fn parsed(line: &[&str]) -> Result<Parsed, Problem> {

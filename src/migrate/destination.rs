@@ -556,8 +556,8 @@ fn refused_writes(guest: &Guest) -> u64 {
     guest.exports().map(|export| export.refused_guest_writes()).sum()
 }
 
-/// M11: before "unsealed" is said nobody uses what was read here. Not where the guest is served: an ABORT that comes too
-/// late for that finds an owner, and gets the record for an answer.
+/// M11: before "unsealed" is said nobody uses what was read here. Not where the guest is served: an ABORT that comes
+/// too late for that finds an owner, and gets the record for an answer.
 fn shut_guest_doors(guest: &Guest) {
     for export in guest.exports().filter(|export| matches!(export.gate(), Gate::Receiving | Gate::Sealed)) {
         let _ = export.end_connections(Door::Guest);

@@ -1,10 +1,10 @@
 //! The phases of a migration on the source, in their order.
 //!
-//! [`run`] reads from top to bottom: prepare, perform, finish; beside it stands the one failure path, [`abort`]. Nothing
-//! here touches a data byte: it starts lanes, asks mirrors for counts, and speaks with the destination.
+//! [`run`] reads from top to bottom: prepare, perform, finish; beside it stands the one failure path, [`abort`].
+//! Nothing here touches a data byte: it starts lanes, asks mirrors for counts, and speaks with the destination.
 //!
-//! What may end when is decided in [`Drive::finish`]: until SEAL is sent the gates may open again and the migration goes
-//! on; once it is sent, opening them ends the attempt (D6); once GIVEN is begun, nothing takes it back (M3).
+//! What may end when is decided in [`Drive::finish`]: until SEAL is sent the gates may open again and the migration
+//! goes on; once it is sent, opening them ends the attempt (D6); once GIVEN is begun, nothing takes it back (M3).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

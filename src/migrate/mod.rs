@@ -1,8 +1,8 @@
 //! Everything that knows the phases of a migration.
 //!
 //! `wire` is bytes, `link` one phase connection, `dial` opens one. `destination` is the receiving side. On the sending
-//! side `source` is what the user talks to, `drive` the phases in their order, `lanes` the data connections, `meter` the
-//! rates, and `settle` what is left to be said after an attempt.
+//! side `source` is what the user talks to, `drive` the phases in their order, `lanes` the data connections, `meter`
+//! the rates, and `settle` what is left to be said after an attempt.
 
 pub mod destination;
 mod dial;

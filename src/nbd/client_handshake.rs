@@ -12,7 +12,8 @@ use std::time::Instant;
 
 use crate::cause::Cause;
 use crate::limits::{
-    EXPORT_NAME_MAX, HANDSHAKE_TIMEOUT, OPTION_PAYLOAD_MAX, OPTION_REPLIES_MAX, PAYLOAD_MAX, PREFERRED_BLOCK,
+    EXPORT_NAME_MAX, HANDSHAKE_TIMEOUT, MINIMUM_BLOCK_MAX, OPTION_PAYLOAD_MAX, OPTION_REPLIES_MAX, PAYLOAD_MAX,
+    PREFERRED_BLOCK,
 };
 use crate::nbd::wire::{self, Fields, Greeting, OptionHead, OptionReply};
 use crate::socket::Socket;
@@ -406,7 +407,7 @@ fn block_size_fields(mut fields: Fields<'_>, info: &mut ExportInfo) -> Result<()
     else {
         return Err("malformed size constraints");
     };
-    if !minimum.is_power_of_two() || minimum > 65536 || maximum < minimum {
+    if !minimum.is_power_of_two() || minimum > MINIMUM_BLOCK_MAX || maximum < minimum {
         return Err("size constraints that no request can keep");
     }
     info.minimum_block = minimum;

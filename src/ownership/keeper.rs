@@ -49,8 +49,8 @@ impl Keeper {
     /// Lets `event` happen: the record changes and is durable, then the answer is returned to be sent.
     ///
     /// # Errors
-    /// [`KeepError::Refused`]: nothing has changed. [`KeepError::Unknown`]: the change could not be made durable, now or
-    /// in an earlier call.
+    /// [`KeepError::Refused`]: nothing has changed. [`KeepError::Unknown`]: the change could not be made durable, now
+    /// or in an earlier call.
     pub fn apply(&mut self, event: &Event) -> Result<Answer, KeepError> {
         let step = next(self.host, self.known()?, event).map_err(KeepError::Refused)?;
         match step.change {

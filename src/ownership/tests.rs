@@ -515,8 +515,8 @@ fn every_refusal_is_one_line_that_says_who_owns() {
         ),
         (
             say(Some(&given(false)), &Event::End { attempt: THIS }),
-            "the guest has been given away: this host gave the guest to host bbbbbbbb at tcp://[::1]:49152, which has not \
-             answered yet",
+            "the guest has been given away: this host gave the guest to host bbbbbbbb at tcp://[::1]:49152, which has \
+             not answered yet",
         ),
         (
             say(Some(&given(true)), &Event::Offer { attempt: OTHER, to: peer(C) }),
@@ -530,8 +530,8 @@ fn every_refusal_is_one_line_that_says_who_owns() {
         ),
         (
             say(Some(&offered(Offer::Closed)), &take(Heard::Decides)),
-            "the other host answers, and what it says decides: this host offered the guest (order 1.4) and waits for the \
-             word of host bbbbbbbb at tcp://[::1]:49152",
+            "the other host answers, and what it says decides: this host offered the guest (order 1.4) and waits for \
+             the word of host bbbbbbbb at tcp://[::1]:49152",
         ),
         (
             say(Some(&void()), &take(Heard::Silence)),

@@ -1,8 +1,5 @@
 //! What every integration test needs: peer programs, children that end with the test, sockets, waits with a deadline.
 
-// Not every test needs all of it.
-#![allow(dead_code)]
-
 use std::io::{BufRead, BufReader};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;

@@ -219,7 +219,12 @@ const IMPORTS: &[Import] = &[
     },
 ];
 /// What a wire file may name of the crate besides its own module: the rows whose files it is among.
-const BELOW_WIRE: &[(&[&str], &[&str])] = &[(SRC, &["limits", "error"])];
+const BELOW_WIRE: &[(&[&str], &[&str])] = &[
+    (SRC, &["limits", "error"]),
+    // Numbers and states that travel: plain values with one home.
+    (&["src/migrate/wire.rs", "src/migrate/wire/"], &["ownership"]),
+    (&["src/control/wire.rs"], &["domain"]),
+];
 
 /// Where sizes and times may stand as literals; wire files spell out the layout of their standard.
 const LIMITS: &[&str] = &["src/limits.rs", "**/wire.rs", "src/nbd/wire/", "src/migrate/wire/", "src/control/wire/"];

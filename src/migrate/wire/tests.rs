@@ -327,10 +327,17 @@ proptest! {
         let ready = ready.into_iter().map(|(reads_as_zero, connections)| DiskReady { reads_as_zero, connections });
         let messages = [
             Message::Prepare(Prepare {
-                stamp, challenge: Challenge(challenge), mode: Mode::CopyAll, disks: offers.into_iter().collect(), connections,
+                stamp,
+                challenge: Challenge(challenge),
+                mode: Mode::CopyAll,
+                disks: offers.into_iter().collect(),
+                connections,
             }),
             Message::Prepared(Prepared {
-                stamp, instance: Instance(challenge), epoch: Epoch(stamp.order.term), token: Token::from_bytes(challenge),
+                stamp,
+                instance: Instance(challenge),
+                epoch: Epoch(stamp.order.term),
+                token: Token::from_bytes(challenge),
                 disks: ready.collect(),
             }),
             Message::Refused { stamp, problems: many(&Problem { disk, cause: cause.clone() }, PROBLEMS_MAX) },

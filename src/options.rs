@@ -1,0 +1,90 @@
+//! What the long-running commands were asked for: the command line writes it, `serve.rs` reads it.
+
+use std::path::PathBuf;
+
+use crate::address::Address;
+use crate::disk::Cache;
+use crate::domain::Disk;
+use crate::error::Problem;
+
+/// What `serve` was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServeOptions {
+    /// The guest.
+    pub guest: String,
+    /// Its disks, at least one, names and files all different.
+    pub disks: Vec<Disk>,
+    /// Where the record is kept.
+    pub state: PathBuf,
+    /// The record may be kept where a restart of the host loses it.
+    pub volatile_state: bool,
+    /// The guest doors, at least one.
+    pub nbd: Vec<Address>,
+    /// The migration door.
+    pub listen: Option<Address>,
+    /// The control doors, at least one.
+    pub control: Vec<Address>,
+    /// TCP beyond this host is allowed without keys.
+    pub insecure_plaintext: bool,
+    /// The ready line is JSON.
+    pub json: bool,
+}
+
+impl ServeOptions {
+    /// Checks what only the host can answer: whether every TCP door stays on it, or may leave it.
+    ///
+    /// # Errors
+    /// A refusal.
+    pub fn check(&self) -> Result<(), Problem> {
+        let doors = self.nbd.iter().chain(&self.listen).chain(&self.control);
+        doors.into_iter().try_for_each(|door| door.check_plaintext("serve", self.insecure_plaintext))
+    }
+}
+
+/// What `export` was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExportOptions {
+    /// What to serve, at least one, names all different.
+    pub files: Vec<ExportFile>,
+    /// Where, at least one.
+    pub nbd: Vec<Address>,
+    /// Clients cannot write.
+    pub read_only: bool,
+    /// How the host's page cache is used.
+    pub cache: Cache,
+    /// When to end.
+    pub lifetime: Lifetime,
+    /// TCP beyond this host is allowed without keys.
+    pub insecure_plaintext: bool,
+    /// The ready line is JSON.
+    pub json: bool,
+}
+
+/// One file and its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExportFile {
+    /// The export's name; empty: the default export.
+    pub name: String,
+    /// A file or a block device.
+    pub path: PathBuf,
+}
+
+/// When an export ends by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Lifetime {
+    /// Never.
+    #[default]
+    Persistent,
+    /// When its last client has gone.
+    Once,
+}
+
+impl ExportOptions {
+    /// Checks what only the host can answer: whether every TCP door stays on it, or may leave it.
+    ///
+    /// # Errors
+    /// A refusal.
+    pub fn check(&self) -> Result<(), Problem> {
+        self.nbd.iter().try_for_each(|door| door.check_plaintext("export", self.insecure_plaintext))
+    }
+}

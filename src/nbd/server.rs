@@ -15,9 +15,10 @@
 //! # The life of a request
 //!
 //! [`Reader::next_request`] receives, [`validate`] says what is wrong with it, `serve` or a [`Worker`] does it through
-//! the [`Visit`], and a reply is sent: in that order down this file. Which error a client sees is decided in
-//! [`error_number`] alone. Section names of the NBD specification that this follows: "Transmission", "Request types",
-//! "Structured reply chunk", "Error values", "Terminating the transmission phase".
+//! the [`Visit`], and a reply is sent. The connection and its reader are in this file, the workers in `worker.rs`, the
+//! bytes of replies in `reply.rs`. Which error a client sees is decided in [`error_number`] alone. Section names of the
+//! NBD specification that this follows: "Transmission", "Request types", "Structured reply chunk", "Error values",
+//! "Terminating the transmission phase".
 
 use std::io::{self, ErrorKind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,10 +30,15 @@ use crate::disk::AlignedBuffer;
 use crate::export::{Fault, Patience, Visit};
 use crate::limits::{
     DIRECT_ALIGN, INLINE_READ_MAX, PAYLOAD_MAX, RECEIVE_BUFFER, REPLY_BUFFER, SLOT_BUFFER, SLOTS, SLOW_WRITE,
-    SLOW_WRITE_MEMORY, STATUS_EXTENTS_MAX, WORKER_STACK,
+    SLOW_WRITE_MEMORY, WORKER_STACK,
 };
-use crate::nbd::handshake::{Agreed, BASE_ALLOCATION_ID, Description};
+use crate::nbd::handshake::{Agreed, Description};
 use crate::nbd::wire::{self, REQUEST_LENGTH, Request};
+use reply::ReplyHead;
+use worker::{Job, Pool, Ticket, Worker};
+
+mod reply;
+mod worker;
 
 /// What a client is told about an export of this server: everything that [`transmit`] can do.
 #[must_use]
@@ -56,7 +62,7 @@ pub fn transmit(visit: &Visit, agreed: Agreed) -> io::Result<()> {
         visit,
         agreed,
         sending: Mutex::new(()),
-        pool: Mutex::new(Pool { idle: heapless::Vec::new(), started: 0 }),
+        pool: Mutex::default(),
         freed: Condvar::new(),
         workers: std::array::from_fn(|_| Worker::default()),
         tickets: Mutex::new(std::array::from_fn(|_| Ticket::default())),
@@ -98,42 +104,6 @@ struct Connection<'a> {
     tickets: Mutex<[Ticket; SLOTS + 1]>,
     /// A reply was cut in the middle: nothing that follows could be understood.
     broken: AtomicBool,
-}
-
-struct Pool {
-    idle: heapless::Vec<usize, SLOTS>,
-    started: usize,
-}
-
-#[derive(Default)]
-struct Worker {
-    mail: Mutex<Mail>,
-    arrived: Condvar,
-}
-
-/// What the reader hands to a worker. While a worker is busy it holds the lock; the reader only ever locks idle ones.
-#[derive(Default)]
-struct Mail {
-    job: Option<Job>,
-    buffer: Option<AlignedBuffer>,
-    dismissed: bool,
-}
-
-enum Job {
-    /// A whole request; a WRITE's payload is in the buffer.
-    Request(Request),
-    /// Part of a larger WRITE: `length` bytes for `offset` are in the buffer.
-    Piece { request: Request, ticket: usize, offset: u64, length: usize },
-}
-
-/// A WRITE that is done in pieces. Only the reader takes a ticket, and each piece under way occupies a worker, so one
-/// more than there are workers is always enough.
-#[derive(Default)]
-struct Ticket {
-    /// Pieces not finished, plus one as long as the reader has not handed out all of them; 0 is free.
-    open: usize,
-    /// The first error, or 0.
-    error: u32,
 }
 
 /// What is wrong with a request, before anything is done for it.
@@ -189,8 +159,6 @@ fn error_number(fault: &Fault) -> Option<u32> {
 fn gone() -> io::Error {
     io::Error::new(ErrorKind::ConnectionAborted, "the client has hung up")
 }
-
-// ---- the connection's own thread ---------------------------------------------------------------------------------
 
 struct Reader<'s, 'e, 'a> {
     connection: &'s Connection<'a>,
@@ -424,16 +392,8 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
             let worker = thread::Builder::new().name(format!("nbd worker {number}")).stack_size(WORKER_STACK);
             worker.spawn_scoped(self.scope, move || connection.work(number)).map(drop)
         })?;
-        let worker = &connection.workers[chosen];
-        let mut mail = locked(&worker.mail);
-        if payload > 0 || matches!(&job, Job::Request(request) if request.command == wire::CMD_READ) {
-            let buffer = mail.buffer.get_or_insert_with(|| AlignedBuffer::new(SLOT_BUFFER));
-            buffer[..payload].copy_from_slice(&self.inbox.bytes()[..payload]);
-            self.inbox.skip(payload);
-        }
-        mail.job = Some(job);
-        drop(mail);
-        worker.arrived.notify_one();
+        connection.workers[chosen].give(job, &self.inbox.bytes()[..payload]);
+        self.inbox.skip(payload);
         Ok(())
     }
 
@@ -465,281 +425,4 @@ fn up_to_page_end(offset: u64, length: usize) -> usize {
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-// ---- replies -----------------------------------------------------------------------------------------------------
-
-/// The bytes of a reply before its data.
-struct ReplyHead {
-    bytes: [u8; wire::CHUNK_LENGTH + 12],
-    length: usize,
-}
-
-impl ReplyHead {
-    fn new(parts: &[&[u8]]) -> Self {
-        let mut head = Self { bytes: [0; wire::CHUNK_LENGTH + 12], length: 0 };
-        for part in parts {
-            head.bytes[head.length..head.length + part.len()].copy_from_slice(part);
-            head.length += part.len();
-        }
-        head
-    }
-
-    fn bytes(&self) -> &[u8] {
-        &self.bytes[..self.length]
-    }
-
-    /// Before `length` bytes read at `offset`; `last` if they end the reply.
-    fn for_data(agreed: Agreed, request: &Request, offset: u64, length: usize, last: bool) -> Self {
-        if !agreed.structured {
-            return Self::new(&[&wire::simple_reply(0, request.cookie)]);
-        }
-        let flags = if last { wire::REPLY_FLAG_DONE } else { 0 };
-        let payload = u32::try_from(length + 8).unwrap_or(u32::MAX);
-        let chunk = wire::structured_chunk(flags, wire::REPLY_TYPE_OFFSET_DATA, request.cookie, payload);
-        Self::new(&[&chunk, &wire::offset_data(offset)])
-    }
-
-    /// Without data: success, or an error. A READ or BLOCK_STATUS of a client that agreed on structured replies is
-    /// never answered with a simple one.
-    fn for_result(agreed: Agreed, request: &Request, error: u32) -> Self {
-        let structured = agreed.structured && matches!(request.command, wire::CMD_READ | wire::CMD_BLOCK_STATUS);
-        if !structured {
-            return Self::new(&[&wire::simple_reply(error, request.cookie)]);
-        }
-        let (kind, payload) = if error == 0 { (wire::REPLY_TYPE_NONE, 0) } else { (wire::REPLY_TYPE_ERROR, 6) };
-        let chunk = wire::structured_chunk(wire::REPLY_FLAG_DONE, kind, request.cookie, payload);
-        if error == 0 { Self::new(&[&chunk]) } else { Self::new(&[&chunk, &wire::error_chunk(error, 0)]) }
-    }
-}
-
-// ---- the workers -------------------------------------------------------------------------------------------------
-
-impl Connection<'_> {
-    /// Sends one whole reply or chunk.
-    fn send(&self, first: &[u8], second: &[u8]) -> io::Result<()> {
-        let _turn = locked(&self.sending);
-        self.send_in_turn(first, second)
-    }
-
-    /// Sends while `sending` is held. What could not be sent whole ends the connection.
-    fn send_in_turn(&self, first: &[u8], second: &[u8]) -> io::Result<()> {
-        if self.broken.load(Ordering::Acquire) {
-            return Err(ErrorKind::BrokenPipe.into());
-        }
-        self.visit.socket().send_all_two(first, second).inspect_err(|_| self.break_off())
-    }
-
-    /// Nothing that is sent from now on could be understood.
-    fn break_off(&self) {
-        self.broken.store(true, Ordering::Release);
-        self.visit.socket().shutdown();
-    }
-
-    fn idle_worker(&self, start: impl FnOnce(usize) -> io::Result<()>) -> io::Result<usize> {
-        let mut pool = locked(&self.pool);
-        loop {
-            if let Some(number) = pool.idle.pop() {
-                return Ok(number);
-            }
-            if pool.started < SLOTS {
-                let number = pool.started;
-                start(number)?;
-                pool.started += 1;
-                return Ok(number);
-            }
-            pool = self.freed.wait(pool).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    fn dismiss_workers(&self) {
-        let started = locked(&self.pool).started;
-        for worker in &self.workers[..started] {
-            locked(&worker.mail).dismissed = true;
-            worker.arrived.notify_one();
-        }
-    }
-
-    /// A worker's life.
-    fn work(&self, number: usize) {
-        let worker = &self.workers[number];
-        let mut mail = locked(&worker.mail);
-        loop {
-            if let Some(job) = mail.job.take() {
-                let mut nothing = AlignedBuffer::default();
-                let Mail { buffer, .. } = &mut *mail;
-                let outcome = self.serve(&job, buffer.as_mut().unwrap_or(&mut nothing));
-                // Else the connection is ending; its thread finds that out by itself.
-                if let Err(error) = outcome {
-                    log::debug!("nbd: export {}: {error}", self.visit.export().name());
-                    self.break_off();
-                }
-                // Unlocked before it counts as idle: the reader must never wait for a busy worker's lock.
-                drop(mail);
-                // There is room for every worker.
-                let _ = locked(&self.pool).idle.push(number);
-                self.freed.notify_one();
-                mail = locked(&worker.mail);
-            } else if mail.dismissed {
-                return;
-            } else {
-                mail = worker.arrived.wait(mail).unwrap_or_else(PoisonError::into_inner);
-            }
-        }
-    }
-
-    /// Does a job and replies. An error is the connection's end.
-    fn serve(&self, job: &Job, buffer: &mut [u8]) -> io::Result<()> {
-        match job {
-            Job::Piece { request, ticket, offset, length } => {
-                if let Err(fault) = self.visit.write(Patience::Wait, *offset, &buffer[..*length], false) {
-                    self.fail(*ticket, error_number(&fault).ok_or_else(gone)?);
-                }
-                match self.finish_piece(*ticket, request) {
-                    Some(error) => self.reply(request, error),
-                    None => Ok(()),
-                }
-            }
-            Job::Request(request) if request.command == wire::CMD_READ => self.read(request, buffer),
-            Job::Request(request) if request.command == wire::CMD_BLOCK_STATUS => self.block_status(request),
-            Job::Request(request) => {
-                let error = match self.change(request, buffer) {
-                    Ok(()) => 0,
-                    Err(fault) => error_number(&fault).ok_or_else(gone)?,
-                };
-                self.reply(request, error)
-            }
-        }
-    }
-
-    /// Everything that is answered with nothing but success or an error.
-    fn change(&self, request: &Request, payload: &[u8]) -> Result<(), Fault> {
-        let visit = self.visit;
-        let (offset, length) = (request.offset, u64::from(request.length));
-        let durable = request.flags & wire::CMD_FLAG_FUA != 0;
-        match request.command {
-            wire::CMD_WRITE => {
-                let length = usize::try_from(request.length).unwrap_or(usize::MAX);
-                visit.write(Patience::Wait, offset, &payload[..length], durable)
-            }
-            wire::CMD_WRITE_ZEROES => {
-                let may_punch = request.flags & wire::CMD_FLAG_NO_HOLE == 0;
-                let fast = request.flags & wire::CMD_FLAG_FAST_ZERO != 0;
-                visit.write_zeroes(offset, length, may_punch, fast, durable)
-            }
-            wire::CMD_TRIM => visit.trim(offset, length, durable),
-            wire::CMD_CACHE => {
-                visit.may_read()?;
-                visit.disk().prefetch(offset, length);
-                Ok(())
-            }
-            _ => visit.flush(),
-        }
-    }
-
-    /// A read that may have to wait for the device. A structured reply comes in chunks; a reply that must be whole (a
-    /// simple one, or with DF) and does not fit the buffer is sent as it is read, and an error in its middle, which
-    /// nobody could be told of any more, ends the connection.
-    fn read(&self, request: &Request, buffer: &mut [u8]) -> io::Result<()> {
-        let whole = !self.agreed.structured || request.flags & wire::CMD_FLAG_DF != 0;
-        let end = request.offset + u64::from(request.length);
-        let mut turn = None;
-        let mut at = request.offset;
-        while at < end {
-            let left = usize::try_from(end - at).unwrap_or(usize::MAX);
-            let length = left.min(buffer.len());
-            if let Err(fault) = self.visit.read(&mut buffer[..length], at) {
-                if turn.is_some() {
-                    return Err(io::Error::other("a read failed after its reply had begun"));
-                }
-                return self.reply(request, error_number(&fault).ok_or_else(gone)?);
-            }
-            let data = &buffer[..length];
-            if whole {
-                let first = turn.is_none();
-                turn.get_or_insert_with(|| locked(&self.sending));
-                let total = usize::try_from(request.length).unwrap_or(usize::MAX);
-                let head = ReplyHead::for_data(self.agreed, request, at, total, true);
-                self.send_in_turn(if first { head.bytes() } else { &[] }, data)?;
-            } else {
-                let head = ReplyHead::for_data(self.agreed, request, at, length, length == left);
-                self.send(head.bytes(), data)?;
-            }
-            at += length as u64;
-        }
-        Ok(())
-    }
-
-    /// The extents of a range, for `base:allocation`.
-    fn block_status(&self, request: &Request) -> io::Result<()> {
-        const EXTENT: usize = 8;
-        const HEAD: usize = 4;
-        if let Err(fault) = self.visit.may_read() {
-            return self.reply(request, error_number(&fault).ok_or_else(gone)?);
-        }
-        let most = if request.flags & wire::CMD_FLAG_REQ_ONE == 0 { STATUS_EXTENTS_MAX } else { 1 };
-        let mut payload = [0; HEAD + STATUS_EXTENTS_MAX * EXTENT];
-        payload[..HEAD].copy_from_slice(&wire::block_status(BASE_ALLOCATION_ID));
-        let (mut at, end) = (request.offset, request.offset + u64::from(request.length));
-        let mut filled = HEAD;
-        while at < end && filled < HEAD + most * EXTENT {
-            let extent = match self.visit.disk().extent(at, end) {
-                Ok(extent) => extent,
-                Err(error) => return self.reply(request, error_number(&error.into()).unwrap_or(wire::EIO)),
-            };
-            let state = if extent.hole { wire::STATE_HOLE | wire::STATE_ZERO } else { 0 };
-            let length = u32::try_from(extent.length).unwrap_or(u32::MAX);
-            payload[filled..filled + EXTENT].copy_from_slice(&wire::extent(length, state));
-            filled += EXTENT;
-            at += extent.length;
-        }
-        let kind = wire::REPLY_TYPE_BLOCK_STATUS;
-        let length = u32::try_from(filled).unwrap_or(u32::MAX);
-        let chunk = wire::structured_chunk(wire::REPLY_FLAG_DONE, kind, request.cookie, length);
-        self.send(&chunk, &payload[..filled])
-    }
-
-    fn reply(&self, request: &Request, error: u32) -> io::Result<()> {
-        self.send(ReplyHead::for_result(self.agreed, request, error).bytes(), &[])
-    }
-
-    // ---- writes in pieces ----
-
-    fn open_ticket(&self) -> usize {
-        let mut tickets = locked(&self.tickets);
-        let free = tickets.iter().position(|t| t.open == 0).unwrap_or(SLOTS);
-        tickets[free] = Ticket { open: 1, error: 0 };
-        free
-    }
-
-    fn add_piece(&self, ticket: usize) {
-        locked(&self.tickets)[ticket].open += 1;
-    }
-
-    fn fail(&self, ticket: usize, error: u32) {
-        let entry = &mut locked(&self.tickets)[ticket];
-        if entry.error == 0 {
-            entry.error = error;
-        }
-    }
-
-    fn has_failed(&self, ticket: usize) -> bool {
-        locked(&self.tickets)[ticket].error != 0
-    }
-
-    /// One piece less; after the last one, what the whole write is to be answered with.
-    fn finish_piece(&self, ticket: usize, request: &Request) -> Option<u32> {
-        let error = {
-            let entry = &mut locked(&self.tickets)[ticket];
-            entry.open -= 1;
-            if entry.open > 0 {
-                return None;
-            }
-            entry.error
-        };
-        if error == 0 && request.flags & wire::CMD_FLAG_FUA != 0 {
-            return Some(self.visit.flush().err().and_then(|fault| error_number(&fault)).unwrap_or(0));
-        }
-        Some(error)
-    }
 }

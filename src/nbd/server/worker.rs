@@ -1,0 +1,298 @@
+//! The workers of one connection: they do what may wait for the disk or at the gate, and reply by themselves.
+//!
+//! The connection's own thread hands each a job and the bytes of a WRITE, and never waits for a busy one's lock. A WRITE
+//! larger than a worker's buffer comes in pieces, perhaps to several workers, and is answered once: a [`Ticket`] counts
+//! them.
+
+use std::io::{self, ErrorKind};
+use std::sync::atomic::Ordering;
+use std::sync::{Condvar, Mutex, PoisonError};
+
+use super::reply::ReplyHead;
+use super::{Connection, error_number, gone, locked};
+use crate::disk::AlignedBuffer;
+use crate::export::{Fault, Patience};
+use crate::limits::{SLOT_BUFFER, SLOTS, STATUS_EXTENTS_MAX};
+use crate::nbd::handshake::BASE_ALLOCATION_ID;
+use crate::nbd::wire::{self, Request};
+
+#[derive(Default)]
+pub(super) struct Pool {
+    idle: heapless::Vec<usize, SLOTS>,
+    started: usize,
+}
+
+#[derive(Default)]
+pub(super) struct Worker {
+    mail: Mutex<Mail>,
+    arrived: Condvar,
+}
+
+/// What the reader hands to a worker. While a worker is busy it holds the lock; the reader only ever locks idle ones.
+#[derive(Default)]
+struct Mail {
+    job: Option<Job>,
+    buffer: Option<AlignedBuffer>,
+    dismissed: bool,
+}
+
+impl Worker {
+    /// Gives an idle worker a job, and the payload of a WRITE.
+    pub(super) fn give(&self, job: Job, payload: &[u8]) {
+        let mut mail = locked(&self.mail);
+        if !payload.is_empty() || matches!(&job, Job::Request(request) if request.command == wire::CMD_READ) {
+            let buffer = mail.buffer.get_or_insert_with(|| AlignedBuffer::new(SLOT_BUFFER));
+            buffer[..payload.len()].copy_from_slice(payload);
+        }
+        mail.job = Some(job);
+        drop(mail);
+        self.arrived.notify_one();
+    }
+}
+
+/// What a worker is to do.
+pub(super) enum Job {
+    /// A whole request; a WRITE's payload is in the buffer.
+    Request(Request),
+    /// Part of a larger WRITE: `length` bytes for `offset` are in the buffer.
+    Piece { request: Request, ticket: usize, offset: u64, length: usize },
+}
+
+/// A WRITE that is done in pieces. Only the reader takes a ticket, and each piece under way occupies a worker, so one
+/// more than there are workers is always enough.
+#[derive(Default)]
+pub(super) struct Ticket {
+    /// Pieces not finished, plus one as long as the reader has not handed out all of them; 0 is free.
+    open: usize,
+    /// The first error, or 0.
+    error: u32,
+}
+
+impl Connection<'_> {
+    /// Sends one whole reply or chunk.
+    pub(super) fn send(&self, first: &[u8], second: &[u8]) -> io::Result<()> {
+        let _turn = locked(&self.sending);
+        self.send_in_turn(first, second)
+    }
+
+    /// Sends while `sending` is held. What could not be sent whole ends the connection.
+    fn send_in_turn(&self, first: &[u8], second: &[u8]) -> io::Result<()> {
+        if self.broken.load(Ordering::Acquire) {
+            return Err(ErrorKind::BrokenPipe.into());
+        }
+        self.visit.socket().send_all_two(first, second).inspect_err(|_| self.break_off())
+    }
+
+    /// Nothing that is sent from now on could be understood.
+    fn break_off(&self) {
+        self.broken.store(true, Ordering::Release);
+        self.visit.socket().shutdown();
+    }
+
+    pub(super) fn idle_worker(&self, start: impl FnOnce(usize) -> io::Result<()>) -> io::Result<usize> {
+        let mut pool = locked(&self.pool);
+        loop {
+            if let Some(number) = pool.idle.pop() {
+                return Ok(number);
+            }
+            if pool.started < SLOTS {
+                let number = pool.started;
+                start(number)?;
+                pool.started += 1;
+                return Ok(number);
+            }
+            pool = self.freed.wait(pool).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    pub(super) fn dismiss_workers(&self) {
+        let started = locked(&self.pool).started;
+        for worker in &self.workers[..started] {
+            locked(&worker.mail).dismissed = true;
+            worker.arrived.notify_one();
+        }
+    }
+
+    /// A worker's life.
+    pub(super) fn work(&self, number: usize) {
+        let worker = &self.workers[number];
+        let mut mail = locked(&worker.mail);
+        loop {
+            if let Some(job) = mail.job.take() {
+                let mut nothing = AlignedBuffer::default();
+                let Mail { buffer, .. } = &mut *mail;
+                let outcome = self.serve(&job, buffer.as_mut().unwrap_or(&mut nothing));
+                // Else the connection is ending; its thread finds that out by itself.
+                if let Err(error) = outcome {
+                    log::debug!("nbd: export {}: {error}", self.visit.export().name());
+                    self.break_off();
+                }
+                // Unlocked before it counts as idle: the reader must never wait for a busy worker's lock.
+                drop(mail);
+                // There is room for every worker.
+                let _ = locked(&self.pool).idle.push(number);
+                self.freed.notify_one();
+                mail = locked(&worker.mail);
+            } else if mail.dismissed {
+                return;
+            } else {
+                mail = worker.arrived.wait(mail).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+    }
+
+    /// Does a job and replies. An error is the connection's end.
+    fn serve(&self, job: &Job, buffer: &mut [u8]) -> io::Result<()> {
+        match job {
+            Job::Piece { request, ticket, offset, length } => {
+                if let Err(fault) = self.visit.write(Patience::Wait, *offset, &buffer[..*length], false) {
+                    self.fail(*ticket, error_number(&fault).ok_or_else(gone)?);
+                }
+                match self.finish_piece(*ticket, request) {
+                    Some(error) => self.reply(request, error),
+                    None => Ok(()),
+                }
+            }
+            Job::Request(request) if request.command == wire::CMD_READ => self.read(request, buffer),
+            Job::Request(request) if request.command == wire::CMD_BLOCK_STATUS => self.block_status(request),
+            Job::Request(request) => {
+                let error = match self.change(request, buffer) {
+                    Ok(()) => 0,
+                    Err(fault) => error_number(&fault).ok_or_else(gone)?,
+                };
+                self.reply(request, error)
+            }
+        }
+    }
+
+    /// Everything that is answered with nothing but success or an error.
+    fn change(&self, request: &Request, payload: &[u8]) -> Result<(), Fault> {
+        let visit = self.visit;
+        let (offset, length) = (request.offset, u64::from(request.length));
+        let durable = request.flags & wire::CMD_FLAG_FUA != 0;
+        match request.command {
+            wire::CMD_WRITE => {
+                let length = usize::try_from(request.length).unwrap_or(usize::MAX);
+                visit.write(Patience::Wait, offset, &payload[..length], durable)
+            }
+            wire::CMD_WRITE_ZEROES => {
+                let may_punch = request.flags & wire::CMD_FLAG_NO_HOLE == 0;
+                let fast = request.flags & wire::CMD_FLAG_FAST_ZERO != 0;
+                visit.write_zeroes(offset, length, may_punch, fast, durable)
+            }
+            wire::CMD_TRIM => visit.trim(offset, length, durable),
+            wire::CMD_CACHE => {
+                visit.may_read()?;
+                visit.disk().prefetch(offset, length);
+                Ok(())
+            }
+            _ => visit.flush(),
+        }
+    }
+
+    /// A read that may have to wait for the device. A structured reply comes in chunks; a reply that must be whole (a
+    /// simple one, or with DF) and does not fit the buffer is sent as it is read, and an error in its middle, which
+    /// nobody could be told of any more, ends the connection.
+    fn read(&self, request: &Request, buffer: &mut [u8]) -> io::Result<()> {
+        let whole = !self.agreed.structured || request.flags & wire::CMD_FLAG_DF != 0;
+        let end = request.offset + u64::from(request.length);
+        let mut turn = None;
+        let mut at = request.offset;
+        while at < end {
+            let left = usize::try_from(end - at).unwrap_or(usize::MAX);
+            let length = left.min(buffer.len());
+            if let Err(fault) = self.visit.read(&mut buffer[..length], at) {
+                if turn.is_some() {
+                    return Err(io::Error::other("a read failed after its reply had begun"));
+                }
+                return self.reply(request, error_number(&fault).ok_or_else(gone)?);
+            }
+            let data = &buffer[..length];
+            if whole {
+                let first = turn.is_none();
+                turn.get_or_insert_with(|| locked(&self.sending));
+                let total = usize::try_from(request.length).unwrap_or(usize::MAX);
+                let head = ReplyHead::for_data(self.agreed, request, at, total, true);
+                self.send_in_turn(if first { head.bytes() } else { &[] }, data)?;
+            } else {
+                let head = ReplyHead::for_data(self.agreed, request, at, length, length == left);
+                self.send(head.bytes(), data)?;
+            }
+            at += length as u64;
+        }
+        Ok(())
+    }
+
+    /// The extents of a range, for `base:allocation`.
+    fn block_status(&self, request: &Request) -> io::Result<()> {
+        const EXTENT: usize = 8;
+        const HEAD: usize = 4;
+        if let Err(fault) = self.visit.may_read() {
+            return self.reply(request, error_number(&fault).ok_or_else(gone)?);
+        }
+        let most = if request.flags & wire::CMD_FLAG_REQ_ONE == 0 { STATUS_EXTENTS_MAX } else { 1 };
+        let mut payload = [0; HEAD + STATUS_EXTENTS_MAX * EXTENT];
+        payload[..HEAD].copy_from_slice(&wire::block_status(BASE_ALLOCATION_ID));
+        let (mut at, end) = (request.offset, request.offset + u64::from(request.length));
+        let mut filled = HEAD;
+        while at < end && filled < HEAD + most * EXTENT {
+            let extent = match self.visit.disk().extent(at, end) {
+                Ok(extent) => extent,
+                Err(error) => return self.reply(request, error_number(&error.into()).unwrap_or(wire::EIO)),
+            };
+            let state = if extent.hole { wire::STATE_HOLE | wire::STATE_ZERO } else { 0 };
+            let length = u32::try_from(extent.length).unwrap_or(u32::MAX);
+            payload[filled..filled + EXTENT].copy_from_slice(&wire::extent(length, state));
+            filled += EXTENT;
+            at += extent.length;
+        }
+        let kind = wire::REPLY_TYPE_BLOCK_STATUS;
+        let length = u32::try_from(filled).unwrap_or(u32::MAX);
+        let chunk = wire::structured_chunk(wire::REPLY_FLAG_DONE, kind, request.cookie, length);
+        self.send(&chunk, &payload[..filled])
+    }
+
+    fn reply(&self, request: &Request, error: u32) -> io::Result<()> {
+        self.send(ReplyHead::for_result(self.agreed, request, error).bytes(), &[])
+    }
+
+    // ---- writes in pieces ----
+
+    pub(super) fn open_ticket(&self) -> usize {
+        let mut tickets = locked(&self.tickets);
+        let free = tickets.iter().position(|t| t.open == 0).unwrap_or(SLOTS);
+        tickets[free] = Ticket { open: 1, error: 0 };
+        free
+    }
+
+    pub(super) fn add_piece(&self, ticket: usize) {
+        locked(&self.tickets)[ticket].open += 1;
+    }
+
+    pub(super) fn fail(&self, ticket: usize, error: u32) {
+        let entry = &mut locked(&self.tickets)[ticket];
+        if entry.error == 0 {
+            entry.error = error;
+        }
+    }
+
+    pub(super) fn has_failed(&self, ticket: usize) -> bool {
+        locked(&self.tickets)[ticket].error != 0
+    }
+
+    /// One piece less; after the last one, what the whole write is to be answered with.
+    pub(super) fn finish_piece(&self, ticket: usize, request: &Request) -> Option<u32> {
+        let error = {
+            let entry = &mut locked(&self.tickets)[ticket];
+            entry.open -= 1;
+            if entry.open > 0 {
+                return None;
+            }
+            entry.error
+        };
+        if error == 0 && request.flags & wire::CMD_FLAG_FUA != 0 {
+            return Some(self.visit.flush().err().and_then(|fault| error_number(&fault)).unwrap_or(0));
+        }
+        Some(error)
+    }
+}

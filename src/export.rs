@@ -242,14 +242,14 @@ impl Export {
         if self.drain(inner, Instant::now() + DRAIN_MAX) {
             Ok(())
         } else {
-            self.disarm();
+            self.disarm(map);
             Err(io::Error::from(io::ErrorKind::TimedOut))
         }
     }
 
-    /// Ends dirty tracking.
-    pub fn disarm(&self) {
-        self.lock().map = None;
+    /// Ends dirty tracking with `map`; another one that was armed since stays.
+    pub fn disarm(&self, map: &Arc<DirtyMap>) {
+        self.lock().map.take_if(|armed| Arc::ptr_eq(armed, map));
     }
 
     /// Lets a connection in through `door`. For the guest door this is where rule D11 is kept: see above.

@@ -277,6 +277,8 @@ pub const SWITCHOVERS_MAX: u32 = 10;
 pub const FLUSH_PERIOD: Duration = Duration::from_millis(250);
 /// Connections of one disk where nobody says how many.
 pub const CONNECTIONS_PER_DISK_DEFAULT: u8 = 2;
+/// Where nobody says how many connections, no more than this for all disks together, or one for each.
+pub const LANES_DEFAULT_MAX: usize = 8;
 /// Stack of the thread that drives a migration, in bytes.
 pub const DRIVER_STACK: usize = 256 * KIB;
 

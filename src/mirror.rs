@@ -395,6 +395,6 @@ impl Mirror {
 
 impl Drop for Mirror {
     fn drop(&mut self) {
-        self.export.disarm();
+        self.export.disarm(&self.map);
     }
 }

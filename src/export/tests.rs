@@ -74,9 +74,12 @@ fn every_change_is_marked_and_only_while_armed() {
     guest.write_zeroes(8192, 4096, true, false, false).expect("zeroed");
     guest.trim(16384, 4096, false).expect("trimmed");
     assert_eq!(map.outstanding().granules, 3);
-    bench.export.disarm();
+    bench.export.disarm(&DirtyMap::new(1 << 20));
+    guest.write(Patience::Now, 32768, &[1; 512], false).expect("still armed");
+    assert_eq!(map.outstanding().granules, 4, "another's end does not end this one");
+    bench.export.disarm(&map);
     guest.write(Patience::Now, 65536, &[1; 512], false).expect("after");
-    assert_eq!(map.outstanding().granules, 3);
+    assert_eq!(map.outstanding().granules, 4);
 }
 
 #[test]

@@ -575,6 +575,8 @@ impl Drive<'_> {
                 Verdict::GuestIsFaster(rates) if !bulk => {
                     Convergence::GuestIsFaster { dirty_rate_bytes: rates.dirtied, rate_bytes: rates.copied }
                 }
+                // Fits, but its flush has not been measured yet.
+                Verdict::Converged => Convergence::Copying,
                 _ if bulk => Convergence::Copying,
                 _ => Convergence::TooLong,
             };

@@ -9,6 +9,7 @@ use std::io::{Error, ErrorKind, IoSlice, IoSliceMut, Result};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{Advice, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, Stat};
 use rustix::io::{Errno, ReadWriteFlags};
@@ -132,6 +133,14 @@ pub enum Content {
     Data,
 }
 
+/// The syncs of one disk: one runs at a time.
+#[derive(Debug, Default)]
+struct Syncs {
+    running: bool,
+    started: u64,
+    finished: u64,
+}
+
 /// An open disk.
 #[derive(Debug)]
 pub struct Disk {
@@ -141,6 +150,9 @@ pub struct Disk {
     size: u64,
     block_device: bool,
     identity: Identity,
+    syncs: Mutex<Syncs>,
+    /// A sync has ended.
+    synced: Condvar,
     /// A sync failed once: nothing written since the last good one can be trusted (D9).
     poisoned: AtomicBool,
     /// Reads that must not wait are possible here.
@@ -217,6 +229,8 @@ impl Disk {
             size,
             block_device,
             identity: Identity::of(&stat, block_device),
+            syncs: Mutex::default(),
+            synced: Condvar::new(),
             poisoned: AtomicBool::new(false),
             nowait: AtomicBool::new(true),
         })
@@ -304,19 +318,49 @@ impl Disk {
         if durable { self.flush() } else { Ok(()) }
     }
 
-    /// Makes everything written so far durable.
+    /// Makes everything written so far durable. Callers that come while a sync runs share the next one.
     ///
     /// # Errors
     /// The device's error. The kernel tells it once and may then believe the lost pages clean, so every later flush of
-    /// this disk fails too (D9).
+    /// this disk fails too, and so does everybody who waits for the same one (D9): two syncs at once could have one of
+    /// them take the error and the other one say that all is well.
     pub fn flush(&self) -> Result<()> {
-        if self.is_poisoned() {
-            return Err(Error::other("an earlier sync failed"));
+        let mut syncs = self.lock_syncs();
+        let mine = syncs.started + 1;
+        loop {
+            if self.is_poisoned() {
+                return Err(Error::other("an earlier sync failed"));
+            }
+            if syncs.finished >= mine {
+                return Ok(());
+            }
+            if syncs.running {
+                syncs = self.synced.wait(syncs).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            syncs.running = true;
+            syncs.started += 1;
+            drop(syncs);
+            let result = rustix::fs::fdatasync(&self.file);
+            if result.is_err() {
+                self.poisoned.store(true, Ordering::Release);
+            }
+            syncs = self.lock_syncs();
+            syncs.running = false;
+            syncs.finished = syncs.started;
+            self.synced.notify_all();
+            result?;
         }
-        rustix::fs::fdatasync(&self.file).map_err(|errno| {
-            self.poisoned.store(true, Ordering::Release);
-            errno.into()
-        })
+    }
+
+    /// As if a sync had failed.
+    #[cfg(test)]
+    pub(crate) fn poison(&self) {
+        self.poisoned.store(true, Ordering::Release);
+    }
+
+    fn lock_syncs(&self) -> MutexGuard<'_, Syncs> {
+        self.syncs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a sync has ever failed (D9).
@@ -390,6 +434,11 @@ impl Disk {
     /// Asks for `length` bytes at `offset` to be brought into the page cache; only a hint.
     pub fn prefetch(&self, offset: u64, length: u64) {
         let _ = rustix::fs::fadvise(&self.file, offset, std::num::NonZeroU64::new(length), Advice::WillNeed);
+    }
+
+    /// Forgets what the page cache holds of the disk: somebody else has changed it. Only a hint.
+    pub fn forget_cache(&self) {
+        let _ = rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed);
     }
 
     /// The extent at `offset`, at most up to `end`. What the file system cannot tell counts as data.

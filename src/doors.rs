@@ -112,7 +112,10 @@ impl GuestDirectory<'_> {
             return Err(OpenError::Shutdown(Cause::new((self.fenced)())));
         }
         let disk = export.disk().ok_or_else(|| OpenError::Refused(Cause::new("this disk does not exist yet")))?;
-        Ok((export, server::description(disk.size(), export.is_read_only())))
+        let mut description = server::description(disk.size(), export.is_read_only());
+        // A disk's name fits.
+        description.name = export.name().try_into().unwrap_or_default();
+        Ok((export, description))
     }
 }
 

@@ -116,24 +116,17 @@ impl Guest {
     /// As [`Keeper::apply`]. After [`KeepError::Unknown`] the gates are fenced (M4).
     pub fn apply(&self, event: &Event) -> Result<Answer, KeepError> {
         let mut keeper = self.keeper();
+        let before = gate_of(&keeper);
         let result = keeper.apply(event);
         match &result {
             Ok(answer) => log::debug!("record: {event:?} is answered {answer:?}"),
             Err(error) => log::info!("record: {error}"),
         }
-        // Under the keeper's lock: gates follow the record in the record's order.
-        let gate = match keeper.gate_state() {
-            Door::Incoming => Gate::Incoming,
-            Door::Receiving => Gate::Receiving,
-            Door::Sealed => Gate::Sealed,
-            Door::Serving { .. } => Gate::Serving,
-            Door::Closed | Door::Fenced => Gate::Fenced,
-        };
-        for export in self.exports() {
-            // A switchover holds the gate itself, and lets go of it by itself.
-            if !(gate == Gate::Serving && export.gate() == Gate::Quiesced) {
-                export.set_gate(gate);
-            }
+        // Under the keeper's lock: gates follow the record in the record's order. An event that changes nothing moves
+        // no gate: a switchover or a seal on another thread may be holding it elsewhere.
+        let after = gate_of(&keeper);
+        if before != after {
+            self.exports().for_each(|export| export.set_gate(after));
         }
         result
     }
@@ -160,6 +153,17 @@ impl Guest {
 
     fn keeper(&self) -> MutexGuard<'_, Keeper> {
         self.keeper.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What the record means for the gates.
+fn gate_of(keeper: &Keeper) -> Gate {
+    match keeper.gate_state() {
+        Door::Incoming => Gate::Incoming,
+        Door::Receiving => Gate::Receiving,
+        Door::Sealed => Gate::Sealed,
+        Door::Serving { .. } => Gate::Serving,
+        Door::Closed | Door::Fenced => Gate::Fenced,
     }
 }
 

@@ -77,6 +77,8 @@ pub const CONNECTION_STACK: usize = 128 * KIB;
 pub const STATUS_EXTENTS_MAX: usize = 128;
 /// Most connections through one door.
 pub const CONNECTIONS_MAX: usize = 64;
+/// Connections of a migration door that are kept for the phases.
+pub const PHASE_CONNECTIONS_MAX: usize = 8;
 /// Connections that one export recommends to a client that asks for several.
 pub const CONNECTIONS_PER_DISK_MAX: usize = 8;
 
@@ -189,6 +191,7 @@ pub const BUDGET_BURST: Duration = Duration::from_millis(50);
 
 const _: () = assert!(RECEIVE_BUFFER.is_multiple_of(DIRECT_ALIGN) && SLOT_BUFFER.is_multiple_of(DIRECT_ALIGN));
 const _: () = assert!(WRITE_BACK_BYTES < UNSYNCED_MAX, "writers must not wait before the write-back begins");
+const _: () = assert!(DISKS_MAX <= CONNECTIONS_MAX - PHASE_CONNECTIONS_MAX, "each disk has a connection");
 const _: () = assert!(REGION_MAX <= PAYLOAD_MAX as usize, "a region travels as one request");
 // ---- doors and addresses -----------------------------------------------------------------------------------------
 
@@ -257,6 +260,8 @@ pub const LINK_SILENCE_MAX: Duration = Duration::from_secs(15);
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest PREPARE: the destination looks through its disks.
 pub const PREPARE_MAX: Duration = Duration::from_secs(120);
+/// Longest time to reach another host's migration door: connecting, the handshake and the hellos.
+pub const DIAL_MAX: Duration = Duration::from_secs(10);
 /// Longest fence: requests in flight end, or the destination's disk is broken.
 pub const FENCE_MAX: Duration = Duration::from_secs(75);
 /// Longest wait for SEALED, with the guest quiesced: the destination's last sync.

@@ -22,9 +22,9 @@ use crate::error::Exit;
 use crate::export::{Export, Quiesced, quiesce};
 use crate::guest::Guest;
 use crate::limits::{
-    CONNECTIONS_PER_DISK_DEFAULT, CONNECTIONS_PER_DISK_MAX, DISKS_MAX, FENCE_MAX, FLUSH_PERIOD, LINK_SILENCE_MAX,
-    PING_PERIOD, PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REPLY_TIMEOUT, RUNNING_PATIENCE, SEAL_MAX,
-    SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
+    CONNECTIONS_PER_DISK_DEFAULT, CONNECTIONS_PER_DISK_MAX, DIAL_MAX, DISKS_MAX, FENCE_MAX, FLUSH_PERIOD,
+    LINK_SILENCE_MAX, PING_PERIOD, PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REPLY_TIMEOUT,
+    RUNNING_PATIENCE, SEAL_MAX, SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
 };
 use crate::mirror::{Counts, Mirror, NotReady};
 use crate::ownership::{Event, KeepError, Peer, Stamp};
@@ -88,10 +88,10 @@ pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
             "given away, and the destination has not answered yet: it owns as soon as it hears of it",
         ),
         Err(Stop::Unknown(cause)) => done(job, Exit::Unknown, Owner::Unknown, &cause),
-        Err(Stop::Abort(cause)) => {
-            abort(drive, &cause);
-            done(job, Exit::Aborted, Owner::Here, &cause)
-        }
+        Err(Stop::Abort(cause)) => match abort(drive, &cause) {
+            Ok(()) => done(job, Exit::Aborted, Owner::Here, &cause),
+            Err(unknown) => done(job, Exit::Unknown, Owner::Unknown, &unknown),
+        },
     };
     done.sent_bytes = counts.iter().map(|c| c.sent).sum();
     done.zero_bytes = counts.iter().map(|c| c.zeroed).sum();
@@ -116,7 +116,10 @@ fn done(job: &Job, exit: Exit, owner: Owner, cause: &str) -> Done {
 /// Everything before the first byte: dials, says hello, has the destination check and open the disks. A failure here
 /// has changed nothing.
 fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String> {
-    let (mut link, theirs) = dial(guest, &job.address).map_err(|cause| format!("{}: {cause}", job.address))?;
+    // Before the destination waits for an answer: it may take a while on a large disk.
+    let disks = job.exports.iter().map(offer).collect::<Result<_, _>>()?;
+    let (mut link, theirs) =
+        dial(guest, &job.address, Instant::now() + DIAL_MAX).map_err(|cause| format!("{}: {cause}", job.address))?;
     let record = guest.record().map_err(|error| error.to_string())?.ok_or("this host owns nothing")?;
     let stamp = Stamp {
         lineage: record.lineage,
@@ -130,27 +133,20 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
         stamp,
         challenge: theirs.challenge,
         mode: if job.request.overwrite { Mode::Overwrite } else { Mode::CopyAll },
-        disks: job.exports.iter().map(offer).collect::<Result<_, _>>()?,
+        disks,
         connections: job.request.connections,
     });
-    link.send(&message, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
-    let deadline = Instant::now() + PREPARE_MAX;
-    let prepared = loop {
-        if let Some(cause) = job.cancelled() {
+    let prepared = match ask_to_prepare(job, &mut link, &stamp, &message) {
+        Ok(prepared) if prepared.disks.len() == job.exports.len() && prepared.instance == theirs.instance => prepared,
+        refused => {
+            // It may be getting ready all the same: told, but not waited for.
+            let cause =
+                refused.err().unwrap_or_else(|| "the destination's answer does not fit the question".to_owned());
+            let message = Message::Abort { stamp, cause: cut(&cause) };
+            let _ = link.send(&message, Instant::now() + REPLY_TIMEOUT);
             return Err(cause);
         }
-        match link.receive(Instant::now() + TICK).map_err(|error| error.to_string())? {
-            Some(Message::Prepared(prepared)) if prepared.stamp.matches(&stamp) => break prepared,
-            Some(Message::Refused { stamp: about, problems }) if about.matches(&stamp) => {
-                return Err(report(&problems));
-            }
-            None if Instant::now() >= deadline => return Err("the destination does not get ready".to_owned()),
-            _ => {}
-        }
     };
-    if prepared.disks.len() != job.exports.len() || prepared.instance != theirs.instance {
-        return Err("the destination's answer does not fit the question".to_owned());
-    }
     Ok(Drive {
         guest,
         job,
@@ -169,6 +165,24 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
         pinged: Instant::now(),
         flushed: Instant::now(),
     })
+}
+
+fn ask_to_prepare(job: &Job, link: &mut Link, stamp: &Stamp, message: &Message) -> Result<Prepared, String> {
+    link.send(message, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
+    let deadline = Instant::now() + PREPARE_MAX;
+    loop {
+        if let Some(cause) = job.cancelled() {
+            return Err(cause);
+        }
+        match link.receive(Instant::now() + TICK).map_err(|error| error.to_string())? {
+            Some(Message::Prepared(prepared)) if prepared.stamp.matches(stamp) => return Ok(prepared),
+            Some(Message::Refused { stamp: about, problems }) if about.matches(stamp) => {
+                return Err(report(&problems));
+            }
+            _ if Instant::now() >= deadline => return Err("the destination does not get ready".to_owned()),
+            _ => {}
+        }
+    }
 }
 
 fn offer(export: &Arc<Export>) -> Result<DiskOffer, String> {
@@ -281,6 +295,11 @@ impl Drive<'_> {
         self.mirrors.iter().for_each(|mirror| mirror.stop());
         // From here on the gates open only for an attempt that has ended.
         let given = self.seal().and_then(|()| {
+            // Nobody can have opened a gate meanwhile; were it so, a write would be missing at the destination.
+            let left: u64 = self.counts().iter().map(|counts| counts.outstanding.granules).sum();
+            if left > 0 || !quiesced.holds() {
+                return Err("the guest has written after the final pass".into());
+            }
             self.job.close_decision("the guest is given away")?;
             self.show_phase(Phase::Give);
             self.record(&Event::Give { sealed: self.stamp })
@@ -314,24 +333,17 @@ impl Drive<'_> {
         ready.map(|()| quiesced)
     }
 
-    fn settle_mirrors(&mut self, quiesced: &Quiesced, deadline: Instant) -> Result<(), NotYet> {
-        'again: loop {
-            for mirror in self.mirrors.clone() {
-                match mirror.settle(quiesced, deadline) {
-                    Ok(()) => {}
-                    Err(NotReady::Lost(cause)) => {
-                        self.recover(&cause, deadline)?;
-                        self.mirrors.iter().for_each(|mirror| mirror.hurry(quiesced));
-                        continue 'again;
-                    }
-                    Err(NotReady::TooSlow) => {
-                        return Err(NotYet::GoOn(format!("disk {}: the final pass takes too long", mirror.name())));
-                    }
-                    Err(NotReady::Failed(failure)) => return Err(NotYet::Stop(failure.text.into())),
-                }
-            }
-            return Ok(());
+    fn settle_mirrors(&self, quiesced: &Quiesced, deadline: Instant) -> Result<(), NotYet> {
+        for mirror in &self.mirrors {
+            mirror.settle(quiesced, deadline).map_err(|not_ready| match not_ready {
+                // To find a lost destination again may take long: not while the guest waits.
+                NotReady::Lost(cause) => NotYet::GoOn(cause),
+                NotReady::TooSlow => NotYet::GoOn(format!("disk {}: the final pass takes too long", mirror.name())),
+                NotReady::Failed(failure) => NotYet::Stop(failure.text.into()),
+            })?;
         }
+        let copied = |name: &str| self.mirrors.iter().any(|mirror| mirror.name() == name);
+        quiesced.flush(copied).map_err(|cause| NotYet::Stop(cause.into()))
     }
 
     /// SEAL, said again over a new connection if need be, until SEALED.
@@ -436,6 +448,9 @@ impl Drive<'_> {
             if message.stamp().is_some_and(|stamp| stamp.matches(&self.stamp)) {
                 return Ok(Some(message));
             }
+            if Instant::now() >= look {
+                break;
+            }
         }
         Ok(None)
     }
@@ -447,7 +462,7 @@ impl Drive<'_> {
         self.down = true;
         self.unknown.append(&mut self.lanes.end());
         let mut pause = RECONNECT_PAUSE.0;
-        while let Err(not_yet) = self.try_to_recover() {
+        while let Err(not_yet) = self.try_to_recover(deadline) {
             let NotYet::GoOn(cause) = not_yet else { return Err(not_yet) };
             log::info!("migration: {cause}");
             self.rest(&mut pause, deadline, &cause)?;
@@ -456,9 +471,9 @@ impl Drive<'_> {
         Ok(())
     }
 
-    fn try_to_recover(&mut self) -> Result<(), NotYet> {
+    fn try_to_recover(&mut self, deadline: Instant) -> Result<(), NotYet> {
         if self.link_lost {
-            self.dial_again()?;
+            self.dial_again(deadline)?;
         }
         self.fence()?;
         // FENCED: now, and not before, they may be copied again.
@@ -496,8 +511,9 @@ impl Drive<'_> {
     }
 
     /// Opens a new phase connection to the same process of the destination.
-    fn dial_again(&mut self) -> Result<(), NotYet> {
-        let (link, theirs): (Link, Hello) = dial(self.guest, &self.job.address).map_err(NotYet::GoOn)?;
+    fn dial_again(&mut self, deadline: Instant) -> Result<(), NotYet> {
+        let deadline = deadline.min(Instant::now() + DIAL_MAX);
+        let (link, theirs): (Link, Hello) = dial(self.guest, &self.job.address, deadline).map_err(NotYet::GoOn)?;
         if theirs.instance != self.prepared.instance {
             // D12: what it had been sent, it may have forgotten.
             return stop("the destination has been restarted");
@@ -511,7 +527,7 @@ impl Drive<'_> {
     /// Dials until somebody answers or `deadline` passes.
     fn redial(&mut self, deadline: Instant) -> Result<(), NotYet> {
         let mut pause = RECONNECT_PAUSE.0;
-        while let Err(not_yet) = self.dial_again() {
+        while let Err(not_yet) = self.dial_again(deadline) {
             let NotYet::GoOn(cause) = not_yet else { return Err(not_yet) };
             self.rest(&mut pause, deadline, &cause)?;
         }
@@ -619,14 +635,13 @@ fn stop(cause: &str) -> Result<(), NotYet> {
 
 /// Ends an attempt that is not given: for good first, then the destination is told (M3), and UNSEALED is waited for a
 /// little (M6). If the guest was offered and the destination cannot be reached, the process goes on asking (M5).
-fn abort(mut drive: Drive<'_>, cause: &str) {
+fn abort(mut drive: Drive<'_>, cause: &str) -> Result<(), String> {
     log::warn!("migration: aborted: {cause}");
     drive.show_phase(Phase::Abort);
     // Somebody may have cancelled already: that is what is happening.
     let _ = drive.job.close_decision("the migration is being aborted");
-    if let Err(stop) = drive.record(&Event::End { attempt: drive.stamp.attempt }) {
-        log::error!("migration: {stop:?}");
-        return;
+    if let Err(Stop::Abort(cause) | Stop::Unknown(cause)) = drive.record(&Event::End { attempt: drive.stamp.attempt }) {
+        return Err(cause);
     }
     // Given back without a fence: nobody copies them any more.
     drop(drive.lanes.end());
@@ -643,17 +658,18 @@ fn abort(mut drive: Drive<'_>, cause: &str) {
                 {
                     log::error!("migration: {stop:?}");
                 }
-                return;
+                return Ok(());
             }
-            Ok(Some(Message::Record { .. })) => return,
+            Ok(Some(Message::Record { .. })) => return Ok(()),
             Ok(_) => {}
             Err(lost) => {
                 log::info!("migration: {lost}");
-                if drive.dial_again().is_err() {
-                    return;
+                if drive.dial_again(deadline).is_err() {
+                    return Ok(());
                 }
                 ask = Some(&message);
             }
         }
     }
+    Ok(())
 }

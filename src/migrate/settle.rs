@@ -11,7 +11,7 @@ use super::link::Link;
 use super::wire::{Message, cut};
 use crate::address::Address;
 use crate::guest::Guest;
-use crate::limits::{DRIVER_STACK, LINK_LOOK, RECONNECT_PAUSE, REPLY_TIMEOUT};
+use crate::limits::{DIAL_MAX, DRIVER_STACK, LINK_LOOK, RECONNECT_PAUSE, REPLY_TIMEOUT};
 use crate::ownership::{Answer, Event, Offer, Peer, Record, Stamp, State};
 
 /// The record's unfinished business.
@@ -63,7 +63,7 @@ fn settle_once(guest: &Guest) -> Result<(), String> {
     let record = guest.record().map_err(|error| error.to_string())?;
     let Some((_, _, to)) = record.as_ref().and_then(business) else { return Ok(()) };
     let address = Address::parse(&to.address)?;
-    let (mut link, _) = dial(guest, &address)?;
+    let (mut link, _) = dial(guest, &address, Instant::now() + DIAL_MAX)?;
     say(guest, &mut link, Instant::now() + REPLY_TIMEOUT)
 }
 
@@ -89,9 +89,8 @@ pub(super) fn say(guest: &Guest, link: &mut Link, deadline: Instant) -> Result<(
                 Event::Meet { title: theirs.title, peer: to.clone() }
             }
             Some(Message::Record { .. }) => return Err(format!("{to} does not know the attempt")),
-            Some(_) => continue,
-            None if Instant::now() >= deadline => return Err("no answer".to_owned()),
-            None => continue,
+            _ if Instant::now() >= deadline => return Err("no answer".to_owned()),
+            _ => continue,
         };
         return match guest.apply(&event) {
             Ok(Answer::Silent) if !is_needed(guest) => Ok(()),

@@ -62,7 +62,7 @@ impl<'a> Lane<'a> {
             flights: std::array::from_fn(|_| None),
             flying: 0,
             flush: None,
-            buffer: AlignedBuffer::new(REGION_MAX),
+            buffer: AlignedBuffer::new(REGION_MAX.max(mirror.granularity())),
             heard: Instant::now(),
         }
     }
@@ -102,6 +102,9 @@ impl<'a> Lane<'a> {
             }
             if urgent {
                 break;
+            }
+            if client.in_flight() == 0 {
+                self.mirror.rest(time.min(LANE_LOOK));
             }
             self.listen(client, time.min(LANE_LOOK))?;
         }

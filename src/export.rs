@@ -399,6 +399,12 @@ impl Visit {
         &self.export
     }
 
+    /// Through which door it came in.
+    #[must_use]
+    pub fn door(&self) -> Door {
+        self.connection.door
+    }
+
     /// The connection's socket.
     #[must_use]
     pub fn socket(&self) -> &Arc<Socket> {

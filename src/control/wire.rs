@@ -75,7 +75,7 @@ pub struct MigrateRequest {
     pub downtime_limit_ms: u32,
     /// Wait for `switch` when converged.
     pub hold: bool,
-    /// Data connections of one disk; 0: as many as the destination recommends.
+    /// Data connections of one disk; 0: one.
     pub connections: u8,
     /// The migration goes on when the command goes away.
     pub detach: bool,

@@ -22,9 +22,9 @@ use crate::error::Exit;
 use crate::export::{Export, Quiesced, quiesce};
 use crate::guest::Guest;
 use crate::limits::{
-    CONNECTIONS_PER_DISK_DEFAULT, CONNECTIONS_PER_DISK_MAX, DISKS_MAX, FENCE_MAX, FLUSH_PERIOD, LANES_DEFAULT_MAX,
-    LINK_SILENCE_MAX, PING_PERIOD, PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REPLY_TIMEOUT,
-    RUNNING_PATIENCE, SEAL_MAX, SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
+    CONNECTIONS_PER_DISK_DEFAULT, CONNECTIONS_PER_DISK_MAX, DISKS_MAX, FENCE_MAX, FLUSH_PERIOD, LINK_SILENCE_MAX,
+    PING_PERIOD, PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REPLY_TIMEOUT, RUNNING_PATIENCE, SEAL_MAX,
+    SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
 };
 use crate::mirror::{Counts, Mirror, NotReady};
 use crate::ownership::{Event, KeepError, Peer, Stamp};
@@ -536,8 +536,6 @@ impl Drive<'_> {
         let most = self.prepared.disks.iter().map(|disk| disk.connections).min().unwrap_or(1).max(1);
         let most = most.min(u8::try_from(CONNECTIONS_PER_DISK_MAX).unwrap_or(u8::MAX));
         let wanted = match self.job.request.connections {
-            // Memory is bounded: many disks have a connection each.
-            0 if self.mirrors.len() * usize::from(CONNECTIONS_PER_DISK_DEFAULT) > LANES_DEFAULT_MAX => 1,
             0 => CONNECTIONS_PER_DISK_DEFAULT,
             some => some,
         };
@@ -577,6 +575,8 @@ impl Drive<'_> {
                 Verdict::GuestIsFaster(rates) if !bulk => {
                     Convergence::GuestIsFaster { dirty_rate_bytes: rates.dirtied, rate_bytes: rates.copied }
                 }
+                // Fits, but its flush has not been measured yet.
+                Verdict::Converged => Convergence::Copying,
                 _ if bulk => Convergence::Copying,
                 _ => Convergence::TooLong,
             };

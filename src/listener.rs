@@ -127,7 +127,10 @@ fn is_the_connections_fault(error: Errno) -> bool {
 
 fn bind_tcp(host: &str, port: u16) -> Result<Listener> {
     // The standard library sets SO_REUSEADDR and CLOEXEC.
-    let listener = TcpListener::bind(resolve(host, port)?.as_slice())?;
+    let listener = TcpListener::bind(resolve(host, port)?.as_slice()).map_err(|error| match error.kind() {
+        ErrorKind::AddrInUse => in_use(),
+        _ => error,
+    })?;
     let port = listener.local_addr()?.port();
     let address = Address::Tcp { host: host.to_owned(), port };
     Ok(Listener { fd: OwnedFd::from(listener), address, stopped: AtomicBool::new(false), made: Mutex::default() })
@@ -183,8 +186,13 @@ fn remove_stale(path: &Path) -> Result<()> {
         Err(e) if e.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path),
         Err(e) if e.kind() != ErrorKind::TimedOut => Err(e),
         // A full backlog is a living listener too.
-        _ => Err(Error::new(ErrorKind::AddrInUse, "in use: a process listens there")),
+        _ => Err(in_use()),
     }
+}
+
+/// The same words for each kind of address, and with each C library.
+fn in_use() -> Error {
+    Error::new(ErrorKind::AddrInUse, "in use: a process listens there")
 }
 
 #[cfg(test)]
@@ -230,7 +238,9 @@ mod tests {
     #[test]
     fn a_tcp_port_in_use_is_refused() {
         let first = Listener::bind(&Address::parse("tcp://127.0.0.1:0").expect("an address")).expect("binds");
-        assert_eq!(Listener::bind(first.address()).expect_err("in use").kind(), ErrorKind::AddrInUse);
+        let error = Listener::bind(first.address()).expect_err("in use");
+        assert_eq!(error.kind(), ErrorKind::AddrInUse);
+        assert_eq!(error.to_string(), "in use: a process listens there");
     }
 
     #[test]

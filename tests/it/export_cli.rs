@@ -65,8 +65,6 @@ fn what_is_no_disk_is_refused() {
     )
     .unwrap();
     let _listener = UnixListener::bind(at("socket")).unwrap();
-    std::os::unix::fs::symlink("round", at("and-round")).unwrap();
-    std::os::unix::fs::symlink("and-round", at("round")).unwrap();
     for (name, cause) in [
         ("missing", "no such file"),
         ("missing/disk", "no such file"),
@@ -77,7 +75,6 @@ fn what_is_no_disk_is_refused() {
         ("empty", "is empty"),
         ("odd", "its size of 1000 bytes is not a multiple of 512"),
         ("disk/disk", "Not a directory"),
-        ("round", "Too many levels of symbolic links"),
     ] {
         is_refused(folder.path(), &["export", name, "--nbd", &door], &format!("open disk: {name}: {cause}"));
     }
@@ -115,7 +112,7 @@ fn a_door_in_use_is_refused() {
     let precious = unix(&folder.path().join("precious"));
     for (door, cause) in [
         (unix(&socket), "in use: a process listens there"),
-        (port, "Address already in use"),
+        (port, "in use: a process listens there"),
         (precious, "exists and is not a socket"),
     ] {
         is_refused(folder.path(), &["export", "disk", "--nbd", &door], &format!("export: {door}: {cause}"));

@@ -14,6 +14,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use rustix::fs::{Advice, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, Stat};
 use rustix::io::{Errno, ReadWriteFlags};
 
+use crate::error::reason;
 use crate::limits::{DIRECT_ALIGN, PROBE_BYTES, PROBES, SECTOR, ZERO_STEP, ZERO_WRITE};
 
 /// How the host's page cache is used.
@@ -58,7 +59,7 @@ pub enum OpenError {
     Missing,
     /// A directory, a socket, a pipe.
     NotADisk(&'static str),
-    /// The size is not a multiple of 512 bytes.
+    /// The size is 0, or not a multiple of 512 bytes.
     OddSize(u64),
     /// Another process has it locked.
     InUse,
@@ -73,10 +74,11 @@ impl fmt::Display for OpenError {
         match self {
             Self::Missing => f.write_str("no such file"),
             Self::NotADisk(what) => write!(f, "is {what}, not a file or a block device"),
+            Self::OddSize(0) => f.write_str("is empty"),
             Self::OddSize(size) => write!(f, "its size of {size} bytes is not a multiple of {SECTOR}"),
             Self::InUse => f.write_str("in use by another process"),
             Self::Exists => f.write_str("exists already"),
-            Self::System(error) => write!(f, "{error}"),
+            Self::System(error) => f.write_str(&reason(error)),
         }
     }
 }

@@ -137,6 +137,7 @@ pub fn export(options: ExportOptions) -> Result<(), Problem> {
         // The sender lives as long as the doors do.
         let _ = gone.recv();
         if options.lifetime == Lifetime::Once {
+            listeners.iter().for_each(|listener| listener.stop());
             return Ok(());
         }
     }

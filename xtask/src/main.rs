@@ -1,7 +1,12 @@
-//! blockferry's chores: `cargo xtask TASK`, one file per task. Needs only what the toolchain brings.
+//! blockferry's chores: `cargo xtask TASK`, one file per task. Needs what the toolchain brings, and the library for the
+//! guest of demo and bench.
 
 mod build;
 mod ci;
+mod demo;
+mod demo_guest;
+mod demo_host;
+mod demo_image;
 mod elf;
 mod peers;
 mod rules;
@@ -22,6 +27,8 @@ cargo xtask TASK: what is done to this tree
                   target/static/x86_64-unknown-linux-musl/blockferry
   test [--quick]  everything: tidy, unit tests, the static executable, integration tests that drive it; installs
                   missing peers when root. --quick: no clippy, no static executable, nothing installed
+  demo            moves a guest that writes without a pause from one host process to another, then looks up every
+                  write that was acknowledged
   tidy            rustfmt, clippy, and the rules of the tree: imports, unsafe code, sizes, links
   ci              what .ci/run does before it tests: rustfmt, clippy and every peer are here, or it fails
   help            this text
@@ -31,6 +38,7 @@ Examples:
   cargo xtask build --way debian
   cargo xtask test
   cargo xtask test --quick
+  cargo xtask demo
   .ci/run
   target/static/x86_64-unknown-linux-musl/blockferry --version
 
@@ -48,6 +56,7 @@ fn main() -> ExitCode {
     let result = match task {
         "build" => build::main(arguments),
         "test" => test::main(arguments),
+        "demo" => demo::main(arguments),
         "tidy" => tidy::main(arguments),
         "ci" => ci::main(arguments),
         "help" => {

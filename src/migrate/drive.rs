@@ -264,7 +264,8 @@ impl Drive<'_> {
             if converged && (!self.job.request.hold || self.job.is_switched()) {
                 return Ok(());
             }
-            if verdict == Verdict::Converged && bulk_over && self.flushed.elapsed() >= FLUSH_PERIOD {
+            // Whatever the verdict: it counts the last flush, and one that was slow would never be measured again.
+            if bulk_over && self.flushed.elapsed() >= FLUSH_PERIOD {
                 self.flushed = Instant::now();
                 self.mirrors.iter().for_each(|mirror| mirror.ask_for_flush());
             }

@@ -1,7 +1,7 @@
 //! The two ends of a demo or a bench: scratch space that goes away however we end, programs that end with it, and what
 //! the kernel says that they cost.
 //!
-//! Nothing here can catch Ctrl-C, because that takes unsafe code. A shell does instead: it holds the other end of a pipe
+//! Nothing here can catch Ctrl-C, because that takes unsafe code. A shell stands in: it holds the other end of a pipe
 //! and cleans up when that closes, which it also does when this process is killed.
 
 use crate::util::{self, Error, Result};

@@ -133,24 +133,15 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
         disks: job.exports.iter().map(offer).collect::<Result<_, _>>()?,
         connections: job.request.connections,
     });
-    link.send(&message, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
-    let deadline = Instant::now() + PREPARE_MAX;
-    let prepared = loop {
-        if let Some(cause) = job.cancelled() {
+    let prepared = match ask_to_prepare(job, &mut link, &message, &stamp, &theirs) {
+        Ok(prepared) => prepared,
+        Err(NotPrepared::Refused(cause)) => return Err(cause),
+        Err(NotPrepared::Unclear(cause)) => {
+            // It may be prepared, or become so yet: nothing of that is to stay.
+            withdraw(&mut link, stamp, &cause);
             return Err(cause);
         }
-        match link.receive(Instant::now() + TICK).map_err(|error| error.to_string())? {
-            Some(Message::Prepared(prepared)) if prepared.stamp.matches(&stamp) => break prepared,
-            Some(Message::Refused { stamp: about, problems }) if about.matches(&stamp) => {
-                return Err(report(&problems));
-            }
-            None if Instant::now() >= deadline => return Err("the destination does not get ready".to_owned()),
-            _ => {}
-        }
     };
-    if prepared.disks.len() != job.exports.len() || prepared.instance != theirs.instance {
-        return Err("the destination's answer does not fit the question".to_owned());
-    }
     Ok(Drive {
         guest,
         job,
@@ -169,6 +160,58 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
         pinged: Instant::now(),
         flushed: Instant::now(),
     })
+}
+
+/// Why a destination is not prepared.
+enum NotPrepared {
+    /// It says so: nothing has changed there.
+    Refused(String),
+    /// It has been asked, and was not waited for or not understood.
+    Unclear(String),
+}
+
+/// Sends PREPARE and waits for the answer.
+fn ask_to_prepare(
+    job: &Job,
+    link: &mut Link,
+    message: &Message,
+    stamp: &Stamp,
+    theirs: &Hello,
+) -> Result<Prepared, NotPrepared> {
+    let unclear = |cause: &str| NotPrepared::Unclear(cause.to_owned());
+    let broken = |error: LinkError| NotPrepared::Unclear(error.to_string());
+    link.send(message, Instant::now() + REPLY_TIMEOUT).map_err(broken)?;
+    let deadline = Instant::now() + PREPARE_MAX;
+    let prepared = loop {
+        if let Some(cause) = job.cancelled() {
+            return Err(NotPrepared::Unclear(cause));
+        }
+        match link.receive(Instant::now() + TICK).map_err(broken)? {
+            Some(Message::Prepared(prepared)) if prepared.stamp.matches(stamp) => break prepared,
+            Some(Message::Refused { stamp: about, problems }) if about.matches(stamp) => {
+                return Err(NotPrepared::Refused(report(&problems)));
+            }
+            None if Instant::now() >= deadline => return Err(unclear("the destination does not get ready")),
+            _ => {}
+        }
+    };
+    if prepared.disks.len() != job.exports.len() || prepared.instance != theirs.instance {
+        return Err(unclear("the destination's answer does not fit the question"));
+    }
+    Ok(prepared)
+}
+
+/// Ends an attempt that has not begun here: tells the destination, and gives it a moment to say that it has heard.
+fn withdraw(link: &mut Link, stamp: Stamp, cause: &str) {
+    let deadline = Instant::now() + UNSEALED_PATIENCE;
+    let mut sent = link.send(&Message::Abort { stamp, cause: cut(cause) }, deadline);
+    while sent.is_ok() && Instant::now() < deadline {
+        match link.receive(deadline) {
+            Ok(Some(Message::Unsealed { .. } | Message::Record { .. })) => return,
+            Ok(_) => {}
+            Err(error) => sent = Err(error),
+        }
+    }
 }
 
 fn offer(export: &Arc<Export>) -> Result<DiskOffer, String> {

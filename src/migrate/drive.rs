@@ -22,9 +22,9 @@ use crate::error::Exit;
 use crate::export::{Export, Quiesced, quiesce};
 use crate::guest::Guest;
 use crate::limits::{
-    CONNECTIONS_PER_DISK_DEFAULT, CONNECTIONS_PER_DISK_MAX, DISKS_MAX, FENCE_MAX, FLUSH_PERIOD, LINK_SILENCE_MAX,
-    PING_PERIOD, PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REPLY_TIMEOUT, RUNNING_PATIENCE, SEAL_MAX,
-    SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
+    CONNECTIONS_PER_DISK_DEFAULT, CONNECTIONS_PER_DISK_MAX, DIAL_MAX, DISKS_MAX, FENCE_MAX, FLUSH_PERIOD, GO_PATIENCE,
+    LINK_SILENCE_MAX, PING_PERIOD, PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REPLY_TIMEOUT,
+    RUNNING_PATIENCE, SEAL_MAX, SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
 };
 use crate::mirror::{Counts, Mirror, NotReady};
 use crate::ownership::{Event, KeepError, Peer, Stamp};
@@ -116,7 +116,8 @@ fn done(job: &Job, exit: Exit, owner: Owner, cause: &str) -> Done {
 /// Everything before the first byte: dials, says hello, has the destination check and open the disks. A failure here
 /// has changed nothing.
 fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String> {
-    let (mut link, theirs) = dial(guest, &job.address).map_err(|cause| format!("{}: {cause}", job.address))?;
+    let (mut link, theirs) =
+        dial(guest, &job.address, Instant::now() + DIAL_MAX).map_err(|cause| format!("{}: {cause}", job.address))?;
     let record = guest.record().map_err(|error| error.to_string())?.ok_or("this host owns nothing")?;
     let stamp = Stamp {
         lineage: record.lineage,
@@ -315,7 +316,9 @@ impl Drive<'_> {
                     if tries == SWITCHOVERS_MAX {
                         return Err(format!("switchover failed {tries} times: {cause}").into());
                     }
-                    self.pause(SWITCHOVER_PAUSE)?;
+                    if self.mirrors.iter().all(|mirror| mirror.lost().is_none()) {
+                        self.pause(SWITCHOVER_PAUSE)?;
+                    }
                     self.copy_until_converged()?;
                 }
             }
@@ -357,24 +360,21 @@ impl Drive<'_> {
         ready.map(|()| quiesced)
     }
 
+    /// A connection that is lost now, or that does not get on, is not mended while the guest waits: that takes as long
+    /// as the link pleases. The guest goes on, new connections are opened, and there is another final pass.
     fn settle_mirrors(&mut self, quiesced: &Quiesced, deadline: Instant) -> Result<(), NotYet> {
-        'again: loop {
-            for mirror in self.mirrors.clone() {
-                match mirror.settle(quiesced, deadline) {
-                    Ok(()) => {}
-                    Err(NotReady::Lost(cause)) => {
-                        self.recover(&cause, deadline)?;
-                        self.mirrors.iter().for_each(|mirror| mirror.hurry(quiesced));
-                        continue 'again;
-                    }
-                    Err(NotReady::TooSlow) => {
-                        return Err(NotYet::GoOn(format!("disk {}: the final pass takes too long", mirror.name())));
-                    }
-                    Err(NotReady::Failed(failure)) => return Err(NotYet::Stop(failure.text.into())),
+        for mirror in &self.mirrors {
+            match mirror.settle(quiesced, deadline) {
+                Ok(()) => {}
+                Err(NotReady::Lost(cause)) => return Err(NotYet::GoOn(cause)),
+                Err(NotReady::TooSlow) => {
+                    self.down = true;
+                    return Err(NotYet::GoOn(format!("disk {}: the final pass takes too long", mirror.name())));
                 }
+                Err(NotReady::Failed(failure)) => return Err(NotYet::Stop(failure.text.into())),
             }
-            return Ok(());
         }
+        Ok(())
     }
 
     /// SEAL, said again over a new connection if need be, until SEALED.
@@ -409,7 +409,8 @@ impl Drive<'_> {
     /// GO, until the destination says that it owns (`true`), or until the patience of whoever waits is at its end.
     fn give(&mut self, deadline: Instant) -> bool {
         loop {
-            match settle::say(self.guest, &mut self.link, deadline) {
+            // A connection that has fallen silent must not keep the guest waiting for as long as there is patience.
+            match settle::say(self.guest, &mut self.link, deadline.min(Instant::now() + GO_PATIENCE)) {
                 Ok(()) => return true,
                 Err(cause) => {
                     log::info!("migration: GO: {cause}");
@@ -501,7 +502,7 @@ impl Drive<'_> {
 
     fn try_to_recover(&mut self) -> Result<(), NotYet> {
         if self.link_lost {
-            self.dial_again()?;
+            self.dial_again(Instant::now() + DIAL_MAX)?;
         }
         self.fence()?;
         // FENCED: now, and not before, they may be copied again.
@@ -539,8 +540,8 @@ impl Drive<'_> {
     }
 
     /// Opens a new phase connection to the same process of the destination.
-    fn dial_again(&mut self) -> Result<(), NotYet> {
-        let (link, theirs): (Link, Hello) = dial(self.guest, &self.job.address).map_err(NotYet::GoOn)?;
+    fn dial_again(&mut self, deadline: Instant) -> Result<(), NotYet> {
+        let (link, theirs): (Link, Hello) = dial(self.guest, &self.job.address, deadline).map_err(NotYet::GoOn)?;
         if theirs.instance != self.prepared.instance {
             // D12: what it had been sent, it may have forgotten.
             return stop("the destination has been restarted");
@@ -554,7 +555,7 @@ impl Drive<'_> {
     /// Dials until somebody answers or `deadline` passes.
     fn redial(&mut self, deadline: Instant) -> Result<(), NotYet> {
         let mut pause = RECONNECT_PAUSE.0;
-        while let Err(not_yet) = self.dial_again() {
+        while let Err(not_yet) = self.dial_again(deadline) {
             let NotYet::GoOn(cause) = not_yet else { return Err(not_yet) };
             self.rest(&mut pause, deadline, &cause)?;
         }
@@ -690,7 +691,7 @@ fn abort(mut drive: Drive<'_>, cause: &str) {
             Ok(_) => {}
             Err(lost) => {
                 log::info!("migration: {lost}");
-                if drive.dial_again().is_err() {
+                if drive.dial_again(deadline).is_err() {
                     return;
                 }
                 ask = Some(&message);

@@ -11,7 +11,7 @@ use super::link::Link;
 use super::wire::{Message, cut};
 use crate::address::Address;
 use crate::guest::Guest;
-use crate::limits::{DRIVER_STACK, LINK_LOOK, RECONNECT_PAUSE, REPLY_TIMEOUT};
+use crate::limits::{DIAL_MAX, DRIVER_STACK, LINK_LOOK, RECONNECT_PAUSE, REPLY_TIMEOUT};
 use crate::ownership::{Answer, Event, Offer, Peer, Record, Stamp, State};
 
 /// The record's unfinished business.
@@ -63,7 +63,7 @@ fn settle_once(guest: &Guest) -> Result<(), String> {
     let record = guest.record().map_err(|error| error.to_string())?;
     let Some((_, _, to)) = record.as_ref().and_then(business) else { return Ok(()) };
     let address = Address::parse(&to.address)?;
-    let (mut link, _) = dial(guest, &address)?;
+    let (mut link, _) = dial(guest, &address, Instant::now() + DIAL_MAX)?;
     say(guest, &mut link, Instant::now() + REPLY_TIMEOUT)
 }
 

@@ -174,7 +174,15 @@ fn negotiate_before(
 /// # Errors
 /// Why there is no answer. Also what a server says that lets nobody in: that it wants TLS, or is going away.
 pub fn offer_phases(socket: &Socket) -> Result<PhasesAnswer, ConnectError> {
-    let mut haggling = Haggling::greet(socket, Instant::now() + HANDSHAKE_TIMEOUT)?;
+    offer_phases_before(socket, Instant::now() + HANDSHAKE_TIMEOUT)
+}
+
+/// The same for a caller in a hurry.
+///
+/// # Errors
+/// As [`offer_phases`].
+pub fn offer_phases_before(socket: &Socket, deadline: Instant) -> Result<PhasesAnswer, ConnectError> {
+    let mut haggling = Haggling::greet(socket, deadline)?;
     if !haggling.fixed {
         return Ok(PhasesAnswer::PlainServer);
     }

@@ -260,16 +260,18 @@ pub const LINK_SILENCE_MAX: Duration = Duration::from_secs(15);
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest PREPARE: the destination looks through its disks.
 pub const PREPARE_MAX: Duration = Duration::from_secs(120);
-/// Longest time to reach another host's migration door: connecting, the handshake and the hellos.
-pub const DIAL_MAX: Duration = Duration::from_secs(10);
 /// Longest fence: requests in flight end, or the destination's disk is broken.
 pub const FENCE_MAX: Duration = Duration::from_secs(75);
 /// Longest wait for SEALED, with the guest quiesced: the destination's last sync.
 pub const SEAL_MAX: Duration = Duration::from_secs(10);
+/// Longest dial: connection, NBD handshake and hellos, each within its own time.
+pub const DIAL_MAX: Duration = Duration::from_secs(30);
 /// How long a lost destination is dialled again before the attempt is aborted.
 pub const RECONNECT_MAX: Duration = Duration::from_secs(30);
 /// First and longest pause between two dials.
 pub const RECONNECT_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+/// GO that was not answered for so long is said again over a new connection: the guest stands still meanwhile.
+pub const GO_PATIENCE: Duration = Duration::from_secs(2);
 /// How long `migrate` waits for RUNNING; the process goes on asking.
 pub const RUNNING_PATIENCE: Duration = Duration::from_secs(15);
 /// How long an aborted migration waits for UNSEALED; the process goes on asking if it must know.
@@ -289,3 +291,6 @@ pub const DRIVER_STACK: usize = 256 * KIB;
 const _: () = assert!(QUIESCE_MAX.as_secs() < LINK_SILENCE_MAX.as_secs(), "a quiet link outlives a quiesce");
 const _: () = assert!(DRAIN_MAX.as_secs() < FENCE_MAX.as_secs(), "the destination gives up a fence first");
 const _: () = assert!(PROBLEMS_MAX * (DISK_NAME_MAX + CAUSE_MAX + 3) < FRAME_MAX, "a refusal must fit a frame");
+const _: () =
+    assert!(DIAL_MAX.as_secs() >= CONNECT_TIMEOUT.as_secs() + HANDSHAKE_TIMEOUT.as_secs() + HELLO_TIMEOUT.as_secs());
+const _: () = assert!(GO_PATIENCE.as_secs() < RUNNING_PATIENCE.as_secs(), "GO is repeated while migrate waits");

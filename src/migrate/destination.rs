@@ -29,7 +29,7 @@ use crate::limits::{
 };
 use crate::nbd::handshake::{Description, Directory, OpenError};
 use crate::nbd::server;
-use crate::ownership::{Answer, Attempt, Event, Images, KeepError, Peer, Stamp, next};
+use crate::ownership::{Answer, Attempt, Event, Images, KeepError, Peer, Stamp, State, next};
 use crate::socket::Socket;
 
 /// What this process receives.
@@ -41,11 +41,20 @@ pub struct Destination {
 #[derive(Debug, Default)]
 struct Inner {
     stage: Stage,
-    /// The attempt that this side ended last, and why: its phase connection tells the source.
-    ended: Option<(Stamp, String)>,
+    /// The attempt that this side ended last: the source is told why.
+    ended: Option<Ended>,
     /// Disks that hold the remains of an attempt that ended here and had found them empty: our own, to be emptied for
     /// the next one (D10).
     remains: Vec<String>,
+}
+
+/// An attempt that this side has ended.
+#[derive(Debug)]
+struct Ended {
+    stamp: Stamp,
+    cause: String,
+    /// The source has been told without having asked.
+    told: bool,
 }
 
 /// What of an attempt only lives in memory. An attempt that is sealed or owns needs nothing but the record.
@@ -152,6 +161,12 @@ impl Destination {
         match (receiving, message) {
             (_, Message::Ping { number }) => Ok(Message::Pong { number }),
             (_, Message::Prepare(offer)) => inner.prepare(guest, session, &offer),
+            // Whatever the source asks of an attempt that this side has ended, it hears why.
+            (false, Message::Fence { stamp, .. } | Message::Seal { stamp, .. })
+                if inner.why_ended(&stamp).is_some() =>
+            {
+                Ok(inner.why_ended(&stamp).unwrap_or_else(|| failed(stamp, &"it has ended")))
+            }
             (true, Message::Fence { stamp, epoch }) => Ok(inner.fence(guest, stamp, epoch)),
             (true, Message::Seal { stamp, .. }) => inner.seal(guest, stamp),
             (true, Message::Abort { stamp, cause }) => {
@@ -178,10 +193,6 @@ impl Destination {
                 let promise = guest.promise(&stamp).map_err(|error| error.to_string())?;
                 Ok(Message::Promise { stamp, promise })
             }
-            (_, Message::Fence { stamp, .. }) if inner.ended.as_ref().is_some_and(|(ended, _)| *ended == stamp) => {
-                let (_, cause) = inner.ended.take().unwrap_or((stamp, String::new()));
-                Ok(failed(stamp, &cause))
-            }
             // A GO before SEAL, a fence of an attempt that is not received here: the record is the answer (M2, M6).
             (_, Message::Go { stamp } | Message::Fence { stamp, .. } | Message::Question { stamp }) => {
                 record(guest, stamp)
@@ -199,8 +210,9 @@ impl Destination {
             // M11: whoever writes here before it may has read stale data.
             inner.give_up(guest, "a client of the destination's guest door wrote before the hand-over");
         }
-        let (stamp, cause) = inner.ended.take_if(|(stamp, _)| session.stamp == Some(*stamp))?;
-        Some(Message::Failed { stamp, cause: cut(&cause), region: None })
+        let ended = inner.ended.as_mut().filter(|ended| !ended.told && session.stamp == Some(ended.stamp))?;
+        ended.told = true;
+        Some(failed(ended.stamp, &ended.cause))
     }
 
     /// Ends an attempt that is being received, at this side's user's wish.
@@ -215,7 +227,9 @@ impl Destination {
                 Ok(())
             }
             Stage::Idle => Err(match guest.record() {
-                Ok(Some(record)) => record.to_string(),
+                Ok(Some(record)) if matches!(record.state, State::Sealed { .. } | State::Given { .. }) => {
+                    record.to_string()
+                }
                 _ => "no migration is running".to_owned(),
             }),
         }
@@ -404,7 +418,6 @@ impl Inner {
         };
         if let Err(cause) = durable {
             self.give_up(guest, &cause);
-            self.ended = None;
             return Ok(failed(stamp, &cause));
         }
         let fsync_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -427,7 +440,12 @@ impl Inner {
             log::error!("migration: {error}");
         }
         self.clean_up();
-        self.ended = Some((stamp, cause.to_owned()));
+        self.ended = Some(Ended { stamp, cause: cause.to_owned(), told: false });
+    }
+
+    /// What the source of an attempt that ended here is told.
+    fn why_ended(&self, stamp: &Stamp) -> Option<Message> {
+        self.ended.as_ref().filter(|ended| ended.stamp.matches(stamp)).map(|ended| failed(ended.stamp, &ended.cause))
     }
 
     /// Ends the writers of the attempt that is received, if there is one. `false`: they do not end.

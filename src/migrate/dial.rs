@@ -9,17 +9,18 @@ use super::wire::{Capabilities, Challenge, Hello, Role};
 use crate::address::Address;
 use crate::error::reason;
 use crate::guest::Guest;
-use crate::limits::{CONNECT_TIMEOUT, LINK_SILENCE_MAX};
+use crate::limits::{CONNECT_TIMEOUT, HANDSHAKE_TIMEOUT, HELLO_TIMEOUT, LINK_SILENCE_MAX};
 use crate::nbd::client::{PhasesAnswer, offer_phases_before};
 
-/// Dials, turns the connection into the phase protocol, and exchanges hellos, all before `deadline`. Returns the peer's.
+/// Dials, turns the connection into the phase protocol, and exchanges hellos. Returns the peer's. Each step has its own
+/// time, and all of them end at `deadline`: the guest may be waiting.
 ///
 /// # Errors
 /// One line: nobody is there, it is a plain NBD server, it speaks another version, or serves another guest.
 pub(super) fn dial(guest: &Guest, address: &Address, deadline: Instant) -> Result<(Link, Hello), String> {
-    let limit = CONNECT_TIMEOUT.min(deadline.saturating_duration_since(Instant::now()));
-    let socket = Arc::new(address.connect(limit).map_err(|error| reason(&error))?);
-    match offer_phases_before(&socket, deadline) {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let socket = Arc::new(address.connect(CONNECT_TIMEOUT.min(left)).map_err(|error| reason(&error))?);
+    match offer_phases_before(&socket, deadline.min(Instant::now() + HANDSHAKE_TIMEOUT)) {
         Ok(PhasesAnswer::Accepted) => {}
         Ok(PhasesAnswer::PlainServer) => {
             return Err("is a plain NBD server, not a blockferry's migration door".to_owned());
@@ -30,7 +31,8 @@ pub(super) fn dial(guest: &Guest, address: &Address, deadline: Instant) -> Resul
     let mut link = Link::new(socket);
     let challenge = Challenge::random().map_err(|error| error.to_string())?;
     let ours = hello(guest, Role::Source, challenge);
-    let (theirs, version) = link.hello(&ours, deadline).map_err(|error| error.to_string())?;
+    let (theirs, version) =
+        link.hello(&ours, deadline.min(Instant::now() + HELLO_TIMEOUT)).map_err(|error| error.to_string())?;
     log::debug!("migration: {address}: phase protocol version {version}");
     if theirs.guest != ours.guest {
         return Err(format!("serves guest '{}', not '{}'", theirs.guest.escape_debug(), guest.name));

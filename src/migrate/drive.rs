@@ -22,7 +22,7 @@ use crate::error::Exit;
 use crate::export::{Export, Quiesced, quiesce};
 use crate::guest::Guest;
 use crate::limits::{
-    CONNECTIONS_PER_DISK_DEFAULT, CONNECTIONS_PER_DISK_MAX, DIAL_MAX, DISKS_MAX, FENCE_MAX, FLUSH_PERIOD,
+    CONNECTIONS_PER_DISK_DEFAULT, CONNECTIONS_PER_DISK_MAX, DIAL_MAX, DISKS_MAX, FENCE_MAX, FLUSH_PERIOD, GO_PATIENCE,
     LINK_SILENCE_MAX, PING_PERIOD, PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REPLY_TIMEOUT,
     RUNNING_PATIENCE, SEAL_MAX, SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
 };
@@ -136,14 +136,12 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
         disks,
         connections: job.request.connections,
     });
-    let prepared = match ask_to_prepare(job, &mut link, &stamp, &message) {
-        Ok(prepared) if prepared.disks.len() == job.exports.len() && prepared.instance == theirs.instance => prepared,
-        refused => {
-            // It may be getting ready all the same: told, but not waited for.
-            let cause =
-                refused.err().unwrap_or_else(|| "the destination's answer does not fit the question".to_owned());
-            let message = Message::Abort { stamp, cause: cut(&cause) };
-            let _ = link.send(&message, Instant::now() + REPLY_TIMEOUT);
+    let prepared = match ask_to_prepare(job, &mut link, &message, &stamp, &theirs) {
+        Ok(prepared) => prepared,
+        Err(NotPrepared::Refused(cause)) => return Err(cause),
+        Err(NotPrepared::Unclear(cause)) => {
+            // It may be prepared, or become so yet: nothing of that is to stay.
+            withdraw(&mut link, stamp, &cause);
             return Err(cause);
         }
     };
@@ -167,20 +165,54 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
     })
 }
 
-fn ask_to_prepare(job: &Job, link: &mut Link, stamp: &Stamp, message: &Message) -> Result<Prepared, String> {
-    link.send(message, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
+/// Why a destination is not prepared.
+enum NotPrepared {
+    /// It says so: nothing has changed there.
+    Refused(String),
+    /// It has been asked, and was not waited for or not understood.
+    Unclear(String),
+}
+
+/// Sends PREPARE and waits for the answer.
+fn ask_to_prepare(
+    job: &Job,
+    link: &mut Link,
+    message: &Message,
+    stamp: &Stamp,
+    theirs: &Hello,
+) -> Result<Prepared, NotPrepared> {
+    let unclear = |cause: &str| NotPrepared::Unclear(cause.to_owned());
+    let broken = |error: LinkError| NotPrepared::Unclear(error.to_string());
+    link.send(message, Instant::now() + REPLY_TIMEOUT).map_err(broken)?;
     let deadline = Instant::now() + PREPARE_MAX;
-    loop {
+    let prepared = loop {
         if let Some(cause) = job.cancelled() {
-            return Err(cause);
+            return Err(NotPrepared::Unclear(cause));
         }
-        match link.receive(Instant::now() + TICK).map_err(|error| error.to_string())? {
-            Some(Message::Prepared(prepared)) if prepared.stamp.matches(stamp) => return Ok(prepared),
+        match link.receive(Instant::now() + TICK).map_err(broken)? {
+            Some(Message::Prepared(prepared)) if prepared.stamp.matches(stamp) => break prepared,
             Some(Message::Refused { stamp: about, problems }) if about.matches(stamp) => {
-                return Err(report(&problems));
+                return Err(NotPrepared::Refused(report(&problems)));
             }
-            _ if Instant::now() >= deadline => return Err("the destination does not get ready".to_owned()),
+            None if Instant::now() >= deadline => return Err(unclear("the destination does not get ready")),
             _ => {}
+        }
+    };
+    if prepared.disks.len() != job.exports.len() || prepared.instance != theirs.instance {
+        return Err(unclear("the destination's answer does not fit the question"));
+    }
+    Ok(prepared)
+}
+
+/// Ends an attempt that has not begun here: tells the destination, and gives it a moment to say that it has heard.
+fn withdraw(link: &mut Link, stamp: Stamp, cause: &str) {
+    let deadline = Instant::now() + UNSEALED_PATIENCE;
+    let mut sent = link.send(&Message::Abort { stamp, cause: cut(cause) }, deadline);
+    while sent.is_ok() && Instant::now() < deadline {
+        match link.receive(deadline) {
+            Ok(Some(Message::Unsealed { .. } | Message::Record { .. })) => return,
+            Ok(_) => {}
+            Err(error) => sent = Err(error),
         }
     }
 }
@@ -287,7 +319,9 @@ impl Drive<'_> {
                     if tries == SWITCHOVERS_MAX {
                         return Err(format!("switchover failed {tries} times: {cause}").into());
                     }
-                    self.pause(SWITCHOVER_PAUSE)?;
+                    if self.mirrors.iter().all(|mirror| mirror.lost().is_none()) {
+                        self.pause(SWITCHOVER_PAUSE)?;
+                    }
                     self.copy_until_converged()?;
                 }
             }
@@ -334,14 +368,19 @@ impl Drive<'_> {
         ready.map(|()| quiesced)
     }
 
-    fn settle_mirrors(&self, quiesced: &Quiesced, deadline: Instant) -> Result<(), NotYet> {
+    /// A connection that is lost now, or that does not get on, is not mended while the guest waits: that takes as long
+    /// as the link pleases. The guest goes on, new connections are opened, and there is another final pass.
+    fn settle_mirrors(&mut self, quiesced: &Quiesced, deadline: Instant) -> Result<(), NotYet> {
         for mirror in &self.mirrors {
-            mirror.settle(quiesced, deadline).map_err(|not_ready| match not_ready {
-                // To find a lost destination again may take long: not while the guest waits.
-                NotReady::Lost(cause) => NotYet::GoOn(cause),
-                NotReady::TooSlow => NotYet::GoOn(format!("disk {}: the final pass takes too long", mirror.name())),
-                NotReady::Failed(failure) => NotYet::Stop(failure.text.into()),
-            })?;
+            match mirror.settle(quiesced, deadline) {
+                Ok(()) => {}
+                Err(NotReady::Lost(cause)) => return Err(NotYet::GoOn(cause)),
+                Err(NotReady::TooSlow) => {
+                    self.down = true;
+                    return Err(NotYet::GoOn(format!("disk {}: the final pass takes too long", mirror.name())));
+                }
+                Err(NotReady::Failed(failure)) => return Err(NotYet::Stop(failure.text.into())),
+            }
         }
         let copied = |name: &str| self.mirrors.iter().any(|mirror| mirror.name() == name);
         quiesced.flush(copied).map_err(|cause| NotYet::Stop(cause.into()))
@@ -379,7 +418,8 @@ impl Drive<'_> {
     /// GO, until the destination says that it owns (`true`), or until the patience of whoever waits is at its end.
     fn give(&mut self, deadline: Instant) -> bool {
         loop {
-            match settle::say(self.guest, &mut self.link, deadline) {
+            // A connection that has fallen silent must not keep the guest waiting for as long as there is patience.
+            match settle::say(self.guest, &mut self.link, deadline.min(Instant::now() + GO_PATIENCE)) {
                 Ok(()) => return true,
                 Err(cause) => {
                     log::info!("migration: GO: {cause}");
@@ -513,7 +553,6 @@ impl Drive<'_> {
 
     /// Opens a new phase connection to the same process of the destination.
     fn dial_again(&mut self, deadline: Instant) -> Result<(), NotYet> {
-        let deadline = deadline.min(Instant::now() + DIAL_MAX);
         let (link, theirs): (Link, Hello) = dial(self.guest, &self.job.address, deadline).map_err(NotYet::GoOn)?;
         if theirs.instance != self.prepared.instance {
             // D12: what it had been sent, it may have forgotten.

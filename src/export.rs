@@ -524,8 +524,8 @@ impl Visit {
         if durable { Ok(self.disk.flush()?) } else { Ok(()) }
     }
 
-    /// Makes all finished writes durable (D13). A fenced export says in any case that it is done: a VMM that cannot flush
-    /// cannot quit (D6).
+    /// Makes all finished writes durable (D13). A fenced export says in any case that it is done: a VMM that cannot
+    /// flush cannot quit (D6).
     ///
     /// # Errors
     /// The disk's error, and for good after the first (D9).

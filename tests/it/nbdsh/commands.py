@@ -80,12 +80,21 @@ h.flush()
 
 # Chunks of structured replies cover the request, in whatever order, and are one with DF.
 if structured:
-    for flags, most in ((0, 32 * M // (128 * K)), (nbd.CMD_FLAG_DF, 1)):
-        for length, offset in ((32 * M, 4 * M), (200 * K, 77)):
+    for flags, most, requests in (
+        (0, 32 * M // (128 * K), ((32 * M, 4 * M), (200 * K, 77))),
+        (nbd.CMD_FLAG_DF, 1, ((128 * K, 4 * M), (100 * K, 77), (512, 0))),
+    ):
+        for length, offset in requests:
             chunks = []
             h.pread_structured(length, offset, lambda data, at, kind, error: chunks.append((at, bytes(data), kind)), flags)
             assert 1 <= len(chunks) <= most and all(kind == nbd.READ_DATA for _, _, kind in chunks), len(chunks)
             assert b"".join(data for _, data, _ in sorted(chunks)) == pattern(offset, length)
+    try:
+        h.pread_structured(128 * K + 1, 0, lambda *chunk: None, nbd.CMD_FLAG_DF)
+    except nbd.Error as error:
+        assert error.errno == "EOVERFLOW", error
+    else:
+        raise AssertionError("a chunk that cannot be one was sent as one")
 
 # Zeroes. A hole gives room back, NO_HOLE keeps it; both read as zero, with and without FUA, and nothing beside them.
 def allocated():

@@ -60,7 +60,7 @@ if writable:
     refused("ENOSPC", "pwrite", bytes(32 * M), 1 << 62)
     refused("ENOSPC", "zero", 4096, SIZE)
     refused("ENOSPC", "zero", SIZE, 512)
-    refused("ENOSPC", "trim", 4096, SIZE - 512)
+    refused("EINVAL", "trim", 4096, SIZE - 512)
     refused("EINVAL", "pwrite", bytes(), 0)
     refused("EINVAL", "pwrite", bytes(512), 0, nbd.CMD_FLAG_DF)
     refused("EINVAL", "pwrite", bytes(3 * M), 0, 1 << 13)

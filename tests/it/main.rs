@@ -3,4 +3,9 @@
 mod client;
 mod handshake;
 mod harness;
+mod host;
+mod json;
+mod migrations;
 mod orders;
+mod relay;
+mod writer;

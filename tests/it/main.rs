@@ -1,5 +1,6 @@
 //! Integration tests: the program and its parts against real programs that nobody here wrote.
 
+mod bad_input;
 mod client;
 mod handshake;
 mod harness;

@@ -37,13 +37,27 @@ pub(crate) fn scratch() -> tempfile::TempDir {
 }
 
 /// Calls `ready` until it gives something, at most until the deadline.
-pub(crate) fn until<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + DEADLINE;
+pub(crate) fn until<T>(what: &str, ready: impl FnMut() -> Option<T>) -> T {
+    until_within(DEADLINE, what, ready)
+}
+
+/// The same with a deadline of its own.
+pub(crate) fn until_within<T>(limit: Duration, what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + limit;
     loop {
         if let Some(value) = ready() {
             return value;
         }
-        assert!(Instant::now() < deadline, "no {what} within {DEADLINE:?}");
+        assert!(Instant::now() < deadline, "no {what} within {limit:?}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Looks for `time` whether something holds all the while: for what must *not* happen.
+pub(crate) fn throughout(time: Duration, mut look: impl FnMut()) {
+    let end = Instant::now() + time;
+    while Instant::now() < end {
+        look();
         thread::sleep(Duration::from_millis(5));
     }
 }

@@ -282,9 +282,12 @@ pub const SWITCHOVER_PAUSE: Duration = Duration::from_secs(1);
 pub const SWITCHOVERS_MAX: u32 = 10;
 /// A mirror's flush is measured at least this often before it has converged.
 pub const FLUSH_PERIOD: Duration = Duration::from_millis(250);
-/// Connections of one disk where nobody says how many. One carries 1 GB/s and more; two write to one file at once and
-/// spend a third more CPU on waiting for each other.
-pub const CONNECTIONS_PER_DISK_DEFAULT: u8 = 1;
+/// A destination whose answer takes longer than this is distant: what one connection may have in flight does not fill
+/// the way there, and several are opened where nobody says how many. Near by one carries 1 GB/s and more, and two would
+/// write to one file at once and spend a third more CPU on waiting for each other.
+pub const DISTANT: Duration = Duration::from_millis(2);
+/// Connections to a distant destination, for all disks together.
+pub const LANES_DISTANT: usize = 4;
 /// Stack of the thread that drives a migration, in bytes.
 pub const DRIVER_STACK: usize = 256 * KIB;
 

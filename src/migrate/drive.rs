@@ -22,7 +22,7 @@ use crate::error::Exit;
 use crate::export::{Export, Quiesced, quiesce};
 use crate::guest::Guest;
 use crate::limits::{
-    CONNECTIONS_PER_DISK_DEFAULT, CONNECTIONS_PER_DISK_MAX, DIAL_MAX, DISKS_MAX, FENCE_MAX, FLUSH_PERIOD, GO_PATIENCE,
+    CONNECTIONS_PER_DISK_MAX, DIAL_MAX, DISKS_MAX, DISTANT, FENCE_MAX, FLUSH_PERIOD, GO_PATIENCE, LANES_DISTANT,
     LINK_SILENCE_MAX, PING_PERIOD, PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REPLY_TIMEOUT,
     RUNNING_PATIENCE, SEAL_MAX, SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
 };
@@ -145,9 +145,11 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
             return Err(cause);
         }
     };
+    let round_trip = measure_round_trip(&mut link).map_err(|error| error.to_string())?;
     Ok(Drive {
         guest,
         job,
+        round_trip,
         stamp,
         epoch: prepared.epoch,
         prepared,
@@ -163,6 +165,19 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
         pinged: Instant::now(),
         flushed: Instant::now(),
     })
+}
+
+/// The time from a question to its answer on an idle link.
+fn measure_round_trip(link: &mut Link) -> Result<Duration, LinkError> {
+    let began = Instant::now();
+    let deadline = began + REPLY_TIMEOUT;
+    link.send(&Message::Ping { number: 0 }, deadline)?;
+    while Instant::now() < deadline {
+        if let Some(Message::Pong { .. }) = link.receive(deadline)? {
+            return Ok(began.elapsed());
+        }
+    }
+    Err(LinkError::Late)
 }
 
 /// Why a destination is not prepared.
@@ -252,6 +267,8 @@ struct Drive<'a> {
     epoch: Epoch,
     peer: Peer,
     link: Link,
+    /// How far away the destination is.
+    round_trip: Duration,
     mirrors: Vec<Arc<Mirror>>,
     lanes: Lanes,
     /// Regions whose copies may still be in a buffer of the destination: in flight until it is fenced (D4).
@@ -592,7 +609,8 @@ impl Drive<'_> {
         let most = self.prepared.disks.iter().map(|disk| disk.connections).min().unwrap_or(1).max(1);
         let most = most.min(u8::try_from(CONNECTIONS_PER_DISK_MAX).unwrap_or(u8::MAX));
         let wanted = match self.job.request.connections {
-            0 => CONNECTIONS_PER_DISK_DEFAULT,
+            0 if self.round_trip < DISTANT => 1,
+            0 => u8::try_from(LANES_DISTANT / self.mirrors.len().max(1)).unwrap_or(1).max(1),
             some => some,
         };
         self.lanes.open(&self.job.address, &self.prepared, self.epoch, &self.mirrors, wanted.min(most))

@@ -107,7 +107,7 @@ fn serve_refuses_what_is_no_disk() {
     refuses(folder.path(), "", "is a directory, not a file or a block device");
     refuses(Path::new("/dev/null"), "", "is a character device, not a file or a block device");
     refuses(&at("odd"), "", "its size of 1000 bytes is not a multiple of 512");
-    refuses(&at("empty"), "", "its size of 0 bytes is not a multiple of 512");
+    refuses(&at("empty"), "", "is empty");
     refuses(&at("sized"), ",size=2M", "has 1048576 bytes, not the 2097152 of size=");
     std::fs::hard_link(at("sized"), at("linked")).expect("linked");
     let twice = serve(folder.path(), &["--disk", &file("vda", &at("sized")), "--disk", &file("vdb", &at("linked"))]);
@@ -125,9 +125,9 @@ fn serve_refuses_a_port_that_is_in_use() {
     let a = Host::owner(folder.path(), "a", &[&file("vda", &folder.path().join("a.img"))]);
     let disk = file("vda", &folder.path().join("b.img"));
     let taken = serve(folder.path(), &["--disk", &disk, "--listen", &a.listen]);
-    taken.refused(1, &format!("blockferry: migration door: {}: Address already in use", a.listen));
+    taken.refused(1, &format!("blockferry: migration door: {}: in use: a process listens there", a.listen));
     let taken = serve(folder.path(), &["--disk", &disk, "--nbd", &a.tcp_door]);
-    taken.refused(1, &format!("blockferry: guest door: {}: Address already in use", a.tcp_door));
+    taken.refused(1, &format!("blockferry: guest door: {}: in use: a process listens there", a.tcp_door));
     let control = serve(folder.path(), &["--disk", &disk, "--control", &a.door.to_string()]);
     assert_eq!(control.code, Some(1), "{control:?}");
     assert!(control.stderr.contains("control door"), "a socket that is alive is not taken away: {control:?}");
@@ -240,7 +240,9 @@ fn a_source_device_that_fails_ends_the_migration() {
     let ended = a.start_migrate(&b.listen, &[]).wait();
     ended.aborted();
     let cause = ended.done().get("cause").text();
-    assert!(cause.starts_with("read: disk vda, ") && cause.ends_with("Input/output error (os error 5)"), "{cause}");
+    // The words for the error are the C library's.
+    let error = ["I/O error", "Input/output error"].iter().any(|words| cause.ends_with(words));
+    assert!(cause.starts_with("read: disk vda, ") && error, "{cause}");
     assert_eq!((a.state().as_str(), b.state().as_str()), ("owner", "incoming"));
     assert_eq!(a.try_write("vda", 0), Ok(()));
 }

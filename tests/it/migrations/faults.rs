@@ -109,7 +109,7 @@ fn connections_cut_at_random_lose_no_write() {
 #[test]
 fn a_lost_connection_of_either_kind_is_opened_again() {
     for (seed, kind) in [(41, Kind::Phases), (42, Kind::Data), (43, Kind::Phases), (44, Kind::Data)] {
-        let scene = Scene::begin(seed, &["--bandwidth", "40M"]);
+        let scene = Scene::begin(seed, &["--bandwidth", "40M", "--connections", "2"]);
         scene.relay.until_open(Kind::Data, 2);
         scene.relay.until_carried(4 * MIB);
         if seed > 42 {

@@ -1,5 +1,6 @@
 //! Migrations over bad networks, and with hosts that die in the middle.
 
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::load::{drawn, seeds};
@@ -57,6 +58,24 @@ impl Scene {
         ledger.verify_file(&self.pair.at_a()).assert_whole();
         (self.pair, self.relay, ledger)
     }
+}
+
+/// What is mostly waiting is done side by side: each of these takes as long as somebody's patience.
+#[test]
+fn whoever_is_gone_for_long_is_waited_for_and_no_longer() {
+    let cases: [(&str, fn()); 5] = [
+        ("a link that stays gone", a_link_that_stays_gone_ends_the_migration_and_the_source_goes_on),
+        ("open connections fall silent", open_connections_that_fall_silent_are_given_up_for_new_ones),
+        ("a link falls silent for good", a_link_that_falls_silent_for_good_ends_the_migration),
+        ("a destination is killed", a_destination_that_is_killed_leaves_the_guest_alone),
+        ("given into a dead link", a_guest_that_is_given_into_a_dead_link_arrives_when_the_link_is_back),
+    ];
+    thread::scope(|scope| {
+        for (name, case) in cases {
+            // A panic says the thread's name.
+            thread::Builder::new().name(name.to_owned()).spawn_scoped(scope, case).expect("a thread");
+        }
+    });
 }
 
 // ---- connections are cut -----------------------------------------------------------------------------------------
@@ -140,7 +159,6 @@ fn a_slow_and_distant_link_only_takes_longer() {
     scene.arrives();
 }
 
-#[test]
 fn a_link_that_stays_gone_ends_the_migration_and_the_source_goes_on() {
     let scene = Scene::begin(47, &["--bandwidth", "40M"]);
     scene.relay.until_carried(4 * MIB);
@@ -154,7 +172,6 @@ fn a_link_that_stays_gone_ends_the_migration_and_the_source_goes_on() {
     pair.arrived(&ledger);
 }
 
-#[test]
 fn open_connections_that_fall_silent_are_given_up_for_new_ones() {
     let scene = Scene::begin(48, &["--bandwidth", "40M"]);
     scene.relay.until_carried(4 * MIB);
@@ -166,7 +183,6 @@ fn open_connections_that_fall_silent_are_given_up_for_new_ones() {
     eprintln!("half-open connections: over after {:?}", began.elapsed());
 }
 
-#[test]
 fn a_link_that_falls_silent_for_good_ends_the_migration() {
     let scene = Scene::begin(49, &["--bandwidth", "40M"]);
     scene.relay.until_carried(4 * MIB);
@@ -247,7 +263,6 @@ fn a_link_lost_before_sealed_is_heard_leaves_the_guest_here_and_its_destination_
     pair.arrived(&ledger);
 }
 
-#[test]
 fn a_guest_that_is_given_into_a_dead_link_arrives_when_the_link_is_back() {
     let scene = at_the_hand_over(72, message::GO, false, Then::CutAndRefuse);
     let late = scene.pair.a.ask(&["cancel"]);
@@ -313,7 +328,7 @@ fn a_link_that_dies_at_the_hand_over_stops_the_guest_for_a_bounded_time() {
     type Blow = fn(&Relay, &Host);
     let blows: [(&str, Blow, u64); 3] =
         [("silent", silent, 6), ("silent and cut", silent_and_cut, 6), ("silent at SEAL", at_seal, 11)];
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         for (seed, (what, blow, limit)) in (74..).zip(blows) {
             scope.spawn(move || {
                 let scene = Scene::begin(seed, &["--hold"]);
@@ -385,7 +400,6 @@ fn a_destination_that_is_killed_and_comes_back_is_not_trusted() {
     pair.arrived(&ledger);
 }
 
-#[test]
 fn a_destination_that_is_killed_leaves_the_guest_alone() {
     let mut scene = Scene::begin(82, &["--bandwidth", "20M"]);
     scene.relay.until_carried(8 * MIB);

@@ -24,6 +24,8 @@
 
 mod budget;
 mod lane;
+#[cfg(test)]
+mod model;
 mod runs;
 #[cfg(test)]
 mod tests;

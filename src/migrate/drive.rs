@@ -145,11 +145,12 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
             return Err(cause);
         }
     };
-    let round_trip = measure_round_trip(&mut link).map_err(|error| error.to_string())?;
+    // The destination receives from here on: a link that is lost now is dialled again like any later one.
+    let round_trip = measure_round_trip(&mut link);
     Ok(Drive {
         guest,
         job,
-        round_trip,
+        round_trip: round_trip.unwrap_or_default(),
         stamp,
         epoch: prepared.epoch,
         prepared,
@@ -159,7 +160,7 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
         lanes: Lanes::default(),
         unknown: Vec::new(),
         down: false,
-        link_lost: false,
+        link_lost: round_trip.is_err(),
         meter: Meter::new(job.exports.len()),
         heard: Instant::now(),
         pinged: Instant::now(),

@@ -17,7 +17,7 @@ use crate::harness::{Program, until_within};
 use crate::json::Json;
 
 /// Longest wait for a migration of a small disk, on a machine that has other things to do.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(150);
 
 /// The executable that is tested: what ships, if somebody says where it is.
 #[must_use]

@@ -220,7 +220,7 @@ fn bandwidth_is_respected_and_can_be_changed() {
     pair.a.migrate(&pair.b.listen, &["--bandwidth", "16M"]).well();
     let took = began.elapsed();
     assert!(took >= Duration::from_millis(1600), "32 MiB at 16 MiB/s in {took:?}");
-    assert!(took <= Duration::from_secs(8), "32 MiB at 16 MiB/s in {took:?}");
+    assert!(took <= Duration::from_secs(20), "32 MiB at 16 MiB/s in {took:?}");
 
     let pair = Pair::new(64 * MIB, 10, 100);
     let migration = pair.a.start_migrate(&pair.b.listen, &["--bandwidth", "1M"]);
@@ -228,7 +228,7 @@ fn bandwidth_is_respected_and_can_be_changed() {
     pair.a.ask(&["set", "--bandwidth", "0"]).well();
     let began = Instant::now();
     migration.wait().well();
-    assert!(began.elapsed() < Duration::from_secs(20), "63 MiB without a limit in {:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(40), "63 MiB without a limit in {:?}", began.elapsed());
 }
 
 #[test]

@@ -368,7 +368,7 @@ impl Writer {
         self.shared.acknowledged.load(Ordering::Relaxed)
     }
 
-    /// Connections that were opened again.
+    /// How often a connection was opened again, or tried to.
     #[must_use]
     pub(crate) fn reconnected(&self) -> u64 {
         self.shared.reconnected.load(Ordering::Relaxed)
@@ -444,7 +444,10 @@ impl Shared {
                 (Ok(client), _) => return Some(client),
                 (Err(_), OnLoss::Stop) => return None,
                 // As QEMU's reconnect-delay, only shorter.
-                (Err(_), OnLoss::Reconnect) => thread::park_timeout(Duration::from_millis(5)),
+                (Err(_), OnLoss::Reconnect) => {
+                    self.reconnected.fetch_add(1, Ordering::Relaxed);
+                    thread::park_timeout(Duration::from_millis(5));
+                }
             }
         }
         self.fault(format!("disk {}: no connection within {PATIENCE:?}", self.disk));

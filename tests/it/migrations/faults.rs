@@ -13,7 +13,7 @@ use crate::writer::{Dice, Ledger, Load, Mix, OnLoss, Writer};
 
 /// A guest that writes the same places again and again.
 fn busy(seed: u64) -> Load {
-    Load { seed, connections: 2, depth: 8, mix: Mix::ALL, rate: 1000, on_loss: OnLoss::Stop }
+    Load { seed, connections: 2, depth: 8, mix: Mix::ALL, rate: 400, on_loss: OnLoss::Stop }
 }
 
 /// A pair with a relay between them, a guest that writes, and a migration that has begun to copy.
@@ -38,6 +38,8 @@ impl Scene {
 
     /// It ends well, with every write.
     fn arrives(self) -> (Pair, Relay, Ledger) {
+        // What had to be hit has been hit. It may be over by now.
+        let _ = self.pair.a.ask(&["set", "--bandwidth", "0"]);
         self.migration.wait().well();
         let ledger = self.writer.finish();
         self.watch.finish();
@@ -85,13 +87,13 @@ fn connections_cut_at_random_lose_no_write() {
     let (mut cuts, mut arrived, mut aborted) = (0, 0, 0);
     for seed in seeds(4) {
         let (load, size, _) = drawn(seed, OnLoss::Stop);
-        let load = Load { rate: 1000, ..load };
+        let load = Load { rate: 600, ..load };
         let mut pair = Pair::new(size.min(96 * MIB), seed, 60);
         let relay = Relay::to(&pair.b.listen);
         let writer = Writer::start(load, pair.ledger(), "vda", &[&pair.a.door]);
         let watch = Watch::start(&pair.a, &pair.b);
         let connections = (1 + seed % 4).to_string();
-        let options = ["--bandwidth", "60M", "--downtime-limit", "1000", "--connections", &connections];
+        let options = ["--bandwidth", "40M", "--downtime-limit", "1000", "--connections", &connections];
         let mut migration = pair.a.start_migrate(&relay.address, &options);
         let mut dice = Dice::new(seed);
         for _ in 0..8 {
@@ -128,7 +130,7 @@ fn connections_cut_at_random_lose_no_write() {
 #[test]
 fn a_lost_connection_of_either_kind_is_opened_again() {
     for (seed, kind) in [(41, Kind::Phases), (42, Kind::Data), (43, Kind::Phases), (44, Kind::Data)] {
-        let scene = Scene::begin(seed, &["--bandwidth", "40M", "--connections", "2"]);
+        let scene = Scene::begin(seed, &["--bandwidth", "10M", "--connections", "2"]);
         scene.relay.until_open(Kind::Data, 2);
         scene.relay.until_carried(4 * MIB);
         if seed > 42 {
@@ -141,8 +143,17 @@ fn a_lost_connection_of_either_kind_is_opened_again() {
 }
 
 #[test]
+fn a_link_that_is_lost_as_soon_as_the_destination_is_prepared_is_dialled_again() {
+    let pair = Pair::new(16 * MIB, 40, 60);
+    let relay = Relay::to(&pair.b.listen);
+    relay.set_trap(Trap { message: message::PREPARED, passes: true, then: Then::Cut });
+    pair.a.migrate(&relay.address, &[]).well();
+    assert_same(&pair.at_a(), &pair.at_b());
+}
+
+#[test]
 fn a_link_that_is_gone_for_a_moment_is_no_reason_to_give_up() {
-    let scene = Scene::begin(45, &["--bandwidth", "40M"]);
+    let scene = Scene::begin(45, &["--bandwidth", "10M"]);
     scene.relay.until_carried(4 * MIB);
     scene.relay.refuse();
     scene.relay.cut_all();
@@ -155,12 +166,12 @@ fn a_link_that_is_gone_for_a_moment_is_no_reason_to_give_up() {
 fn a_slow_and_distant_link_only_takes_longer() {
     let scene = Scene::begin(46, &[]);
     scene.relay.delay(Duration::from_millis(20));
-    scene.relay.throttle(60 * MIB);
+    scene.relay.throttle(40 * MIB);
     scene.arrives();
 }
 
 fn a_link_that_stays_gone_ends_the_migration_and_the_source_goes_on() {
-    let scene = Scene::begin(47, &["--bandwidth", "40M"]);
+    let scene = Scene::begin(47, &["--bandwidth", "10M"]);
     scene.relay.until_carried(4 * MIB);
     scene.relay.refuse();
     scene.relay.cut_all();
@@ -173,7 +184,7 @@ fn a_link_that_stays_gone_ends_the_migration_and_the_source_goes_on() {
 }
 
 fn open_connections_that_fall_silent_are_given_up_for_new_ones() {
-    let scene = Scene::begin(48, &["--bandwidth", "40M"]);
+    let scene = Scene::begin(48, &["--bandwidth", "10M"]);
     scene.relay.until_carried(4 * MIB);
     let began = Instant::now();
     scene.relay.silence_open(Kind::Data);
@@ -184,7 +195,7 @@ fn open_connections_that_fall_silent_are_given_up_for_new_ones() {
 }
 
 fn a_link_that_falls_silent_for_good_ends_the_migration() {
-    let scene = Scene::begin(49, &["--bandwidth", "40M"]);
+    let scene = Scene::begin(49, &["--bandwidth", "10M"]);
     scene.relay.until_carried(4 * MIB);
     let began = Instant::now();
     scene.relay.fall_silent();
@@ -313,7 +324,7 @@ fn standstill(writer: &Writer, migration: &mut Migration) -> (u32, Duration) {
 /// D6: whatever the link does before SEALED, the guest waits for a bounded time and goes on.
 #[test]
 fn a_link_that_dies_at_the_hand_over_stops_the_guest_for_a_bounded_time() {
-    // The final pass may take 5 s, SEALED 10 s.
+    // The final pass may take 5 s, SEALED 10 s; the rest is for a machine with other work.
     let silent = |relay: &Relay, _: &Host| relay.fall_silent();
     let silent_and_cut = |relay: &Relay, a: &Host| {
         relay.fall_silent();
@@ -327,17 +338,17 @@ fn a_link_that_dies_at_the_hand_over_stops_the_guest_for_a_bounded_time() {
     };
     type Blow = fn(&Relay, &Host);
     let blows: [(&str, Blow, u64); 3] =
-        [("silent", silent, 6), ("silent and cut", silent_and_cut, 6), ("silent at SEAL", at_seal, 11)];
+        [("silent", silent, 8), ("silent and cut", silent_and_cut, 8), ("silent at SEAL", at_seal, 13)];
     thread::scope(|scope| {
         for (seed, (what, blow, limit)) in (74..).zip(blows) {
             scope.spawn(move || {
                 let scene = Scene::begin(seed, &["--hold"]);
                 scene.migration.until_held();
-                if limit > 6 {
+                if limit > 8 {
                     blow(&scene.relay, &scene.pair.a);
                 }
                 scene.pair.a.ask(&["switch"]).well();
-                if limit <= 6 {
+                if limit <= 8 {
                     blow(&scene.relay, &scene.pair.a);
                 }
                 let Scene { pair, relay: _relay, writer, watch, mut migration } = scene;
@@ -363,7 +374,7 @@ fn data_connections_that_fall_silent_at_the_hand_over_are_given_up_for_new_ones(
     let Scene { pair, relay, writer, watch, mut migration } = scene;
     let (stops, longest) = standstill(&writer, &mut migration);
     eprintln!("silent data connections: the guest stood still {stops} times, at most {longest:?}");
-    assert!(stops <= 2 && longest < Duration::from_secs(6), "{stops} times, {longest:?}");
+    assert!(stops <= 2 && longest < Duration::from_secs(8), "{stops} times, {longest:?}");
     Scene { pair, relay, writer, watch, migration }.arrives();
 }
 

@@ -15,6 +15,8 @@ use std::sync::Arc;
 const RUNS: usize = 5;
 /// Migrations, if nobody says otherwise: the worst of them is shown too.
 const MIGRATIONS: usize = 20;
+/// A load of so many tasks for each processor is more than a bench makes by itself.
+const BUSY: f64 = 2.0;
 /// Most runs that can be asked for.
 const RUNS_MAX: usize = 1000;
 /// The benches, in the order in which they run.
@@ -40,12 +42,18 @@ pub(crate) fn main(arguments: &[String]) -> Result<()> {
     }
     for name in ALL.iter().filter(|name| asked.benches.is_empty() || asked.benches.contains(*name)) {
         let runs = |usual| asked.runs.unwrap_or(usual);
-        let (table, result) = match *name {
+        let (mut table, result) = match *name {
             "chain" => (bench_chain::run(&bench, runs(RUNS))?, Ok(())),
             "server" => (bench_server::run(&bench, runs(RUNS))?, Ok(())),
             "copy" => (bench_copy::run(&bench, runs(RUNS))?, Ok(())),
             _ => bench_migrate::run(&bench, runs(MIGRATIONS))?,
         };
+        let (cpus, load) = (cpus(), load());
+        if load > crate::demo::real(cpus as u64) * BUSY {
+            table.notes.push(format!(
+                "the machine was busy (load {load:.0} on {cpus} CPUs): times, IOPS and latencies are of little use"
+            ));
+        }
         if asked.json {
             print!("{}", table.json(name));
         } else {
@@ -86,13 +94,20 @@ fn parse(arguments: &[String]) -> Result<Asked> {
 /// The machine, in one line: numbers without it mean nothing.
 fn machine() -> String {
     let read = |path| fs::read_to_string(path).unwrap_or_default();
-    let cpus = read("/proc/cpuinfo");
-    let of = |key: &str| cpus.lines().find(|line| line.starts_with(key)).and_then(|line| line.split(": ").nth(1));
-    let count = cpus.lines().filter(|line| line.starts_with("processor")).count();
-    let kernel = read("/proc/sys/kernel/osrelease");
-    let load = read("/proc/loadavg");
-    let load = load.split(' ').next().unwrap_or_default();
-    format!("{count} x {}, Linux {}, load {load} at the start", of("model name").unwrap_or("?"), kernel.trim())
+    let (text, kernel) = (read("/proc/cpuinfo"), read("/proc/sys/kernel/osrelease"));
+    let model = text.lines().find(|line| line.starts_with("model name")).and_then(|line| line.split(": ").nth(1));
+    format!("{} x {}, Linux {}, load {:.1} at the start", cpus(), model.unwrap_or("?"), kernel.trim(), load())
+}
+
+/// How many processors there are.
+fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// How many tasks wanted to run over the last minute.
+fn load() -> f64 {
+    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().and_then(|number| number.parse().ok()).unwrap_or(0.0)
 }
 
 /// The middle of some numbers; of an even count the mean of the two in the middle.

@@ -67,10 +67,11 @@ pub(crate) fn run(bench: &Bench, runs: usize) -> Result<Table> {
     let servers: Vec<&str> = [&["blockferry"], here.as_slice()].concat();
     // By job and server: IOPS and CPU.
     let mut results = vec![vec![(Vec::new(), Vec::new()); servers.len()]; JOBS.len()];
-    for _ in 0..runs {
-        for (place, name) in servers.iter().enumerate() {
-            for (job, results) in JOBS.iter().zip(&mut results) {
-                let (iops, cpu_us) = once(bench, name, &file, *job)?;
+    for run in 0..runs {
+        for (job, results) in JOBS.iter().zip(&mut results) {
+            // Each run begins with another server: what the one before has left behind must not always meet the same.
+            for place in (0..servers.len()).map(|place| (place + run) % servers.len()) {
+                let (iops, cpu_us) = once(bench, servers[place], &file, *job)?;
                 results[place].0.push(iops);
                 results[place].1.push(cpu_us);
             }
@@ -99,6 +100,9 @@ pub(crate) fn run(bench: &Bench, runs: usize) -> Result<Table> {
 
 /// One server, one job: requests a second, and the server's CPU time for each in microseconds.
 fn once(bench: &Bench, name: &str, file: &Path, (pattern, size, depth): (&str, &str, &str)) -> Result<(f64, f64)> {
+    // What others have written must not be written back meanwhile.
+    let synced = fs::File::open(file).and_then(|file| file.sync_all());
+    synced.map_err(|error| Error::new("bench", file.display(), error))?;
     let server = Server::start(bench, name, file)?;
     let before = server.cpu_s();
     let mut fio = Command::new("fio");

@@ -10,10 +10,9 @@ use proptest::prelude::*;
 
 use super::{Budget, Mirror, NotReady};
 use crate::disk::{Cache, Disk};
-use crate::doors::serve_nbd;
 use crate::export::{Door, Export, Gate, Patience, Visit, quiesce};
 use crate::nbd::client::{Client, Wants};
-use crate::nbd::handshake::{Description, Directory, OpenError};
+use crate::nbd::handshake::{Description, Directory, OpenError, Outcome, haggle};
 use crate::nbd::server;
 use crate::socket::Socket;
 
@@ -49,7 +48,12 @@ fn lane(mirror: &Arc<Mirror>, export: &Arc<Export>) -> (Arc<Socket>, [JoinHandle
     let (ours, theirs) = UnixStream::pair().expect("a socket pair");
     let (ours, theirs) = (Arc::new(Socket::new(ours.into())), Arc::new(Socket::new(theirs.into())));
     let directory = Plain { export: Arc::clone(export), socket: Arc::clone(&theirs) };
-    let served = thread::spawn(move || serve_nbd("test", &theirs, &directory, |_| {}));
+    let served = thread::spawn(move || {
+        if let Ok(Outcome::Transmission { opened, agreed }) = haggle(&theirs, &directory) {
+            // It ends when the lane's connection is cut.
+            let _ = server::transmit(&opened, agreed);
+        }
+    });
     let (runner, socket) = (Arc::clone(mirror), Arc::clone(&ours));
     let copied = thread::spawn(move || {
         if let Ok(mut client) = Client::connect(ours, "vda", Wants::default()) {

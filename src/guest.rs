@@ -70,6 +70,9 @@ impl Guest {
                 }
             }
         }
+        // In memory only, until the state directory is opened here.
+        let mut keeper = Keeper::new(host, None, Box::new(|_| Ok(())));
+        keeper.start().map_err(|error| Problem::fatal("serve", name, error))?;
         Ok(Self {
             name: name.to_owned(),
             disks: opened,
@@ -80,7 +83,7 @@ impl Guest {
             insecure_plaintext: insecure,
             destination: Destination::default(),
             source: Sending::default(),
-            keeper: Mutex::new(Keeper::volatile(host)),
+            keeper: Mutex::new(keeper),
         })
     }
 

@@ -11,7 +11,8 @@
 //! | [`Gate::Sealed`] | reads; writes refused | refused |
 //! | [`Gate::Serving`] | everything | refused |
 //! | [`Gate::Quiesced`] | reads and flushes; writes wait | refused |
-//! | [`Gate::Fenced`] | refused, but for flush | refused |
+//! | [`Gate::Closed`] | refused, but for flush, which flushes | refused |
+//! | [`Gate::Fenced`] | refused, but for flush, which does nothing | refused |
 //!
 //! # The life of a guest write (D2, D3)
 //!
@@ -57,6 +58,8 @@ pub enum Gate {
     Quiesced,
     /// Another host owns the disk, or may: refuses for good.
     Fenced,
+    /// Who owns the disk is not known from here; it may turn out to be this host.
+    Closed,
 }
 
 /// Through which door a connection came.
@@ -86,7 +89,7 @@ pub enum Fault {
     Gone,
     /// This host does not own the disk (yet), or the export is read-only: `EPERM`.
     NotPermitted,
-    /// Another host owns the disk: `ESHUTDOWN`.
+    /// Another host owns the disk, or may: `ESHUTDOWN`.
     Fenced,
     /// The disk's own error.
     Disk(io::Error),
@@ -201,6 +204,16 @@ impl Export {
         }
         drop(inner);
         self.changed.notify_all();
+    }
+
+    /// Begins a quiesce, unless the gate is not open: then this returns `false`.
+    fn close(&self) -> bool {
+        let mut inner = self.lock();
+        let open = inner.gate == Gate::Serving;
+        if open {
+            inner.gate = Gate::Quiesced;
+        }
+        open
     }
 
     /// Ends a quiesce, unless the gate has been moved meanwhile.
@@ -422,7 +435,8 @@ impl Visit {
     /// # Errors
     /// [`Fault::Fenced`] if not.
     pub fn may_read(&self) -> Result<(), Fault> {
-        if self.export.lock().gate == Gate::Fenced { Err(Fault::Fenced) } else { Ok(()) }
+        let gate = self.export.lock().gate;
+        if matches!(gate, Gate::Fenced | Gate::Closed) { Err(Fault::Fenced) } else { Ok(()) }
     }
 
     /// Reads exactly `buffer.len()` bytes at `offset`, waiting for the device if need be.
@@ -496,7 +510,7 @@ impl Visit {
         let mut inner = export.lock();
         loop {
             let must_wait = match (inner.gate, door) {
-                (Gate::Fenced, _) => return Err(Fault::Fenced),
+                (Gate::Fenced | Gate::Closed, _) => return Err(Fault::Fenced),
                 (Gate::Serving, Door::Guest) => false,
                 (Gate::Receiving, Door::Migration) if self.disk.is_poisoned() => {
                     return Err(Fault::Disk(io::Error::other("an earlier sync failed")));
@@ -580,11 +594,12 @@ pub struct Quiesced {
 /// meanwhile.
 ///
 /// # Errors
-/// The name of the disk whose requests did not end before `deadline`; all gates are open again then.
+/// The name of the disk whose requests did not end before `deadline`, or that is not served any more (another thread
+/// has learned that somebody else owns it); gates that were open are open again then.
 pub fn quiesce(exports: &[Arc<Export>], deadline: Instant) -> Result<Quiesced, String> {
     let quiesced = Quiesced { exports: exports.to_vec(), since: Instant::now() };
-    for export in exports {
-        export.set_gate(Gate::Quiesced);
+    if let Some(export) = exports.iter().find(|export| !export.close()) {
+        return Err(export.name.clone());
     }
     for export in exports {
         if !export.drain(export.lock(), deadline) {

@@ -29,7 +29,7 @@ use crate::limits::{
 };
 use crate::nbd::handshake::{Description, Directory, OpenError};
 use crate::nbd::server;
-use crate::ownership::{Answer, Event, Images, KeepError, Peer, Stamp, next};
+use crate::ownership::{Answer, Event, Images, KeepError, Peer, Promise, Stamp, State, next};
 use crate::socket::Socket;
 
 /// What this process receives.
@@ -82,11 +82,12 @@ pub fn serve(guest: &Arc<Guest>, socket: &Arc<Socket>) {
 
 fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
     let challenge = Challenge::random().map_err(|error| error.to_string())?;
-    let ours = hello(guest, Role::Destination, challenge);
+    let ours = hello(guest, Role::Destination, challenge, link.socket());
     let (theirs, _) = link.hello(&ours, Instant::now() + HELLO_TIMEOUT).map_err(|error| error.to_string())?;
     if theirs.guest != ours.guest {
         return Err(format!("the peer speaks of guest '{}', this is '{}'", theirs.guest.escape_debug(), guest.name));
     }
+    meet(guest, &theirs);
     let mut session = Session { theirs, challenge: Some(challenge), stamp: None };
     let mut heard = Instant::now();
     loop {
@@ -109,8 +110,10 @@ fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
     }
 }
 
-/// This side's hello.
-pub fn hello(guest: &Guest, role: Role, challenge: Challenge) -> Hello {
+/// This side's hello on `socket`. A door that listens at every address of this host is reached at the one that the
+/// peer sees.
+pub fn hello(guest: &Guest, role: Role, challenge: Challenge, socket: &Socket) -> Hello {
+    let address = guest.migration_address.as_ref().map(|door| door.seen_at(socket.local_ip()).to_string());
     Hello {
         versions: (VERSION_LOWEST, VERSION_HIGHEST),
         role,
@@ -121,7 +124,16 @@ pub fn hello(guest: &Guest, role: Role, challenge: Challenge) -> Hello {
         instance: guest.instance,
         challenge,
         host: guest.host,
-        address: cut(&guest.migration_address),
+        address: cut(&address.unwrap_or_default()),
+    }
+}
+
+/// M8: whatever the peer's hello proves of a higher order.
+pub(super) fn meet(guest: &Guest, theirs: &Hello) {
+    let Some(title) = theirs.title else { return };
+    let peer = Peer { host: theirs.host, address: theirs.address.clone() };
+    if let Err(error) = guest.apply(&Event::Meet { title, peer }) {
+        log::warn!("migration: {error}");
     }
 }
 
@@ -159,7 +171,10 @@ impl Destination {
                 inner.clean_up();
                 answer
             }
-            (false, Message::Seal { stamp, .. }) => settle(guest, &Event::Seal { stamp, images: Images::NONE }, stamp),
+            // Said again by who is sealed; what this process does not receive, it cannot seal.
+            (false, Message::Seal { stamp, .. }) if !is_receiving(guest)? => {
+                settle(guest, &Event::Seal { stamp, images: Images::NONE }, stamp)
+            }
             (false, Message::Go { stamp }) => settle(guest, &Event::Go(stamp), stamp),
             (false, Message::Abort { stamp, .. }) => {
                 shut_guest_doors(guest);
@@ -167,14 +182,65 @@ impl Destination {
             }
             (_, Message::Question { stamp }) if stamp.source == guest.host => {
                 let promise = guest.promise(&stamp).map_err(|error| error.to_string())?;
-                Ok(Some(Message::Promise { stamp, promise }))
+                // M10: who asks may be dialled by nobody. GO is as good as an answer as by itself.
+                let unheard = matches!(
+                    guest.record().map_err(|error| error.to_string())?.map(|record| record.state),
+                    Some(State::Given { arrived: false, .. })
+                );
+                let go = promise == Promise::Given && unheard;
+                Ok(Some(if go { Message::Go { stamp } } else { Message::Promise { stamp, promise } }))
+            }
+            // What a destination that has asked says in return.
+            (_, Message::Running { stamp, .. }) if stamp.source == guest.host => {
+                guest.apply(&Event::Running(stamp)).map(|_| None).map_err(|error| error.to_string())
+            }
+            (_, Message::Unsealed { stamp }) if stamp.source == guest.host => {
+                guest.apply(&Event::Unsealed(stamp)).map(|_| None).map_err(|error| error.to_string())
             }
             // A GO before SEAL, a fence of an attempt that is not received here: the record is the answer (M2, M6).
-            (_, Message::Go { stamp } | Message::Fence { stamp, .. } | Message::Question { stamp }) => {
-                Ok(Some(record(guest, stamp)?))
-            }
+            (
+                _,
+                Message::Go { stamp }
+                | Message::Fence { stamp, .. }
+                | Message::Question { stamp }
+                | Message::Seal { stamp, .. },
+            ) => Ok(Some(record(guest, stamp)?)),
             (_, other) => Err(format!("the peer sent {} to a destination", other.name())),
         }
+    }
+
+    /// Takes in what the source of a sealed attempt says when it is asked; returns what it is told in return.
+    ///
+    /// # Errors
+    /// Nothing may be answered (M4).
+    pub(super) fn hear(&self, guest: &Guest, said: &Message) -> Result<Option<Message>, String> {
+        let _inner = self.lock();
+        match said {
+            Message::Go { stamp } => settle(guest, &Event::Go(*stamp), *stamp),
+            Message::Promise { stamp, promise: Promise::NotGiven } => {
+                shut_guest_doors(guest);
+                settle(guest, &Event::NotGiven(*stamp), *stamp)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Gives up a sealed guest at the operator's word (M2), or whatever else can be forgotten (M6). The source may be
+    /// told "unsealed" from then on, so that nobody may go on using what was read here (M11).
+    ///
+    /// # Errors
+    /// As [`Guest::apply`].
+    pub(super) fn forget(&self, guest: &Guest, event: &Event) -> Result<Answer, KeepError> {
+        let _inner = self.lock();
+        if next(guest.host, guest.record()?.as_ref(), event).is_ok() {
+            shut_guest_doors(guest);
+        }
+        guest.apply(event)
+    }
+
+    /// Whether an attempt is received.
+    pub(super) fn receives(&self) -> bool {
+        matches!(self.lock().stage, Stage::Receiving(_))
     }
 
     /// What the source must hear without having asked: this side has ended the attempt.
@@ -270,6 +336,14 @@ impl Inner {
             if let Err(error) = reception.create_missing(guest, export, path, disk) {
                 problems.add(&disk.name, &error);
             }
+        }
+        // A full disk is noticed now, and not when the guest waits for SEALED and OWNER.
+        let images = guest.images()?;
+        let sealing = [event.clone(), Event::Seal { stamp, images }, Event::Go(stamp)];
+        if problems.0.is_empty()
+            && let Err(cause) = guest.write_ahead(&[&sealing, &[event.clone(), Event::Abort(stamp)]])
+        {
+            problems.add("", &cause);
         }
         if problems.0.is_empty()
             && let Err(error) = guest.apply(&event)
@@ -376,6 +450,7 @@ impl Inner {
     fn seal(&mut self, guest: &Guest, stamp: Stamp) -> Result<Message, String> {
         let Stage::Receiving(reception) = &mut self.stage else { return record(guest, stamp) };
         let began = Instant::now();
+        let images = guest.images();
         let durable = if !reception.end_writers() {
             Err("requests in flight do not end".to_owned())
         } else if refused_writes(guest) > reception.refused_before {
@@ -383,15 +458,18 @@ impl Inner {
         } else {
             reception.make_durable()
         };
-        if let Err(cause) = durable {
-            self.give_up(guest, &cause);
-            self.ended = None;
-            return Ok(failed(stamp, &cause));
-        }
+        let images = match durable.and(images) {
+            Ok(images) => images,
+            Err(cause) => {
+                self.give_up(guest, &cause);
+                self.ended = None;
+                return Ok(failed(stamp, &cause));
+            }
+        };
         let fsync_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
         // M2: from here on nothing of this attempt is cleaned up.
         self.stage = Stage::Idle;
-        match guest.apply(&Event::Seal { stamp, images: Images::NONE }) {
+        match guest.apply(&Event::Seal { stamp, images }) {
             Ok(Answer::Sealed) => Ok(Message::Sealed { stamp, fsync_us }),
             Ok(_) | Err(KeepError::Refused(_)) => record(guest, stamp),
             Err(error @ KeepError::Unknown(_)) => Err(error.to_string()),
@@ -546,6 +624,11 @@ fn settle(guest: &Guest, event: &Event, stamp: Stamp) -> Result<Option<Message>,
 fn record(guest: &Guest, stamp: Stamp) -> Result<Message, String> {
     let record = guest.record().map_err(|error| error.to_string())?;
     Ok(Message::Record { stamp, record: record.map(|record| record.summary()) })
+}
+
+fn is_receiving(guest: &Guest) -> Result<bool, String> {
+    let record = guest.record().map_err(|error| error.to_string())?;
+    Ok(record.is_some_and(|record| matches!(record.state, State::Receiving { .. })))
 }
 
 fn failed(stamp: Stamp, cause: &dyn Display) -> Message {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::destination::hello;
+use super::destination::{hello, meet};
 use super::link::Link;
 use super::wire::{Capabilities, Challenge, Hello, Role};
 use crate::address::Address;
@@ -12,11 +12,12 @@ use crate::guest::Guest;
 use crate::limits::{CONNECT_TIMEOUT, HELLO_TIMEOUT, LINK_SILENCE_MAX};
 use crate::nbd::client::{PhasesAnswer, offer_phases};
 
-/// Dials, turns the connection into the phase protocol, and exchanges hellos. Returns the peer's.
+/// Dials as `role`, turns the connection into the phase protocol, and exchanges hellos. Returns the peer's; what its
+/// title proves has been taken in (M8).
 ///
 /// # Errors
 /// One line: nobody is there, it is a plain NBD server, it speaks another version, or serves another guest.
-pub(super) fn dial(guest: &Guest, address: &Address) -> Result<(Link, Hello), String> {
+pub(super) fn dial(guest: &Guest, address: &Address, role: Role) -> Result<(Link, Hello), String> {
     let socket = Arc::new(address.connect(CONNECT_TIMEOUT).map_err(|error| reason(&error))?);
     match offer_phases(&socket) {
         Ok(PhasesAnswer::Accepted) => {}
@@ -26,9 +27,9 @@ pub(super) fn dial(guest: &Guest, address: &Address) -> Result<(Link, Hello), St
         Err(error) => return Err(error.to_string()),
     }
     socket.set_keep_alive(LINK_SILENCE_MAX);
-    let mut link = Link::new(socket);
+    let mut link = Link::new(Arc::clone(&socket));
     let challenge = Challenge::random().map_err(|error| error.to_string())?;
-    let ours = hello(guest, Role::Source, challenge);
+    let ours = hello(guest, role, challenge, &socket);
     let (theirs, version) = link.hello(&ours, Instant::now() + HELLO_TIMEOUT).map_err(|error| error.to_string())?;
     log::debug!("migration: {address}: phase protocol version {version}");
     if theirs.guest != ours.guest {
@@ -40,5 +41,6 @@ pub(super) fn dial(guest: &Guest, address: &Address) -> Result<(Link, Hello), St
     if theirs.instance == guest.instance {
         return Err("is this process itself".to_owned());
     }
+    meet(guest, &theirs);
     Ok((link, theirs))
 }

@@ -4,3 +4,4 @@ mod client;
 mod handshake;
 mod harness;
 mod orders;
+mod ownership;

@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::io::{Error, ErrorKind, Result};
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -90,6 +90,18 @@ impl Address {
                 "TCP beyond this host carries the guest's disks in the clear; --insecure-plaintext allows it",
             )),
             Err(e) => Err(Problem::refused(operation, self, crate::error::reason(&e))),
+        }
+    }
+
+    /// The address as a peer sees it that is connected to this host's `ip`: a door that listens everywhere is reached
+    /// there.
+    #[must_use]
+    pub fn seen_at(&self, ip: Option<IpAddr>) -> Self {
+        match (self, ip) {
+            (Self::Tcp { host, port }, Some(ip)) if host.parse().is_ok_and(|host: IpAddr| host.is_unspecified()) => {
+                Self::Tcp { host: ip.to_canonical().to_string(), port: *port }
+            }
+            _ => self.clone(),
         }
     }
 
@@ -209,6 +221,16 @@ mod tests {
             assert_eq!(Address::parse(text), Ok(address.clone()));
             assert_eq!(address.to_string(), text);
         }
+    }
+
+    #[test]
+    fn a_door_that_listens_everywhere_is_seen_at_one_place() {
+        let ip: IpAddr = "192.0.2.7".parse().expect("an address");
+        let mapped: IpAddr = "::ffff:192.0.2.7".parse().expect("an address");
+        assert_eq!(tcp("0.0.0.0", 1).seen_at(Some(ip)), tcp("192.0.2.7", 1));
+        assert_eq!(tcp("::", 1).seen_at(Some(mapped)), tcp("192.0.2.7", 1));
+        assert_eq!(tcp("example.org", 1).seen_at(Some(ip)), tcp("example.org", 1));
+        assert_eq!(tcp("0.0.0.0", 1).seen_at(None), tcp("0.0.0.0", 1));
     }
 
     #[test]

@@ -19,6 +19,7 @@ pub mod guest;
 mod help;
 pub mod migrate;
 mod options;
+pub mod recover;
 pub mod serve;
 
 #[cfg(test)]
@@ -26,6 +27,7 @@ mod tests;
 
 pub use guest::{ClaimOptions, GuestDoor, SetOptions};
 pub use migrate::MigrateOptions;
+pub use recover::{RecoverOptions, WhoOwnsOptions};
 
 /// What the commands that run a process of their own call. Both return when that process is to end.
 #[derive(Debug, Clone, Copy)]
@@ -68,6 +70,10 @@ pub enum Command {
     Cancel(GuestDoor),
     /// Show how the guest's disks are.
     Status(GuestDoor),
+    /// Say who owns the guest.
+    WhoOwns(WhoOwnsOptions),
+    /// Ask the other host, or decide without it.
+    Recover(RecoverOptions),
     /// Change the running migration.
     Set(SetOptions),
 }
@@ -76,26 +82,31 @@ pub enum Command {
 type Subcommand = (&'static Spec, fn(&Matches) -> Result<Command, Problem>);
 
 /// The subcommands that are built, in the order of the help.
-const COMMANDS: [Subcommand; 8] = [
+const COMMANDS: [Subcommand; 10] = [
     (&serve::SPEC, serve::parse),
     (&guest::CLAIM, guest::parse_claim),
     (&migrate::SPEC, migrate::parse),
     (&guest::SWITCH, guest::parse_switch),
     (&guest::CANCEL, guest::parse_cancel),
     (&guest::STATUS, guest::parse_status),
+    (&recover::WHO_OWNS, recover::parse_who_owns),
+    (&recover::RECOVER, recover::parse_recover),
     (&guest::SET, guest::parse_set),
     (&export::SPEC, export::parse),
 ];
 
 /// Subcommands of the contract that a later part builds.
-const LATER: [&str; 8] = ["who-owns", "recover", "accept", "attach", "detach", "copy", "info", "keygen"];
+const LATER: [&str; 6] = ["accept", "attach", "detach", "copy", "info", "keygen"];
 
 /// Runs the program with the arguments after its name.
 pub fn run(args: impl IntoIterator<Item = OsString>, entry: &Entry) -> Exit {
     let args: Vec<OsString> = args.into_iter().collect();
     let as_json = args.iter().any(|arg| arg == "--json");
     let done = texts(args).and_then(|args| parse(&args)).and_then(|parsed| execute(parsed, entry));
-    let Err(problem) = done else { return Exit::Done };
+    let problem = match done {
+        Ok(exit) => return exit,
+        Err(problem) => problem,
+    };
     if as_json {
         print(&json::error(&problem));
     }
@@ -152,7 +163,8 @@ fn find(name: &str) -> Result<Subcommand, Problem> {
     }
 }
 
-fn execute(parsed: Parsed, entry: &Entry) -> Result<(), Problem> {
+/// Does it; the exit of most commands that end well is 0, of some it is the answer.
+fn execute(parsed: Parsed, entry: &Entry) -> Result<Exit, Problem> {
     log::init(level(parsed.log, std::env::var(log::VARIABLE).ok().as_deref())?);
     let json = parsed.json;
     match parsed.command {
@@ -172,8 +184,16 @@ fn execute(parsed: Parsed, entry: &Entry) -> Result<(), Problem> {
         Command::Cancel(door) => print(&guest::cancel(&door, json)?),
         Command::Status(door) => print(&guest::status(&door, json)?),
         Command::Set(options) => print(&guest::set(&options, json)?),
+        Command::WhoOwns(options) => return recover::who_owns(&options, json).map(answer),
+        Command::Recover(options) => return recover::recover(&options, json).map(answer),
     }
-    Ok(())
+    Ok(Exit::Done)
+}
+
+/// Prints an answer whose exit code is part of it.
+fn answer((text, exit): (String, Exit)) -> Exit {
+    print(&text);
+    exit
 }
 
 /// The log level: `--log`, else the environment's, else the default.

@@ -11,7 +11,9 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{Advice, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, Stat};
+use rustix::fs::{
+    Advice, AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, Stat, StatxFlags, StatxTimestamp,
+};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::error::reason;
@@ -111,6 +113,20 @@ impl Identity {
             Self { device: stat.st_dev, inode: stat.st_ino }
         }
     }
+}
+
+/// What tells an image from another one in its place, also after the host has been restarted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lasting {
+    /// A file.
+    File {
+        /// Its number in its file system; used again for new files once it is removed.
+        inode: u64,
+        /// When it was made, in nanoseconds, where the file system knows.
+        born_ns: Option<i128>,
+    },
+    /// A block device: nothing but the path that leads to it.
+    Device,
 }
 
 /// A run of bytes that is either all data, as far as the file system knows, or all hole.
@@ -255,6 +271,26 @@ impl Disk {
     #[must_use]
     pub fn identity(&self) -> Identity {
         self.identity
+    }
+
+    /// What tells this image from others for as long as it exists.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn lasting(&self) -> Result<Lasting> {
+        if self.block_device {
+            return Ok(Lasting::Device);
+        }
+        let inode = rustix::fs::fstat(&self.file)?.st_ino;
+        let born = match rustix::fs::statx(&self.file, c"", AtFlags::EMPTY_PATH, StatxFlags::BTIME) {
+            Ok(stat) => {
+                StatxFlags::from_bits_retain(stat.stx_mask).contains(StatxFlags::BTIME).then_some(stat.stx_btime)
+            }
+            Err(Errno::NOSYS | Errno::PERM) => None,
+            Err(e) => return Err(e.into()),
+        };
+        let nanoseconds = |born: StatxTimestamp| i128::from(born.tv_sec) * 1_000_000_000 + i128::from(born.tv_nsec);
+        Ok(Lasting::File { inode, born_ns: born.map(nanoseconds) })
     }
 
     /// Whether requests bypass the page cache where they can: then every one of them waits for the device.

@@ -96,7 +96,7 @@ pub struct GuestDirectory<'a> {
     pub exports: &'a [Arc<Export>],
     /// The connection that asks.
     pub socket: &'a Arc<Socket>,
-    /// Says why a fenced export is refused, naming the owner.
+    /// Says why a fenced or closed export is refused, naming the owner or whom it waits for.
     pub fenced: &'a dyn Fn() -> String,
 }
 
@@ -108,7 +108,7 @@ impl GuestDirectory<'_> {
             _ => self.exports.iter().find(|export| export.name() == name),
         };
         let export = export.ok_or(OpenError::Unknown)?;
-        if export.gate() == Gate::Fenced {
+        if matches!(export.gate(), Gate::Fenced | Gate::Closed) {
             return Err(OpenError::Shutdown(Cause::new((self.fenced)())));
         }
         let disk = export.disk().ok_or_else(|| OpenError::Refused(Cause::new("this disk does not exist yet")))?;

@@ -11,7 +11,8 @@
 //! | [`Gate::Sealed`] | reads; writes refused | refused |
 //! | [`Gate::Serving`] | everything | refused |
 //! | [`Gate::Quiesced`] | reads and flushes; writes wait | refused |
-//! | [`Gate::Fenced`] | refused, but for flush | refused |
+//! | [`Gate::Closed`] | refused, but for flush, which flushes | refused |
+//! | [`Gate::Fenced`] | refused, but for flush, which does nothing | refused |
 //!
 //! # The life of a guest write (D2, D3)
 //!
@@ -57,6 +58,8 @@ pub enum Gate {
     Quiesced,
     /// Another host owns the disk, or may: refuses for good.
     Fenced,
+    /// Who owns the disk is not known from here; it may turn out to be this host.
+    Closed,
 }
 
 /// Through which door a connection came.
@@ -86,7 +89,7 @@ pub enum Fault {
     Gone,
     /// This host does not own the disk (yet), or the export is read-only: `EPERM`.
     NotPermitted,
-    /// Another host owns the disk: `ESHUTDOWN`.
+    /// Another host owns the disk, or may: `ESHUTDOWN`.
     Fenced,
     /// The disk's own error.
     Disk(io::Error),
@@ -278,8 +281,8 @@ impl Export {
     pub fn enter(self: &Arc<Self>, door: Door, socket: &Arc<Socket>) -> Result<Visit, &'static str> {
         let mut inner = self.lock();
         let Some(disk) = inner.disk.clone() else { return Err("this disk does not exist yet") };
-        if inner.gate == Gate::Fenced {
-            return Err("this disk belongs to another host");
+        if matches!(inner.gate, Gate::Fenced | Gate::Closed) {
+            return Err("this disk belongs to another host, or may");
         }
         inner.visits += 1;
         let number = inner.visits;
@@ -470,7 +473,7 @@ impl Visit {
     pub fn may_read(&self) -> Result<(), Fault> {
         let inner = self.export.lock();
         self.is_current(&inner)?;
-        if inner.gate == Gate::Fenced { Err(Fault::Fenced) } else { Ok(()) }
+        if matches!(inner.gate, Gate::Fenced | Gate::Closed) { Err(Fault::Fenced) } else { Ok(()) }
     }
 
     /// Whether the disk that this connection was let in for is still the export's.
@@ -552,7 +555,7 @@ impl Visit {
         loop {
             self.is_current(&inner)?;
             let must_wait = match (inner.gate, door) {
-                (Gate::Fenced, _) => return Err(Fault::Fenced),
+                (Gate::Fenced | Gate::Closed, _) => return Err(Fault::Fenced),
                 (Gate::Serving, Door::Guest) => false,
                 (Gate::Receiving, Door::Migration) if self.disk.is_poisoned() => {
                     return Err(Fault::Disk(io::Error::other("an earlier sync failed")));
@@ -636,7 +639,8 @@ pub struct Quiesced {
 /// meanwhile.
 ///
 /// # Errors
-/// The name of the disk whose requests did not end before `deadline`; all gates are open again then.
+/// The name of the disk whose requests did not end before `deadline`, or that is not served any more (another thread
+/// has learned that somebody else owns it); gates that were open are open again then.
 pub fn quiesce(exports: &[Arc<Export>], deadline: Instant) -> Result<Quiesced, String> {
     let mut quiesced = Quiesced { exports: Vec::new(), since: Instant::now() };
     for export in exports {

@@ -1,19 +1,26 @@
 //! One guest on this host: its disks, its record, and what the doors need to know of it.
 //!
 //! [`Guest`] ties the parts together and holds no mechanism of its own: exports know their gates, the keeper knows the
-//! record, `migrate/destination.rs` and `migrate/source.rs` know the phases. What it does carry is the one link between
-//! record and gates: [`Guest::apply`] changes the record, and the guest door follows before anybody else can look.
+//! record, the store its file, `migrate/destination.rs` and `migrate/source.rs` know the phases. What it does carry is
+//! the one link between record and gates: [`Guest::apply`] changes the record, and the guest door follows before
+//! anybody else can look.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::address::Address;
 use crate::disk::{Access, Disk, OpenError};
 use crate::domain::{self, Source};
-use crate::error::Problem;
+use crate::error::{Problem, reason};
 use crate::export::{Export, Gate};
 use crate::migrate::destination::Destination;
+use crate::migrate::settle::Settle;
 use crate::migrate::source::Source as Sending;
-use crate::ownership::{Answer, Door, Event, Host, Instance, KeepError, Keeper, Kind, Order, Promise, Record, Stamp};
+use crate::options::ServeOptions;
+use crate::ownership::{
+    Answer, Content, Door, Event, Found, Host, ImageList, Images, Instance, KeepError, Keeper, Kind, Order, Promise,
+    Record, Stamp, State, Store, show,
+};
 
 /// One disk of the guest.
 #[derive(Debug)]
@@ -31,57 +38,73 @@ pub struct Guest {
     pub name: String,
     /// Every disk, in the order of the command line.
     pub disks: Vec<GuestDisk>,
-    /// This machine.
+    /// This host, by its machine and its state directory.
     pub host: Host,
     /// This process (D12).
     pub instance: Instance,
     /// This run of the kernel (D12).
     pub boot: [u8; 16],
-    /// Where this host's migration door is reached, printable; empty without one.
-    pub migration_address: String,
+    /// Where this host's migration door listens.
+    pub migration_address: Option<Address>,
     /// TCP beyond this host is allowed without keys.
     pub insecure_plaintext: bool,
     /// What this process receives.
     pub destination: Destination,
     /// What this process sends.
     pub source: Sending,
+    /// Wakes whoever says what is left to be said.
+    pub settle: Settle,
     keeper: Mutex<Keeper>,
+    store: Arc<Mutex<Store>>,
+    /// What there is of a record that counts for nothing.
+    rejected: String,
 }
 
 impl Guest {
-    /// Opens the disks of a guest. Files that are missing are created where a size is given; where none is, the disk
-    /// has no content until a migration brings it.
+    /// Locks the state directory, reads the record and opens the disks of a guest. Files that are missing are created
+    /// where a size is given; where none is, the disk has no content until a migration brings it. A file that the
+    /// record speaks of must be there. The record is durable when this returns (M4), and the gates follow it.
     ///
     /// # Errors
-    /// What is wrong with which disk; what was created for nothing is removed again.
-    pub fn open(name: &str, disks: Vec<domain::Disk>, address: String, insecure: bool) -> Result<Self, Problem> {
-        let host = this_machine()?;
-        let instance = Instance::random().map_err(|error| Problem::fatal("serve", name, error))?;
-        let mut opened: Vec<GuestDisk> = Vec::new();
+    /// What is wrong with which disk, or with the state directory; what was created for nothing is removed again.
+    pub fn open(options: &ServeOptions, migration_address: Option<Address>) -> Result<Self, Problem> {
+        let state = |cause: &dyn std::fmt::Display| Problem::fatal("state", options.state.display(), cause);
+        let mut store = Store::open(&options.state, options.volatile_state).map_err(|cause| state(&cause))?;
+        let found = store.load().map_err(|error| state(&reason(&error)))?;
+        let instance = Instance::random().map_err(|error| Problem::fatal("serve", &options.guest, error))?;
         let mut created = Vec::new();
-        for spec in disks {
-            match open_disk(&spec, &opened, &mut created) {
-                Ok(export) => opened.push(GuestDisk { spec, export }),
-                Err(problem) => {
-                    for path in &created {
-                        let _ = std::fs::remove_file(path);
-                    }
-                    return Err(problem);
-                }
+        let opened = open_disks(&options.disks, &found, &mut created).and_then(|disks| {
+            let here = images_of(&disks).map_err(|cause| Problem::fatal("serve", &options.guest, cause))?;
+            let host = store.host();
+            store.speak_of(&here);
+            let store = Arc::new(Mutex::new(store));
+            let (mut keeper, rejected) = keep(host, found, &here, &store);
+            keeper.start().map_err(|error| state(&error))?;
+            Ok((disks, host, store, keeper, rejected))
+        });
+        let (disks, host, store, keeper, rejected) = opened.inspect_err(|_| {
+            for path in &created {
+                let _ = std::fs::remove_file(path);
             }
-        }
-        Ok(Self {
-            name: name.to_owned(),
-            disks: opened,
+        })?;
+        let guest = Self {
+            name: options.guest.clone(),
+            disks,
             host,
             instance,
             boot: boot_id(),
-            migration_address: address,
-            insecure_plaintext: insecure,
+            migration_address,
+            insecure_plaintext: options.insecure_plaintext,
             destination: Destination::default(),
             source: Sending::default(),
-            keeper: Mutex::new(Keeper::volatile(host)),
-        })
+            settle: Settle::default(),
+            keeper: Mutex::new(keeper),
+            store,
+            rejected,
+        };
+        let gate = gate_of(&guest.keeper());
+        guest.exports().for_each(|export| export.set_gate(gate));
+        Ok(guest)
     }
 
     /// The exports of all disks that blockferry opens.
@@ -110,25 +133,84 @@ impl Guest {
         (Kind::of(record.as_ref()), record.map_or(Order::NONE, |record| record.order))
     }
 
+    /// Why the record that is in the state directory counts for nothing, and what there is of it; `None`: it counts, or
+    /// there is none.
+    #[must_use]
+    pub fn rejected(&self) -> Option<(String, String)> {
+        self.keeper().rejected().map(|why| (why.to_owned(), self.rejected.clone()))
+    }
+
+    /// The images that are here now, which records to come may speak of.
+    ///
+    /// # Errors
+    /// Which disk cannot be looked at.
+    pub fn images(&self) -> Result<Images, String> {
+        let here = images_of(&self.disks)?;
+        self.store().speak_of(&here);
+        Ok(here.fingerprint())
+    }
+
+    /// Why the images that are here are not the ones that the record speaks of; `None` when they are.
+    ///
+    /// # Errors
+    /// Which disk cannot be looked at.
+    pub fn images_differ(&self, record: &Record) -> Result<Option<String>, String> {
+        let here = images_of(&self.disks)?;
+        let store = self.store();
+        let content = store.images(record.images).cloned().unwrap_or_default();
+        Ok(differ(record, &content, &here))
+    }
+
+    /// Writes ahead what the record becomes on each of `ways`: see [`Keeper::write_ahead`].
+    ///
+    /// # Errors
+    /// One line: the state directory cannot take it. Nothing has changed.
+    pub fn write_ahead(&self, ways: &[&[Event]]) -> Result<(), String> {
+        let written = self.keeper().write_ahead(ways);
+        written.map_err(|error| format!("the state directory cannot take the next record: {}", reason(&error)))
+    }
+
     /// Lets `event` change the record; once that is durable the gates follow, and then the answer may be sent.
     ///
     /// # Errors
-    /// As [`Keeper::apply`]. After [`KeepError::Unknown`] the gates are fenced (M4).
+    /// As [`Keeper::apply`]. After [`KeepError::Unknown`] the gates are closed (M4).
     pub fn apply(&self, event: &Event) -> Result<Answer, KeepError> {
         let mut keeper = self.keeper();
-        let before = gate_of(&keeper);
+        let (before, gate) = (keeper.changes(), gate_of(&keeper));
         let result = keeper.apply(event);
         match &result {
             Ok(answer) => log::debug!("record: {event:?} is answered {answer:?}"),
             Err(error) => log::info!("record: {error}"),
         }
-        // Under the keeper's lock: gates follow the record in the record's order. An event that changes nothing moves
-        // no gate: a switchover or a seal on another thread may be holding it elsewhere.
-        let after = gate_of(&keeper);
-        if before != after {
-            self.exports().for_each(|export| export.set_gate(after));
+        // Under the keeper's lock: gates follow the record in the record's order.
+        self.follow(&keeper, gate);
+        let changed = keeper.changes() != before;
+        drop(keeper);
+        if changed {
+            self.settle.ring();
         }
         result
+    }
+
+    /// Writes a record whose commit failed once more (M4).
+    ///
+    /// # Errors
+    /// As [`Keeper::retry`].
+    pub fn retry(&self) -> Result<(), KeepError> {
+        let mut keeper = self.keeper();
+        let gate = gate_of(&keeper);
+        let result = keeper.retry();
+        self.follow(&keeper, gate);
+        result
+    }
+
+    /// Moves the gates to where the record wants them, if that is not where it wanted them `before`. An event that
+    /// changes nothing moves no gate: a switchover or a seal on another thread may be holding it elsewhere.
+    fn follow(&self, keeper: &Keeper, before: Gate) {
+        let gate = gate_of(keeper);
+        if gate != before {
+            self.exports().for_each(|export| export.set_gate(gate));
+        }
     }
 
     /// What to answer to a destination that asks what became of an attempt of this source (M3).
@@ -151,6 +233,10 @@ impl Guest {
         }
     }
 
+    fn store(&self) -> MutexGuard<'_, Store> {
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn keeper(&self) -> MutexGuard<'_, Keeper> {
         self.keeper.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -159,12 +245,86 @@ impl Guest {
 /// What the record means for the gates.
 fn gate_of(keeper: &Keeper) -> Gate {
     match keeper.gate_state() {
+        // M4. Not fenced for good: what the guest has been told to be written may still have to be flushed.
+        _ if keeper.known().is_err() => Gate::Closed,
         Door::Incoming => Gate::Incoming,
         Door::Receiving => Gate::Receiving,
         Door::Sealed => Gate::Sealed,
         Door::Serving { .. } => Gate::Serving,
-        Door::Closed | Door::Fenced => Gate::Fenced,
+        Door::Closed => Gate::Closed,
+        Door::Fenced => Gate::Fenced,
     }
+}
+
+/// The keeper of what was found, and what is shown of a record that counts for nothing.
+fn keep(host: Host, found: Found, here: &ImageList, store: &Arc<Mutex<Store>>) -> (Keeper, String) {
+    let store = Arc::clone(store);
+    let save = Box::new(move |write: crate::ownership::Write<'_>| {
+        store.lock().unwrap_or_else(PoisonError::into_inner).write(&write)
+    });
+    match found {
+        Found::Nothing => (Keeper::new(host, None, save), String::new()),
+        Found::Rejected { why, shown } => (Keeper::without(host, why, save), shown),
+        Found::Record(content) => {
+            let Content { mut record, images } = *content;
+            if needs_images(&record.state) {
+                if let Some(why) = differ(&record, &images, here) {
+                    return (Keeper::without(host, format!("is of other images: {why}"), save), show(&record));
+                }
+                // Disks may have been added to the guest, or taken from it.
+                record.images = here.fingerprint();
+            }
+            (Keeper::new(host, Some(record), save), String::new())
+        }
+    }
+}
+
+/// Whether a record of this state is worth something only together with the images that it speaks of (M7). Who gave
+/// the guest away may have deleted them since, and still has to say GO.
+fn needs_images(state: &State) -> bool {
+    matches!(state, State::Sealed { .. } | State::Owner { .. } | State::Offered { .. })
+}
+
+/// Why `here` are not the images that the record speaks of. Without a list only the fingerprint can tell.
+fn differ(record: &Record, images: &ImageList, here: &ImageList) -> Option<String> {
+    if images.fingerprint() == record.images {
+        images.differs_from(here)
+    } else {
+        (record.images != here.fingerprint()).then(|| "they are not the ones that the record speaks of".to_owned())
+    }
+}
+
+/// The images that move with the guest, as far as they exist.
+fn images_of(disks: &[GuestDisk]) -> Result<ImageList, String> {
+    let mut images = ImageList::default();
+    for disk in disks.iter().filter(|disk| disk.spec.stays().is_none()) {
+        let (Some(image), Source::File { path, .. }) =
+            (disk.export.as_ref().and_then(|export| export.disk()), &disk.spec.source)
+        else {
+            continue;
+        };
+        let lasting = image.lasting().map_err(|error| format!("disk {}: {}", disk.spec.name, reason(&error)))?;
+        images.add(&disk.spec.name, lasting, path);
+    }
+    Ok(images)
+}
+
+/// Opens every disk; those that the record speaks of must be there.
+fn open_disks(specs: &[domain::Disk], found: &Found, created: &mut Vec<PathBuf>) -> Result<Vec<GuestDisk>, Problem> {
+    let mut opened: Vec<GuestDisk> = Vec::new();
+    for spec in specs {
+        if let (Found::Record(content), Source::File { path, .. }) = (found, &spec.source)
+            && needs_images(&content.record.state)
+            && content.images.names(&spec.name)
+            && !path.exists()
+        {
+            let cause = format!("no such file, and the record speaks of it: {}", content.record);
+            return Err(Problem::fatal(format!("open disk {}", spec.name), path.display(), cause));
+        }
+        let export = open_disk(spec, &opened, created)?;
+        opened.push(GuestDisk { spec: spec.clone(), export });
+    }
+    Ok(opened)
 }
 
 /// Opens one disk as its line says; `None` if it is not ours to open.
@@ -210,12 +370,6 @@ fn is_same_file(other: &GuestDisk, path: &Path) -> bool {
 
 fn has_directory(path: &Path) -> bool {
     crate::disk::free_space_beside(path).is_ok()
-}
-
-/// This machine's identity in records and stamps. There is no durable record yet that could outlive the process, so
-/// neither need this.
-fn this_machine() -> Result<Host, Problem> {
-    Host::random().map_err(|error| Problem::fatal("serve", "random numbers", error))
 }
 
 /// The kernel's number for this boot; zero where it does not tell.

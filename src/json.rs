@@ -6,7 +6,7 @@
 use serde::Serialize;
 
 use crate::address::Address;
-use crate::control::wire::{Convergence, Done, Progress, Status};
+use crate::control::wire::{Convergence, Done, Ownership, Progress, Recovered, Status};
 use crate::error::{Exit, Problem};
 use crate::limits::JSON_LINE_MAX;
 use crate::ready::Ready;
@@ -130,7 +130,7 @@ pub fn status(status: &Status) -> String {
             gate: disk.gate.map(|gate| gate.word()),
         })
         .collect();
-    let lineage = if status.lineage == 0 { String::new() } else { format!("{:032x}", status.lineage) };
+    let lineage = id(status.lineage);
     line(&StatusLine {
         r#type: "status",
         guest: &status.guest,
@@ -143,6 +143,93 @@ pub fn status(status: &Status) -> String {
         next: some(&status.hint),
         disks: &disks,
     })
+}
+
+#[derive(Serialize)]
+struct OwnershipLine<'a> {
+    r#type: &'static str,
+    guest: &'a str,
+    owner: &'a str,
+    state: &'a str,
+    term: u64,
+    generation: u64,
+    host: Option<&'a str>,
+    address: Option<&'a str>,
+    text: &'a str,
+    record: Option<&'a str>,
+    rejected: bool,
+    next: Option<&'a str>,
+    exit: u8,
+}
+
+/// Who owns a guest.
+#[must_use]
+pub fn ownership(ownership: &Ownership) -> String {
+    line(&OwnershipLine {
+        r#type: "ownership",
+        guest: &ownership.guest,
+        owner: ownership.owner.word(),
+        state: ownership.state.word(),
+        term: ownership.term,
+        generation: ownership.generation,
+        host: some(&id(ownership.host)),
+        address: some(&ownership.address),
+        text: &ownership.text,
+        record: some(&ownership.record),
+        rejected: ownership.rejected,
+        next: some(&ownership.next),
+        exit: ownership.owner.exit().code(),
+    })
+}
+
+#[derive(Serialize)]
+struct RecoverLine<'a> {
+    r#type: &'static str,
+    guest: &'a str,
+    owner: &'a str,
+    state: &'a str,
+    term: u64,
+    generation: u64,
+    host: Option<&'a str>,
+    address: Option<&'a str>,
+    text: &'a str,
+    asked: Option<&'a str>,
+    heard: Option<&'a str>,
+    done: Option<&'a str>,
+    may_lose: Option<&'a str>,
+    never_take: Option<&'a str>,
+    next: &'a [&'a str],
+    exit: u8,
+}
+
+/// What became of a `recover`.
+#[must_use]
+pub fn recovered(recovered: &Recovered, exit: Exit) -> String {
+    let ownership = &recovered.ownership;
+    let next: Vec<&str> = recovered.next.iter().map(|next| next.as_str()).collect();
+    line(&RecoverLine {
+        r#type: "recover",
+        guest: &ownership.guest,
+        owner: ownership.owner.word(),
+        state: ownership.state.word(),
+        term: ownership.term,
+        generation: ownership.generation,
+        host: some(&id(ownership.host)),
+        address: some(&ownership.address),
+        text: &ownership.text,
+        asked: some(&recovered.asked),
+        heard: some(&recovered.heard),
+        done: some(&recovered.done),
+        may_lose: some(&recovered.may_lose),
+        never_take: some(&recovered.never_take),
+        next: &next,
+        exit: exit.code(),
+    })
+}
+
+/// A number of 128 bits as digits; empty: none.
+fn id(number: u128) -> String {
+    if number == 0 { String::new() } else { format!("{number:032x}") }
 }
 
 #[derive(Serialize)]
@@ -299,6 +386,41 @@ mod tests {
              \"lineage\":\"000000000000000000000000000000ff\",\"peer\":null,\"migration\":\"running\",\"next\":null,\
              \"disks\":[{\"name\":\"a\",\"size_bytes\":512,\"moves\":true,\"stays\":null,\"gate\":\"serving\"},\
              {\"name\":\"b\",\"size_bytes\":0,\"moves\":false,\"stays\":\"no source\",\"gate\":null}]}\n"
+        );
+    }
+
+    #[test]
+    fn ownership_and_recover_lines_have_their_fields_in_order() {
+        let told = Ownership {
+            guest: text("g1"),
+            state: State::Given,
+            owner: Owner::Elsewhere,
+            term: 1,
+            generation: 2,
+            host: 255,
+            address: text("tcp://b:1"),
+            text: text("t"),
+            ..Ownership::default()
+        };
+        let head = "\"guest\":\"g1\",\"owner\":\"elsewhere\",\"state\":\"given\",\"term\":1,\"generation\":2,\
+                    \"host\":\"000000000000000000000000000000ff\",\"address\":\"tcp://b:1\",\"text\":\"t\"";
+        assert_eq!(
+            ownership(&told),
+            format!("{{\"type\":\"ownership\",{head},\"record\":null,\"rejected\":false,\"next\":null,\"exit\":4}}\n")
+        );
+        let told = Recovered {
+            ownership: told,
+            asked: text("a"),
+            heard: text("h"),
+            next: [text("n")].into_iter().collect(),
+            ..Recovered::default()
+        };
+        assert_eq!(
+            recovered(&told, Exit::GaveAway),
+            format!(
+                "{{\"type\":\"recover\",{head},\"asked\":\"a\",\"heard\":\"h\",\"done\":null,\"may_lose\":null,\
+                 \"never_take\":null,\"next\":[\"n\"],\"exit\":4}}\n"
+            )
         );
     }
 

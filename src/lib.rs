@@ -27,4 +27,5 @@ pub mod progress;
 pub mod ready;
 pub mod serve;
 pub mod socket;
+pub mod standing;
 pub mod units;

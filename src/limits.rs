@@ -26,6 +26,17 @@ pub const CAUSE_MAX: usize = 192;
 /// Most disks of one guest.
 pub const DISKS_MAX: usize = 32;
 
+// ---- the ownership record ----------------------------------------------------------------------------------------
+
+/// Longest file of an ownership record, in bytes; a test says that the longest record fits.
+pub const RECORD_FILE_MAX: usize = 4 * KIB;
+/// Longest wait for somebody who only looks into a state directory.
+pub const STATE_LOCK_TIMEOUT: Duration = Duration::from_millis(200);
+/// Longest text that shows a record to its operator, in bytes.
+pub const RECORD_TEXT_MAX: usize = 512;
+/// Most things that `recover` says to type, each in its place.
+pub const NEXT_STEPS_MAX: usize = 4;
+
 // ---- sectors and granules ----------------------------------------------------------------------------------------
 
 /// A disk's size is a multiple of this: what every guest believes a sector to be, in bytes.
@@ -276,6 +287,10 @@ pub const GO_PATIENCE: Duration = Duration::from_secs(2);
 pub const RUNNING_PATIENCE: Duration = Duration::from_secs(15);
 /// How long an aborted migration waits for UNSEALED; the process goes on asking if it must know.
 pub const UNSEALED_PATIENCE: Duration = Duration::from_secs(5);
+/// A record that could not be made durable is written again after this.
+pub const REWRITE_PAUSE: Duration = Duration::from_secs(1);
+/// A sealed destination that hears nothing asks its source this often.
+pub const ASK_PERIOD: Duration = Duration::from_secs(5);
 /// A switchover that did not come to SEAL in time is tried again after this.
 pub const SWITCHOVER_PAUSE: Duration = Duration::from_secs(1);
 /// So many switchovers may fail to quiesce or to finish in time before the attempt is aborted.

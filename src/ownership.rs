@@ -11,19 +11,27 @@
 //! a record with GO, never before.
 
 mod event;
+mod file;
+mod host;
 mod id;
+mod images;
 mod keeper;
+mod store;
 #[cfg(test)]
 mod tests;
 mod transition;
+mod volatile;
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 pub use event::{Answer, Change, Event, Heard, Promise, Refusal, Step, Why};
+pub use file::Content;
 pub use id::{Attempt, Host, ID_BYTES, ID_DIGITS, Images, Instance, Lineage, Word};
-pub use keeper::{KeepError, Keeper, Save};
+pub use images::ImageList;
+pub use keeper::{KeepError, Keeper, Save, Write};
+pub use store::{Found, Look, Store, look, show};
 pub use transition::{next, promise};
 
 use crate::limits::ADDRESS_MAX;
@@ -280,6 +288,12 @@ impl Record {
             | State::Superseded { by: peer, .. } => Some(peer),
             State::Void { .. } | State::Owner { .. } => None,
         }
+    }
+
+    /// Whether this host owns and serves the guest.
+    #[must_use]
+    pub fn owns(&self) -> bool {
+        matches!(self.state, State::Owner { .. } | State::Offered { offer: Offer::Live | Offer::Ended, .. })
     }
 
     /// The record as it is told to peers and users.

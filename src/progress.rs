@@ -193,7 +193,9 @@ fn problem(guest: &str, done: &Done) -> Problem {
         (Exit::Refused | Exit::Usage, _) => "nothing has changed".to_owned(),
         (_, Owner::Here) => "this source still owns and serves the guest".to_owned(),
         (_, Owner::Destination) => format!("{} owns the guest: do not start it here", done.destination),
-        (_, Owner::Unknown) => "who owns the guest is not known from here: do not start it".to_owned(),
+        (_, Owner::Unknown | Owner::Elsewhere) => {
+            "who owns the guest is not known from here: do not start it".to_owned()
+        }
     };
     let cause = if done.message.is_empty() { owner } else { format!("{}; {owner}", done.message) };
     Problem { exit, ..Problem::aborted("migrate", guest, cause) }

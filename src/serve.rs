@@ -10,7 +10,9 @@ use std::time::Duration;
 use crate::address::Address;
 use crate::control::server::{Desk, News, Server};
 use crate::control::wire::Gate as ShownGate;
-use crate::control::wire::{DiskStatus, MigrateRequest, Migration, SetRequest, State, Status, text};
+use crate::control::wire::{
+    self, DiskStatus, MigrateRequest, Migration, Owner, Ownership, Recovered, SetRequest, Status, text,
+};
 use crate::disk::{Access, Disk};
 use crate::domain::Source;
 use crate::doors::{self, GuestDirectory};
@@ -19,9 +21,11 @@ use crate::export::{Door, Export, Gate};
 use crate::guest::Guest;
 use crate::listener::Listener;
 use crate::migrate::destination::{self, MigrationDirectory};
+use crate::migrate::{recover, settle};
 use crate::options::{ExportOptions, Lifetime, ServeOptions};
-use crate::ownership::{Event, Images, KeepError, Kind, Lineage, Word};
+use crate::ownership::{Event, KeepError, Lineage, Word};
 use crate::ready::{self, Ready};
+use crate::standing::Standing;
 
 /// `blockferry serve`.
 ///
@@ -31,8 +35,9 @@ pub fn serve(options: ServeOptions) -> Result<(), Problem> {
     let control = bind_all("control door", &options.control)?;
     let nbd = bind_all("guest door", &options.nbd)?;
     let listen = options.listen.as_ref().map(|address| bind("migration door", address)).transpose()?;
-    let address = listen.as_ref().map(|listener| listener.address().to_string()).unwrap_or_default();
-    let guest = Arc::new(Guest::open(&options.guest, options.disks, address, options.insecure_plaintext)?);
+    let address = listen.as_ref().map(|listener| listener.address().clone());
+    let guest = Arc::new(Guest::open(&options, address)?);
+    settle::start(&guest).map_err(|error| Problem::fatal("serve", &guest.name, error))?;
 
     for listener in &nbd {
         open_guest_door(&guest, listener)?;
@@ -152,42 +157,25 @@ impl Desk for ControlDesk {
     fn status(&self) -> Status {
         let guest = &*self.guest;
         let record = guest.record();
+        let ownership = Standing { guest: &guest.name, record: &record, rejected: guest.rejected() }.ownership();
         let known = record.as_ref().ok().and_then(Option::as_ref);
-        let state = match (&record, Kind::of(known)) {
-            (Err(_), _) => State::Unknown,
-            (_, Kind::None | Kind::Void) => State::Incoming,
-            (_, Kind::Receiving) => State::Receiving,
-            (_, Kind::Sealed) => State::Sealed,
-            (_, Kind::Owner) => State::Owner,
-            (_, Kind::Offered) => State::Offered,
-            (_, Kind::Given) => State::Given,
-            (_, Kind::Superseded) => State::Superseded,
-        };
-        let (_, order) = guest.standing();
-        let peer = known.and_then(|record| record.peer()).map(|peer| peer.address.clone()).unwrap_or_default();
-        let hint = match state {
-            State::Incoming if matches!(Kind::of(known), Kind::Void) => {
-                "an attempt ended here and left its disks half written: receives a migration".to_owned()
-            }
-            State::Incoming => {
-                format!("owns nothing: receives a migration, or is made the owner by 'blockferry claim {}'", guest.name)
-            }
-            State::Given | State::Superseded | State::Unknown => guest.why_fenced(),
-            _ => String::new(),
+        let hint = match ownership.next.as_str() {
+            "" if ownership.owner != Owner::Here => ownership.text,
+            _ => ownership.next,
         };
         Status {
             guest: text(&guest.name),
-            state,
-            term: u64::from(order.term),
-            generation: order.generation,
+            state: ownership.state,
+            term: ownership.term,
+            generation: ownership.generation,
             lineage: known.map_or(0, |record| u128::from_be_bytes(record.lineage.0)),
-            peer,
+            peer: ownership.address,
             migration: match guest.source.is_running() {
                 None => Migration::None,
                 Some(true) => Migration::Running,
                 Some(false) => Migration::Ended,
             },
-            hint: text(&hint),
+            hint,
             // No more than --disk takes.
             disks: guest
                 .disks
@@ -202,6 +190,15 @@ impl Desk for ControlDesk {
         }
     }
 
+    fn ownership(&self) -> Ownership {
+        let guest = &*self.guest;
+        Standing { guest: &guest.name, record: &guest.record(), rejected: guest.rejected() }.ownership()
+    }
+
+    fn recover(&self, word: wire::Word) -> Result<Recovered, Problem> {
+        recover::recover(&self.guest, word)
+    }
+
     fn claim(&self, discard_record: bool) -> Result<(), Problem> {
         let guest = &*self.guest;
         let refuse = |cause: &dyn std::fmt::Display| Problem::refused("claim", &guest.name, cause);
@@ -211,9 +208,15 @@ impl Desk for ControlDesk {
         }) {
             return Err(refuse(&format_args!("disk {} does not exist", missing.spec.name)));
         }
+        if let Some((why, _)) = guest.rejected().filter(|_| !discard_record) {
+            return Err(refuse(&format_args!("the record here {why}; --discard-record shows it and throws it away")));
+        }
         let lineage = Lineage::random().map_err(|error| refuse(&error))?;
         let word = Word::random().map_err(|error| refuse(&error))?;
-        let event = Event::Claim { lineage, word, images: Images::NONE, discard: discard_record };
+        let images = guest.images().map_err(|cause| refuse(&cause))?;
+        let event = Event::Claim { lineage, word, images, discard: discard_record };
+        // A full disk refuses it, and does no more than that.
+        guest.write_ahead(&[std::slice::from_ref(&event)]).map_err(|cause| refuse(&cause))?;
         match guest.apply(&event) {
             Ok(_) => Ok(()),
             Err(KeepError::Refused(refusal)) => Err(refuse(&refusal)),
@@ -262,5 +265,6 @@ fn shown(gate: Gate) -> ShownGate {
         Gate::Serving => ShownGate::Serving,
         Gate::Quiesced => ShownGate::Quiesced,
         Gate::Fenced => ShownGate::Fenced,
+        Gate::Closed => ShownGate::Closed,
     }
 }

@@ -6,6 +6,7 @@
 //! [`Socket::shutdown`].
 
 use std::io::{Error, ErrorKind, IoSlice, IoSliceMut, Result};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -37,6 +38,13 @@ impl Socket {
         // A Unix socket has no such option; that is not an error.
         let _ = sockopt::set_tcp_nodelay(&fd, true);
         Self { fd }
+    }
+
+    /// This host's address of a TCP connection; `None` of a Unix socket.
+    #[must_use]
+    pub fn local_ip(&self) -> Option<IpAddr> {
+        let address = rustix::net::getsockname(&self.fd).ok()?;
+        SocketAddr::try_from(address).ok().map(|address| address.ip())
     }
 
     /// Receives at least one byte into `buffer`, or 0 at the end of the stream.

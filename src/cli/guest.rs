@@ -1,10 +1,11 @@
 //! The short commands about a guest that is served: `claim`, `switch`, `cancel`, `status`, `set`.
 
 use std::fmt::Write as _;
+use std::path::PathBuf;
 use std::time::Instant;
 
-use super::Command;
 use super::options::{Matches, Opt, Spec, Takes, opt};
+use super::{Command, print, recover};
 use crate::address::Address;
 use crate::control::client::Client;
 use crate::control::wire::{Migration, Reply, Request, SetRequest, Status, text};
@@ -57,7 +58,8 @@ pub(super) const CLAIM: Spec = Spec {
         CONTROL,
         PLAINTEXT,
     ],
-    notes: "Refused where a record exists. `blockferry serve` must be running for the guest.\n\n\
+    notes: "Refused where a record exists. `blockferry serve` must be running for the guest: only it knows the images\n\
+            that the record is to speak of.\n\n\
             Example:\n\
             \x20 blockferry claim g1\n",
 };
@@ -98,6 +100,15 @@ pub(super) const SET: Spec = Spec {
     ],
     notes: "Example:\n\x20 blockferry set g1 --bandwidth 100M\n",
 };
+
+/// `--state`, or the default place of a guest's record.
+pub(super) fn state_directory(matches: &Matches, guest: &str) -> Result<PathBuf, Problem> {
+    let given = matches.read("state", |path| match path {
+        "" => Err("the path is empty".to_owned()),
+        path => Ok(PathBuf::from(path)),
+    })?;
+    Ok(given.unwrap_or_else(|| PathBuf::from(format!("/var/lib/blockferry/{guest}"))))
+}
 
 /// A door of a guest at its default place.
 #[must_use]
@@ -164,6 +175,13 @@ impl GuestDoor {
 
 pub(super) fn claim(options: &ClaimOptions, as_json: bool) -> Result<String, Problem> {
     let request = Request::Claim { discard_record: options.discard_record };
+    if options.discard_record {
+        // Before it is gone, not after.
+        let found = recover::ask(&mut options.door.connect("claim")?)?;
+        if found.rejected {
+            print(&if as_json { json::ownership(&found) } else { recover::ownership_text(&found) });
+        }
+    }
     options.door.tell("claim", &request, "this host owns the guest's disks", as_json)
 }
 

@@ -31,7 +31,10 @@ pub(super) fn general() -> String {
          \x20 B$ blockferry serve g1 --disk vda,file=/d/g1.raw,size=20G --listen tcp://B:49152 --insecure-plaintext\n\
          \x20 A$ blockferry serve g1 --disk vda,file=/d/g1.raw --insecure-plaintext\n\
          \x20 A$ blockferry claim g1                  (once in the guest's life)\n\
-         \x20 A$ blockferry migrate g1 tcp://B:49152 --insecure-plaintext\n",
+         \x20 A$ blockferry migrate g1 tcp://B:49152 --insecure-plaintext\n\n\
+         In trouble:\n\
+         \x20 A$ blockferry who-owns g1\n\
+         \x20 A$ blockferry recover g1                 (asks the other host, says what to type where)\n",
     );
     text
 }

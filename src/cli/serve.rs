@@ -1,7 +1,5 @@
 //! `blockferry serve`.
 
-use std::path::PathBuf;
-
 use super::options::{Matches, Spec, Takes, later, opt};
 use super::{Command, guest};
 use crate::address::Address;
@@ -32,10 +30,10 @@ pub(super) const SPEC: Spec = Spec {
         opt(
             "state",
             Takes::One("DIR"),
-            "for the record of who owns [/var/lib/blockferry/GUEST];\n\
-             not built yet: today the record lives in memory only",
+            "where the record of who owns is kept, and nothing else; made if it is\n\
+             missing, never copied [/var/lib/blockferry/GUEST]",
         ),
-        opt("volatile-state", Takes::Nothing, "the record may be lost with the host; today it always is"),
+        opt("volatile-state", Takes::Nothing, "DIR may be on a tmpfs: then a power cut loses who owns the guest"),
         opt("vmm", Takes::One("none"), "what holds the guest still: none, the caller does [none]"),
         opt("insecure-plaintext", Takes::Nothing, "allow TCP beyond this host without keys"),
         later("domain-xml", Takes::One("FILE")),
@@ -61,14 +59,10 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
     }
     check_disks(&disks).map_err(|cause| matches.error("disk", cause))?;
     matches.only("vmm", &["none"], &["qmp:", "hook:"])?;
-    let state = matches.read("state", |path| match path {
-        "" => Err("the path is empty".to_owned()),
-        path => Ok(PathBuf::from(path)),
-    })?;
     Ok(Command::Serve(ServeOptions {
         guest: guest.to_owned(),
         disks,
-        state: state.unwrap_or_else(|| PathBuf::from(format!("/var/lib/blockferry/{guest}"))),
+        state: guest::state_directory(matches, guest)?,
         volatile_state: matches.flag("volatile-state"),
         nbd: matches.addresses("nbd", || guest::door(guest, "nbd"))?,
         listen: matches.read("listen", Address::parse)?,

@@ -8,7 +8,7 @@ use super::*;
 use crate::address::Address;
 use crate::control::fake::{FakeDesk, WAIT};
 use crate::control::server::Server;
-use crate::control::wire::{Done, Owner, Phase, Progress, Request, SetRequest, text};
+use crate::control::wire::{Done, Owner, Ownership, Phase, Progress, Request, SetRequest, Word, text};
 use crate::disk::Cache;
 use crate::domain::Disk;
 use crate::limits::{CONNECTIONS_PER_DISK_MAX, DOWNTIME_LIMIT_DEFAULT_MS};
@@ -203,12 +203,30 @@ fn the_short_commands_parse() {
     let tcp =
         GuestDoor { control: Address::Tcp { host: "h".to_owned(), port: 1 }, insecure_plaintext: true, ..door("g1") };
     assert_eq!(command("status g1 --control tcp://h:1 --insecure-plaintext"), Command::Status(tcp));
-    for name in ["claim", "switch", "cancel", "status", "set"] {
+    for name in ["claim", "switch", "cancel", "status", "set", "who-owns", "recover"] {
         wrong(name, &format!("{name}: GUEST: missing"));
         wrong(&format!("{name} g1 x"), &format!("{name}: x: one argument too many"));
     }
     wrong("set g1", "set: g1: nothing to change: --bandwidth SIZE or --downtime-limit MS");
     wrong("status g1 --control x", "status: --control: 'x' is not an address: unix:///PATH or tcp://HOST:PORT");
+}
+
+#[test]
+fn who_owns_and_recover_parse() {
+    let asked = |state: &str| WhoOwnsOptions { door: door("g1"), state: PathBuf::from(state) };
+    assert_eq!(command("who-owns g1"), Command::WhoOwns(asked("/var/lib/blockferry/g1")));
+    assert_eq!(command("who-owns g1 --state /s"), Command::WhoOwns(asked("/s")));
+    for (line, word) in [
+        ("recover g1", Word::Ask),
+        ("recover g1 --take-ownership", Word::TakeOwnership),
+        ("recover g1 --forget-peer", Word::ForgetPeer),
+        ("recover g1 --forget", Word::Forget),
+    ] {
+        assert_eq!(command(line), Command::Recover(RecoverOptions { door: door("g1"), word }));
+    }
+    wrong("recover g1 --take-ownership --forget", "recover: --forget: excludes --take-ownership");
+    wrong("recover g1 --forget-peer --forget", "recover: --forget: excludes --forget-peer");
+    wrong("who-owns g1 --state=", "who-owns: --state: the path is empty");
 }
 
 #[test]
@@ -386,6 +404,32 @@ fn the_short_commands_reach_the_guest() {
         assert_eq!(problem.to_string(), "blockferry: claim: g1: there is a record");
     });
     assert_eq!(desk.calls(), ["switch", "switch", "set Some(5)", "claim true"]);
+}
+
+#[test]
+fn who_owns_and_recover_exit_as_they_answer() {
+    let desk = FakeDesk::default();
+    with_guest(&desk, |door| {
+        let who = WhoOwnsOptions { door: door.clone(), state: PathBuf::from("/nowhere") };
+        let recover = RecoverOptions { door: door.clone(), word: Word::Forget };
+        for (owner, exit) in
+            [(Owner::Here, Exit::Done), (Owner::Elsewhere, Exit::GaveAway), (Owner::Unknown, Exit::Unknown)]
+        {
+            desk.change(|inner| inner.ownership = Ownership { guest: text("g1"), owner, ..Ownership::default() });
+            assert_eq!(recover::who_owns(&who, true).map(|(_, exit)| exit), Ok(exit));
+            // The word was not carried out: the exit says who owns.
+            assert_eq!(recover::recover(&recover, true).map(|(_, exit)| exit), Ok(exit));
+        }
+        // What is thrown away is shown first.
+        desk.change(|inner| inner.ownership.rejected = true);
+        let claim = ClaimOptions { door: door.clone(), discard_record: true };
+        guest::claim(&claim, true).expect_err("refused");
+    });
+    assert_eq!(desk.calls(), ["recover Forget", "recover Forget", "recover Forget", "claim true"]);
+    let nobody = WhoOwnsOptions { door: door("g1"), state: PathBuf::from("/nowhere") };
+    let problem = recover::who_owns(&nobody, false).expect_err("nobody");
+    assert_eq!(problem.exit, Exit::Unknown);
+    assert!(problem.to_string().ends_with("and its record in /nowhere cannot be read: No such file or directory"));
 }
 
 #[test]

@@ -23,6 +23,7 @@ pub(crate) struct Inner {
     pub(crate) running: Option<Progress>,
     pub(crate) done: Option<Done>,
     pub(crate) given: bool,
+    pub(crate) ownership: Ownership,
 }
 
 impl FakeDesk {
@@ -67,6 +68,16 @@ impl Desk for FakeDesk {
             (None, None) => Migration::None,
         };
         Status { guest: text("g1"), state: State::Owner, migration, ..Status::default() }
+    }
+
+    fn ownership(&self) -> Ownership {
+        self.inner.lock().expect("no panic").ownership.clone()
+    }
+
+    fn recover(&self, word: Word) -> Result<Recovered, Problem> {
+        self.note(format!("recover {word:?}"))?;
+        let ownership = self.ownership();
+        Ok(Recovered { ownership, heard: text("no answer"), ..Recovered::default() })
     }
 
     fn claim(&self, discard_record: bool) -> Result<(), Problem> {

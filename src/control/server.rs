@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use crate::control::link::{Link, is_unknown};
 use crate::control::wire::{
-    Convergence, Done, MigrateRequest, Phase, Progress, Refusal, Reply, Request, SetRequest, Status, VERSION,
+    Convergence, Done, MigrateRequest, Ownership, Phase, Progress, Recovered, Refusal, Reply, Request, SetRequest,
+    Status, VERSION, Word,
 };
 use crate::error::Problem;
 use crate::limits::{
@@ -26,6 +27,16 @@ use crate::socket::Socket;
 pub trait Desk: Send + Sync {
     /// How the guest's disks are now.
     fn status(&self) -> Status;
+
+    /// Who owns the guest, as far as this host knows.
+    fn ownership(&self) -> Ownership;
+
+    /// Asks the other host that the record names, and carries out the operator's word if the rules let it (M5, M6, M8).
+    /// Waits for the other host for as long as it takes to be sure that it does not answer.
+    ///
+    /// # Errors
+    /// The rules refuse the word; nothing has changed by it.
+    fn recover(&self, word: Word) -> std::result::Result<Recovered, Problem>;
 
     /// This host owns the disks (M7). Returns once that is durable.
     ///
@@ -172,6 +183,11 @@ fn answer(link: &mut Link, desk: &dyn Desk, request: Request) -> Result<()> {
         Request::Switch => report(link, desk.switch()),
         Request::Cancel { cause } => report(link, desk.cancel(None, &cause)),
         Request::Set(change) => report(link, desk.set(&change)),
+        Request::WhoOwns => send(link, &Reply::Ownership(desk.ownership())),
+        Request::Recover(word) => match desk.recover(word) {
+            Ok(recovered) => send(link, &Reply::Recovered(recovered)),
+            Err(problem) => refuse(link, &problem),
+        },
         Request::Follow => match desk.news(None, Duration::ZERO) {
             None => refuse(link, &Problem::refused("follow", "migration", "there is none")),
             Some(News::Done(done)) => {

@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 use super::frame::{self, Assembler, FrameError};
 use super::wire::*;
 use crate::domain::Stays;
-use crate::limits::{CONTROL_FRAME_MAX, DISKS_MAX};
+use crate::limits::{CONTROL_FRAME_MAX, DISKS_MAX, NEXT_STEPS_MAX};
 
 fn bytes<T: Serialize>(message: &T) -> Vec<u8> {
     let mut out = [0; CONTROL_FRAME_MAX];
@@ -101,6 +101,34 @@ fn a_status() -> Status {
     }
 }
 
+fn an_ownership() -> Ownership {
+    Ownership {
+        guest: text("g"),
+        state: State::Given,
+        owner: Owner::Elsewhere,
+        term: 1,
+        generation: 2,
+        host: 4,
+        address: text("a"),
+        text: text("t"),
+        next: text("n"),
+        record: text("r"),
+        rejected: true,
+    }
+}
+
+fn a_recovered() -> Recovered {
+    Recovered {
+        ownership: an_ownership(),
+        asked: text("p"),
+        heard: text("h"),
+        done: text("d"),
+        may_lose: text("l"),
+        never_take: text("v"),
+        next: [text("s")].into_iter().collect(),
+    }
+}
+
 #[test]
 fn every_request_has_its_number_and_bytes() {
     pinned(&Request::Hello { version: 1 }, &[0, 1]);
@@ -113,6 +141,8 @@ fn every_request_has_its_number_and_bytes() {
     pinned(&Request::Cancel { cause: text("no") }, &[5, 2, b'n', b'o']);
     pinned(&Request::Set(SetRequest { bandwidth_bytes: Some(0), downtime_limit_ms: None }), &[6, 1, 0, 0]);
     pinned(&Request::Follow, &[7]);
+    pinned(&Request::WhoOwns, &[8]);
+    pinned(&Request::Recover(Word::ForgetPeer), &[9, 2]);
 }
 
 #[test]
@@ -126,6 +156,10 @@ fn every_reply_has_its_number_and_bytes() {
     let progress = [4, 5, 2, 6, 3, 9, 8, 1, 7, 10, 11, 1, 1, 1, b'a', 1, 2, 3, 4, 5, 6, 7, 1, 8];
     pinned(&Reply::Progress(a_progress()), &progress);
     pinned(&Reply::Done(a_done()), &[5, 1, 3, 1, b'x', 1, 1, b'd', 4, 5, 6, 7, 1, 8]);
+    let ownership = [1, b'g', 5, 3, 1, 2, 4, 1, b'a', 1, b't', 1, b'n', 1, b'r', 1];
+    pinned(&Reply::Ownership(an_ownership()), &[&[6], &ownership[..]].concat());
+    let rest = [1, b'p', 1, b'h', 1, b'd', 1, b'l', 1, b'v', 1, 1, b's'];
+    pinned(&Reply::Recovered(a_recovered()), &[&[7], &ownership[..], &rest].concat());
 }
 
 #[test]
@@ -134,11 +168,13 @@ fn every_value_of_an_enumeration_has_its_number() {
     let numbers = |all: &[Vec<u8>]| all.iter().enumerate().all(|(i, b)| b.len() == 1 && usize::from(b[0]) == i);
     let states = [S::Incoming, S::Receiving, S::Sealed, S::Owner, S::Offered, S::Given, S::Superseded, S::Unknown];
     assert!(numbers(&states.map(|v| bytes(&v))));
-    let gates = [G::Incoming, G::Receiving, G::Sealed, G::Serving, G::Quiesced, G::Fenced];
+    let gates = [G::Incoming, G::Receiving, G::Sealed, G::Serving, G::Quiesced, G::Fenced, G::Closed];
     assert!(numbers(&gates.map(|v| bytes(&v))));
     let phases = [P::Prepare, P::Bulk, P::Passes, P::State, P::Final, P::Seal, P::Give, P::Abort];
     assert!(numbers(&phases.map(|v| bytes(&v))));
-    assert!(numbers(&[O::Here, O::Destination, O::Unknown].map(|v| bytes(&v))));
+    assert!(numbers(&[O::Here, O::Destination, O::Unknown, O::Elsewhere].map(|v| bytes(&v))));
+    let words = [Word::Ask, Word::TakeOwnership, Word::ForgetPeer, Word::Forget];
+    assert!(numbers(&words.map(|v| bytes(&v))));
     assert!(numbers(&[M::None, M::Running, M::Ended].map(|v| bytes(&v))));
     let stays = [Stays::Shared, Stays::ReadOnly, Stays::External, Stays::Empty, Stays::NotChosen];
     assert!(numbers(&stays.map(|v| bytes(&v))));
@@ -200,9 +236,29 @@ fn the_largest_messages_fit_a_frame() {
         disks: (0..DISKS_MAX).map(|_| disk.clone()).collect(),
         ..a_status()
     };
+    let ownership = Ownership {
+        guest: full(),
+        term: most,
+        generation: most,
+        host: u128::MAX,
+        address: full(),
+        text: full(),
+        next: full(),
+        record: full(),
+        ..an_ownership()
+    };
+    let recovered = Recovered {
+        ownership,
+        asked: full(),
+        heard: full(),
+        done: full(),
+        may_lose: full(),
+        never_take: full(),
+        next: (0..NEXT_STEPS_MAX).map(|_| full()).collect(),
+    };
     let whole = framed(&Request::Migrate(migrate.clone()));
     assert_eq!(frame::decode(&whole[..whole.len() - 1]), Ok(Request::Migrate(migrate)));
-    for reply in [Reply::Progress(progress), Reply::Status(status)] {
+    for reply in [Reply::Progress(progress), Reply::Status(status), Reply::Recovered(recovered)] {
         let whole = framed(&reply);
         assert_eq!(frame::decode(&whole[..whole.len() - 1]), Ok(reply));
     }
@@ -217,7 +273,7 @@ fn a_newer_peers_appended_field_is_ignored_and_its_new_message_is_unknown() {
         out[..length].to_vec()
     };
     assert_eq!(frame::decode(&frame(&[2, 1, 77, 78])), Ok(Request::Claim { discard_record: true }));
-    assert_eq!(frame::decode::<Request>(&frame(&[8])), Err(FrameError::Unknown));
+    assert_eq!(frame::decode::<Request>(&frame(&[10])), Err(FrameError::Unknown));
     assert_eq!(frame::decode::<Request>(&frame(&[])), Err(FrameError::Unknown));
 }
 

@@ -15,10 +15,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::domain::Stays;
 use crate::error::{Dies, Exit, Problem};
-use crate::limits::{ADDRESS_MAX, CAUSE_MAX, DISK_NAME_MAX, DISKS_MAX, GUEST_NAME_MAX, OPERATION_MAX};
+use crate::limits::{
+    ADDRESS_MAX, CAUSE_MAX, DISK_NAME_MAX, DISKS_MAX, GUEST_NAME_MAX, NEXT_STEPS_MAX, OPERATION_MAX, RECORD_TEXT_MAX,
+};
 
 /// The version of these messages. Both ends are the same executable as a rule, so there is no older one to speak.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// A guest's name.
 pub type GuestName = String<GUEST_NAME_MAX>;
@@ -58,6 +60,25 @@ pub enum Request {
     Set(SetRequest),
     /// 7: the progress of the running migration, or the end of the last one.
     Follow,
+    /// 8: answered by [`Reply::Ownership`].
+    WhoOwns,
+    /// 9: ask the other host, and if the operator says so, do without it (M5, M6, M8); answered by
+    /// [`Reply::Recovered`].
+    Recover(Word),
+}
+
+/// The operator's word when a record waits for another host.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Word {
+    /// 0: only ask the other host.
+    #[default]
+    Ask,
+    /// 1: this host owns from now on (M8).
+    TakeOwnership,
+    /// 2: the peer of an ended offer will never own (M5).
+    ForgetPeer,
+    /// 3: what is here is given up (M6).
+    Forget,
 }
 
 /// What `migrate` asks for.
@@ -113,6 +134,10 @@ pub enum Reply {
     Progress(Progress),
     /// 5: how the migration ended.
     Done(Done),
+    /// 6: who owns.
+    Ownership(Ownership),
+    /// 7: what the other host said, and what was done.
+    Recovered(Recovered),
 }
 
 /// A [`Problem`] on its way.
@@ -200,6 +225,8 @@ pub enum Gate {
     Quiesced,
     /// 5: refuses everything.
     Fenced,
+    /// 6: the same, until it is known who owns.
+    Closed,
 }
 
 impl Gate {
@@ -213,6 +240,7 @@ impl Gate {
             Self::Serving => "serving",
             Self::Quiesced => "quiesced",
             Self::Fenced => "fenced",
+            Self::Closed => "closed",
         }
     }
 }
@@ -391,6 +419,8 @@ pub enum Owner {
     /// 2: not known from here.
     #[default]
     Unknown,
+    /// 3: another host, which is named.
+    Elsewhere,
 }
 
 impl Owner {
@@ -401,6 +431,17 @@ impl Owner {
             Self::Here => "here",
             Self::Destination => "destination",
             Self::Unknown => "unknown",
+            Self::Elsewhere => "elsewhere",
+        }
+    }
+
+    /// How `who-owns` ends.
+    #[must_use]
+    pub const fn exit(self) -> Exit {
+        match self {
+            Self::Here => Exit::Done,
+            Self::Destination | Self::Elsewhere => Exit::GaveAway,
+            Self::Unknown => Exit::Unknown,
         }
     }
 }
@@ -428,6 +469,52 @@ pub struct Done {
     pub total_ms: u64,
     /// From quiesce to the destination's word that it owns; `None`: never came to it.
     pub switchover_us: Option<u64>,
+}
+
+/// Who owns a guest, as far as this host knows.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ownership {
+    /// The guest.
+    pub guest: GuestName,
+    /// The record's state.
+    pub state: State,
+    /// Here, elsewhere or not known.
+    pub owner: Owner,
+    /// The order's term.
+    pub term: u64,
+    /// The order's generation.
+    pub generation: u64,
+    /// The other host that the state names; 0: none.
+    pub host: u128,
+    /// Where that was last reached; empty: it cannot be dialled.
+    pub address: AddressText,
+    /// All of it in words.
+    pub text: Cause,
+    /// What to type next; empty: nothing.
+    pub next: Cause,
+    /// The record with all that tells it from others; empty: there is none.
+    pub record: String<RECORD_TEXT_MAX>,
+    /// The record counts for nothing (M7).
+    pub rejected: bool,
+}
+
+/// What became of a [`Request::Recover`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recovered {
+    /// Who owns after it.
+    pub ownership: Ownership,
+    /// Who was asked; empty: nobody.
+    pub asked: Cause,
+    /// What it said.
+    pub heard: Cause,
+    /// The word was carried out, and this was done; empty: it was not, or there was none.
+    pub done: Cause,
+    /// What the guest may lose by it.
+    pub may_lose: Cause,
+    /// Which host must never be taken, and why; empty: none.
+    pub never_take: Cause,
+    /// What to do next, and where.
+    pub next: Vec<Cause, NEXT_STEPS_MAX>,
 }
 
 /// As much of `full` as fits, cut at a character.

@@ -52,12 +52,14 @@ fn who_may_write_in_which_gate() {
         (Gate::Sealed, "EPERM", "ESHUTDOWN"),
         (Gate::Serving, "done", "ESHUTDOWN"),
         (Gate::Quiesced, "waits", "ESHUTDOWN"),
+        (Gate::Closed, "ESHUTDOWN", "ESHUTDOWN"),
         (Gate::Fenced, "ESHUTDOWN", "ESHUTDOWN"),
     ] {
         bench.export.set_gate(gate);
         assert_eq!((word(&guest), word(&migration)), (for_guest, for_migration), "{gate:?}");
         assert!(guest.flush().is_ok(), "a flush is served in {gate:?}");
-        assert_eq!(guest.read(&mut [0; 512], 0).is_ok(), gate != Gate::Fenced, "a read in {gate:?}");
+        let readable = !matches!(gate, Gate::Fenced | Gate::Closed);
+        assert_eq!(guest.read(&mut [0; 512], 0).is_ok(), readable, "a read in {gate:?}");
     }
     assert_eq!(bench.export.refused_guest_writes(), 3);
 }

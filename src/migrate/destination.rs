@@ -29,7 +29,7 @@ use crate::limits::{
 };
 use crate::nbd::handshake::{Description, Directory, OpenError};
 use crate::nbd::server;
-use crate::ownership::{Answer, Attempt, Event, Images, KeepError, Peer, Stamp, State, next};
+use crate::ownership::{Answer, Attempt, Event, Images, KeepError, Peer, Promise, Record, Stamp, State, next};
 use crate::socket::Socket;
 
 /// What this process receives.
@@ -93,11 +93,12 @@ pub fn serve(guest: &Arc<Guest>, socket: &Arc<Socket>) {
 
 fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
     let challenge = Challenge::random().map_err(|error| error.to_string())?;
-    let ours = hello(guest, Role::Destination, challenge);
+    let ours = hello(guest, Role::Destination, challenge, link.socket());
     let (theirs, _) = link.hello(&ours, Instant::now() + HELLO_TIMEOUT).map_err(|error| error.to_string())?;
     if theirs.guest != ours.guest {
         return Err(format!("the peer speaks of guest '{}', this is '{}'", theirs.guest.escape_debug(), guest.name));
     }
+    meet(guest, &theirs);
     let mut session = Session { theirs, challenge: Some(challenge), stamp: None };
     let mut heard = Instant::now();
     loop {
@@ -105,6 +106,8 @@ fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
             Ok(Some(message)) => {
                 log::debug!("migration door: received {}", message.name());
                 let answer = guest.destination.answer(guest, &mut session, message)?;
+                heard = Instant::now();
+                let Some(answer) = answer else { continue };
                 log::debug!("migration door: answered {}", answer.name());
                 link.send(&answer, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
                 // The answer may have taken long; the peer's silence begins now.
@@ -121,8 +124,10 @@ fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
     }
 }
 
-/// This side's hello.
-pub fn hello(guest: &Guest, role: Role, challenge: Challenge) -> Hello {
+/// This side's hello on `socket`. A door that listens at every address of this host is reached at the one that the
+/// peer sees.
+pub fn hello(guest: &Guest, role: Role, challenge: Challenge, socket: &Socket) -> Hello {
+    let address = guest.migration_address.as_ref().map(|door| door.seen_at(socket.local_ip()).to_string());
     Hello {
         versions: (VERSION_LOWEST, VERSION_HIGHEST),
         role,
@@ -133,7 +138,16 @@ pub fn hello(guest: &Guest, role: Role, challenge: Challenge) -> Hello {
         instance: guest.instance,
         challenge,
         host: guest.host,
-        address: cut(&guest.migration_address),
+        address: cut(&address.unwrap_or_default()),
+    }
+}
+
+/// M8: whatever the peer's hello proves of a higher order.
+pub(super) fn meet(guest: &Guest, theirs: &Hello) {
+    let Some(title) = theirs.title else { return };
+    let peer = Peer { host: theirs.host, address: theirs.address.clone() };
+    if let Err(error) = guest.apply(&Event::Meet { title, peer }) {
+        log::warn!("migration: {error}");
     }
 }
 
@@ -147,18 +161,18 @@ struct Session {
 }
 
 impl Destination {
-    /// The one match of the destination.
+    /// The one match of the destination. `None`: nothing is to be answered.
     ///
     /// # Errors
     /// The peer broke the protocol, or nothing may be answered (M4): the connection ends, with this line for the log.
-    fn answer(&self, guest: &Guest, session: &mut Session, message: Message) -> Result<Message, String> {
+    fn answer(&self, guest: &Guest, session: &mut Session, message: Message) -> Result<Option<Message>, String> {
         let mut inner = self.lock();
         session.stamp = message.stamp().copied().or(session.stamp);
         let receiving = match &inner.stage {
             Stage::Receiving(reception) => message.stamp().is_some_and(|stamp| stamp.matches(&reception.stamp)),
             Stage::Idle => false,
         };
-        match (receiving, message) {
+        let answer = match (receiving, message) {
             (_, Message::Ping { number }) => Ok(Message::Pong { number }),
             (_, Message::Prepare(offer)) => inner.prepare(guest, session, &offer),
             // Whatever the source asks of an attempt that this side has ended, it hears why.
@@ -180,7 +194,10 @@ impl Destination {
                 inner.clean_up();
                 answer
             }
-            (false, Message::Seal { stamp, .. }) => settle(guest, &Event::Seal { stamp, images: Images::NONE }, stamp),
+            // Said again by who is sealed; what this process does not receive, it cannot seal.
+            (false, Message::Seal { stamp, .. }) if !is_receiving(guest)? => {
+                settle(guest, &Event::Seal { stamp, images: Images::NONE }, stamp)
+            }
             (false, Message::Go { stamp }) => {
                 forget_shared(guest);
                 settle(guest, &Event::Go(stamp), stamp)
@@ -191,14 +208,72 @@ impl Destination {
             }
             (_, Message::Question { stamp }) if stamp.source == guest.host => {
                 let promise = guest.promise(&stamp).map_err(|error| error.to_string())?;
-                Ok(Message::Promise { stamp, promise })
+                // M10: who asks may be dialled by nobody. GO is as good as an answer as by itself.
+                let unheard = matches!(
+                    guest.record().map_err(|error| error.to_string())?.map(|record| record.state),
+                    Some(State::Given { arrived: false, .. })
+                );
+                let go = promise == Promise::Given && unheard;
+                Ok(if go { Message::Go { stamp } } else { Message::Promise { stamp, promise } })
+            }
+            // What a destination that has asked says in return.
+            (_, Message::Running { stamp, .. }) if stamp.source == guest.host => {
+                return guest.apply(&Event::Running(stamp)).map(|_| None).map_err(|error| error.to_string());
+            }
+            (_, Message::Unsealed { stamp }) if stamp.source == guest.host => {
+                return guest.apply(&Event::Unsealed(stamp)).map(|_| None).map_err(|error| error.to_string());
             }
             // A GO before SEAL, a fence of an attempt that is not received here: the record is the answer (M2, M6).
-            (_, Message::Go { stamp } | Message::Fence { stamp, .. } | Message::Question { stamp }) => {
-                record(guest, stamp)
-            }
+            (
+                _,
+                Message::Go { stamp }
+                | Message::Fence { stamp, .. }
+                | Message::Question { stamp }
+                | Message::Seal { stamp, .. },
+            ) => record(guest, stamp),
             (_, other) => Err(format!("the peer sent {} to a destination", other.name())),
+        };
+        answer.map(Some)
+    }
+
+    /// Takes in what the source of a sealed attempt says when it is asked; returns what it is told in return.
+    ///
+    /// # Errors
+    /// Nothing may be answered (M4).
+    pub(super) fn hear(&self, guest: &Guest, said: &Message) -> Result<Option<Message>, String> {
+        let _inner = self.lock();
+        match said {
+            Message::Go { stamp } => {
+                forget_shared(guest);
+                settle(guest, &Event::Go(*stamp), *stamp).map(Some)
+            }
+            Message::Promise { stamp, promise: Promise::NotGiven } => {
+                shut_guest_doors(guest, stamp);
+                settle(guest, &Event::NotGiven(*stamp), *stamp).map(Some)
+            }
+            _ => Ok(None),
         }
+    }
+
+    /// Gives up a sealed guest at the operator's word (M2), or whatever else can be forgotten (M6). The source may be
+    /// told "unsealed" from then on, so that nobody may go on using what was read here (M11).
+    ///
+    /// # Errors
+    /// As [`Guest::apply`].
+    pub(super) fn forget(&self, guest: &Guest, event: &Event) -> Result<Answer, KeepError> {
+        let _inner = self.lock();
+        let record = guest.record()?;
+        if let Some(stamp) = record.as_ref().and_then(Record::stamp)
+            && next(guest.host, record.as_ref(), event).is_ok()
+        {
+            shut_guest_doors(guest, &stamp);
+        }
+        guest.apply(event)
+    }
+
+    /// Whether an attempt is received.
+    pub(super) fn receives(&self) -> bool {
+        matches!(self.lock().stage, Stage::Receiving(_))
     }
 
     /// What the source must hear without having asked: this side has ended the attempt.
@@ -301,6 +376,18 @@ impl Inner {
             if let Err(error) = reception.create_missing(guest, export, path, disk) {
                 problems.add(&disk.name, &error);
             }
+        }
+        // A full disk is noticed now, and not when the guest waits for SEALED and OWNER.
+        let ahead = if problems.0.is_empty() {
+            guest.images().and_then(|images| {
+                let sealing = [event.clone(), Event::Seal { stamp, images }, Event::Go(stamp)];
+                guest.write_ahead(&[&sealing, &[event.clone(), Event::Abort(stamp)]])
+            })
+        } else {
+            Ok(())
+        };
+        if let Err(cause) = ahead {
+            problems.add("", &cause);
         }
         let begun = if problems.0.is_empty() {
             reception.begin(&self.remains, offer).map_err(|error| problems.add("", &error))
@@ -409,6 +496,7 @@ impl Inner {
     fn seal(&mut self, guest: &Guest, stamp: Stamp) -> Result<Message, String> {
         let Stage::Receiving(reception) = &mut self.stage else { return record(guest, stamp) };
         let began = Instant::now();
+        let images = guest.images();
         let durable = if !reception.end_writers() {
             Err("requests in flight do not end".to_owned())
         } else if refused_writes(guest) > reception.refused_before {
@@ -416,14 +504,17 @@ impl Inner {
         } else {
             reception.make_durable()
         };
-        if let Err(cause) = durable {
-            self.give_up(guest, &cause);
-            return Ok(failed(stamp, &cause));
-        }
+        let images = match durable.and(images) {
+            Ok(images) => images,
+            Err(cause) => {
+                self.give_up(guest, &cause);
+                return Ok(failed(stamp, &cause));
+            }
+        };
         let fsync_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
         // M2: from here on nothing of this attempt is cleaned up.
         self.stage = Stage::Idle;
-        match guest.apply(&Event::Seal { stamp, images: Images::NONE }) {
+        match guest.apply(&Event::Seal { stamp, images }) {
             Ok(Answer::Sealed) => Ok(Message::Sealed { stamp, fsync_us }),
             Ok(_) | Err(KeepError::Refused(_)) => record(guest, stamp),
             Err(error @ KeepError::Unknown(_)) => Err(error.to_string()),
@@ -585,6 +676,11 @@ fn record(guest: &Guest, stamp: Stamp) -> Result<Message, String> {
         summary.peer = None;
     }
     Ok(Message::Record { stamp, record: summary })
+}
+
+fn is_receiving(guest: &Guest) -> Result<bool, String> {
+    let record = guest.record().map_err(|error| error.to_string())?;
+    Ok(record.is_some_and(|record| matches!(record.state, State::Receiving { .. })))
 }
 
 fn failed(stamp: Stamp, cause: &dyn Display) -> Message {

@@ -13,9 +13,9 @@ use super::dial::dial;
 use super::lanes::Lanes;
 use super::link::{Link, LinkError};
 use super::meter::{Meter, Verdict};
-use super::settle;
+use super::settle::{self, Trouble};
 use super::source::Job;
-use super::wire::{DiskOffer, Epoch, Hello, Message, Mode, Prepare, Prepared, cut};
+use super::wire::{DiskOffer, Epoch, Hello, Message, Mode, Prepare, Prepared, Role, cut};
 use crate::control::wire::{Convergence, DiskProgress, Done, Owner, Phase, text};
 use crate::dirty::{DirtyMap, Region};
 use crate::error::Exit;
@@ -27,7 +27,7 @@ use crate::limits::{
     RUNNING_PATIENCE, SEAL_MAX, SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
 };
 use crate::mirror::{Counts, Mirror, NotReady};
-use crate::ownership::{Event, KeepError, Peer, Stamp};
+use crate::ownership::{Event, KeepError, Peer, Record, Stamp};
 
 /// Why a migration does not go on. Which exit code that is depends on where it happens.
 #[derive(Debug)]
@@ -48,6 +48,16 @@ impl From<&str> for Stop {
     fn from(cause: &str) -> Self {
         Self::Abort(cause.to_owned())
     }
+}
+
+/// How a hand-over ended that nothing takes back.
+enum Handed {
+    /// The destination owns. The length of the switchover.
+    Over(Duration),
+    /// The destination owns, and what failed after that.
+    OverBut(String),
+    /// It has not answered yet.
+    Unheard,
 }
 
 /// Why a switchover came to nothing while the gates could still open again.
@@ -71,17 +81,18 @@ impl From<NotYet> for Stop {
 pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
     let mut drive = match prepare(guest, job) {
         Ok(drive) => drive,
-        Err(cause) => return done(job, Exit::Refused, Owner::Here, &cause),
+        Err(cause) => return ended(guest, job, Exit::Refused, &cause),
     };
     let result = drive.perform().and_then(|()| drive.finish());
     let counts = drive.counts();
     let mut done = match result {
-        Ok(Some(switchover)) => {
+        Ok(Handed::Over(switchover)) => {
             let mut done = done(job, Exit::Done, Owner::Destination, "");
             done.switchover_us = Some(u64::try_from(switchover.as_micros()).unwrap_or(u64::MAX));
             done
         }
-        Ok(None) => done(
+        Ok(Handed::OverBut(cause)) => done(job, Exit::GaveAway, Owner::Destination, &cause),
+        Ok(Handed::Unheard) => done(
             job,
             Exit::Unknown,
             Owner::Unknown,
@@ -89,7 +100,7 @@ pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
         ),
         Err(Stop::Unknown(cause)) => done(job, Exit::Unknown, Owner::Unknown, &cause),
         Err(Stop::Abort(cause)) => match abort(drive, &cause) {
-            Ok(()) => done(job, Exit::Aborted, Owner::Here, &cause),
+            Ok(()) => ended(guest, job, Exit::Aborted, &cause),
             Err(unknown) => done(job, Exit::Unknown, Owner::Unknown, &unknown),
         },
     };
@@ -97,6 +108,17 @@ pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
     done.zero_bytes = counts.iter().map(|c| c.zeroed).sum();
     done.passes = counts.iter().map(|c| c.passes).max().unwrap_or(0);
     done
+}
+
+/// The end of an attempt that was not given. That this host still owns is said only if its record says so: it may not
+/// be durable (M4), or another host may have proved a higher order meanwhile (M8).
+fn ended(guest: &Guest, job: &Job, exit: Exit, cause: &str) -> Done {
+    match guest.record() {
+        Ok(record) if record.as_ref().is_some_and(Record::owns) => done(job, exit, Owner::Here, cause),
+        Ok(Some(record)) => done(job, Exit::Unknown, Owner::Unknown, &format!("{cause}; {record}")),
+        Ok(None) => done(job, Exit::Unknown, Owner::Unknown, cause),
+        Err(error) => done(job, Exit::Unknown, Owner::Unknown, &format!("{cause}; {error}")),
+    }
 }
 
 fn done(job: &Job, exit: Exit, owner: Owner, cause: &str) -> Done {
@@ -118,8 +140,8 @@ fn done(job: &Job, exit: Exit, owner: Owner, cause: &str) -> Done {
 fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String> {
     // Before the destination waits for an answer: it may take a while on a large disk.
     let disks = job.exports.iter().map(offer).collect::<Result<_, _>>()?;
-    let (mut link, theirs) =
-        dial(guest, &job.address, Instant::now() + DIAL_MAX).map_err(|cause| format!("{}: {cause}", job.address))?;
+    let (mut link, theirs) = dial(guest, &job.address, Role::Source, Instant::now() + DIAL_MAX)
+        .map_err(|cause| format!("{}: {cause}", job.address))?;
     let record = guest.record().map_err(|error| error.to_string())?.ok_or("this host owns nothing")?;
     let stamp = Stamp {
         lineage: record.lineage,
@@ -322,10 +344,16 @@ impl Drive<'_> {
         }
     }
 
-    /// Hands over. Returns the length of the switchover, or `None` if the destination has not answered to GO yet.
-    fn finish(&mut self) -> Result<Option<Duration>, Stop> {
+    /// Hands over.
+    fn finish(&mut self) -> Result<Handed, Stop> {
+        let attempt = self.stamp.attempt;
+        let offer = Event::Offer { attempt, to: self.peer.clone() };
+        // A full disk ends the attempt now, while the guest runs, and not when GIVEN must be written.
+        let give = [offer.clone(), Event::Give { sealed: self.stamp }, Event::Running(self.stamp)];
+        let end = [offer.clone(), Event::End { attempt }, Event::Unsealed(self.stamp)];
+        self.guest.write_ahead(&[&give, &end])?;
         // M5: durable before anything that lets the destination seal.
-        self.record(&Event::Offer { attempt: self.stamp.attempt, to: self.peer.clone() })?;
+        self.record(&offer)?;
         let mut tries = 0;
         let quiesced = loop {
             match self.final_pass() {
@@ -370,7 +398,7 @@ impl Drive<'_> {
         let since = quiesced.since();
         quiesced.fence();
         self.lanes.end();
-        Ok(self.give(Instant::now() + RUNNING_PATIENCE).then(|| since.elapsed()))
+        Ok(self.give(since, Instant::now() + RUNNING_PATIENCE))
     }
 
     /// Quiesces the guest and copies what is left: when this returns, the destination has everything, flushed (D5).
@@ -433,18 +461,26 @@ impl Drive<'_> {
         Err("the destination does not answer to SEAL".into())
     }
 
-    /// GO, until the destination says that it owns (`true`), or until the patience of whoever waits is at its end.
-    fn give(&mut self, deadline: Instant) -> bool {
+    /// GO, until the destination says that it owns, or until the patience of whoever waits is at its end. Any process
+    /// of the destination can answer: what it needs to own, it has on its disks.
+    fn give(&mut self, since: Instant, deadline: Instant) -> Handed {
+        let mut pause = RECONNECT_PAUSE.0;
         loop {
+            let patience = deadline.min(Instant::now() + GO_PATIENCE);
             // A connection that has fallen silent must not keep the guest waiting for as long as there is patience.
-            match settle::say(self.guest, &mut self.link, deadline.min(Instant::now() + GO_PATIENCE)) {
-                Ok(()) => return true,
-                Err(cause) => {
-                    log::info!("migration: GO: {cause}");
-                    if Instant::now() >= deadline || self.redial(deadline).is_err() {
-                        return !settle::is_needed(self.guest);
-                    }
-                }
+            match settle::converse(self.guest, &mut self.link, patience) {
+                _ if !settle::is_needed(self.guest) => return Handed::Over(since.elapsed()),
+                Ok(answer) => log::info!("migration: GO is answered by {}", answer.name()),
+                Err(Trouble::NotDurable(cause)) => return Handed::OverBut(cause),
+                Err(Trouble::Silent(cause)) => log::info!("migration: GO: {cause}"),
+            }
+            if Instant::now() + pause >= deadline {
+                return Handed::Unheard;
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(RECONNECT_PAUSE.1);
+            if let Ok((link, _)) = dial(self.guest, &self.job.address, Role::Source, deadline) {
+                self.link = link;
             }
         }
     }
@@ -571,7 +607,8 @@ impl Drive<'_> {
 
     /// Opens a new phase connection to the same process of the destination.
     fn dial_again(&mut self, deadline: Instant) -> Result<(), NotYet> {
-        let (link, theirs): (Link, Hello) = dial(self.guest, &self.job.address, deadline).map_err(NotYet::GoOn)?;
+        let (link, theirs): (Link, Hello) =
+            dial(self.guest, &self.job.address, Role::Source, deadline).map_err(NotYet::GoOn)?;
         if theirs.instance != self.prepared.instance {
             // D12: what it had been sent, it may have forgotten.
             return stop("the destination has been restarted");

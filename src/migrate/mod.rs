@@ -2,7 +2,7 @@
 //!
 //! `wire` is bytes, `link` one phase connection, `dial` opens one. `destination` is the receiving side. On the sending
 //! side `source` is what the user talks to, `drive` the phases in their order, `lanes` the data connections, `meter`
-//! the rates, and `settle` what is left to be said after an attempt.
+//! the rates. On both, `settle` says what is left to be said after an attempt, and `recover` lets the operator decide.
 
 pub mod destination;
 mod dial;
@@ -10,6 +10,7 @@ mod drive;
 mod lanes;
 pub mod link;
 mod meter;
-mod settle;
+pub mod recover;
+pub mod settle;
 pub mod source;
 pub mod wire;

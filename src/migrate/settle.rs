@@ -1,101 +1,266 @@
-//! What is left to be said after an attempt: GO until RUNNING is heard, ABORT until UNSEALED is (M5, M10).
+//! What is left to be said after an attempt: GO until RUNNING is heard, ABORT until UNSEALED is, and a sealed host's
+//! question to its source until that has an answer (M2, M5, M10).
 //!
-//! A process that has given its guest away, or has offered it and then aborted, does not rest before it knows what
-//! became of it. Nobody has to be woken for a link that blinked: this dials by itself, for as long as it takes.
+//! A process whose record is in the middle of something does not rest before it knows what became of it. Nobody has to
+//! be woken for a link that blinked or a host that was restarted: one thread, [`start`]ed with the process, looks at
+//! the record whenever it changes and dials by itself, for as long as it takes. No clock decides anything here; it only
+//! says when to ask again. The same thread writes a record again that could not be made durable (M4), and ends attempts
+//! whose process part is gone.
+//!
+//! `drive.rs` says GO over the connection that it has, and `recover.rs` lets the operator ask now: both through
+//! [`converse`].
 
-use std::sync::Arc;
-use std::time::Instant;
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::dial::dial;
 use super::link::Link;
-use super::wire::{Message, cut};
+use super::wire::{Message, Role, cut};
 use crate::address::Address;
 use crate::guest::Guest;
-use crate::limits::{DIAL_MAX, DRIVER_STACK, LINK_LOOK, RECONNECT_PAUSE, REPLY_TIMEOUT};
-use crate::ownership::{Answer, Event, Offer, Peer, Record, Stamp, State};
+use crate::limits::{ASK_PERIOD, DIAL_MAX, DRIVER_STACK, LINK_LOOK, RECONNECT_PAUSE, REPLY_TIMEOUT, REWRITE_PAUSE};
+use crate::ownership::{Attempt, Event, Host, KeepError, Offer, Peer, Promise, Record, Stamp, State, Title};
 
-/// The record's unfinished business.
-enum Business {
-    /// Given, and not known to have arrived.
-    Go,
-    /// Offered, ended, and not known to be unsealed.
-    Abort,
+/// Wakes the thread that settles.
+#[derive(Debug, Default)]
+pub struct Settle {
+    rung: Mutex<bool>,
+    bell: Condvar,
 }
 
-fn business(record: &Record) -> Option<(Business, Stamp, Peer)> {
-    let (business, to) = match &record.state {
-        State::Given { to, arrived: false, .. } => (Business::Go, to),
-        State::Offered { to, offer: Offer::Ended | Offer::Closed, .. } => (Business::Abort, to),
-        _ => return None,
-    };
-    Some((business, record.stamp()?, to.clone()))
-}
+impl Settle {
+    /// The record has changed, or the process part of an attempt is over.
+    pub fn ring(&self) {
+        *self.lock() = true;
+        self.bell.notify_all();
+    }
 
-/// Whether anything is left to be said.
-pub(super) fn is_needed(guest: &Guest) -> bool {
-    guest.record().ok().flatten().is_some_and(|record| business(&record).is_some())
-}
-
-/// Starts a thread that says it until it is heard.
-pub(super) fn start(guest: &Arc<Guest>) {
-    let guest = Arc::clone(guest);
-    let thread = std::thread::Builder::new().name("settle".to_owned()).stack_size(DRIVER_STACK);
-    let started = thread.spawn(move || {
-        let mut pause = RECONNECT_PAUSE.0;
-        while is_needed(&guest) {
-            match settle_once(&guest) {
-                Ok(()) => {}
-                Err(cause) => {
-                    log::debug!("settle: {cause}");
-                    std::thread::sleep(pause);
-                    pause = (pause * 2).min(RECONNECT_PAUSE.1);
-                }
-            }
+    /// Waits until somebody rings, at most until `due`.
+    fn wait(&self, due: Option<Instant>) {
+        let mut rung = self.lock();
+        while !*rung {
+            let left = due.map(|due| due.saturating_duration_since(Instant::now()));
+            rung = match left {
+                None => self.bell.wait(rung).unwrap_or_else(PoisonError::into_inner),
+                Some(Duration::ZERO) => break,
+                Some(left) => self.bell.wait_timeout(rung, left).unwrap_or_else(PoisonError::into_inner).0,
+            };
         }
-        log::info!("settle: {}", guest.why_fenced());
-    });
-    if let Err(error) = started {
-        log::error!("settle: no thread: {error}");
+        *rung = false;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, bool> {
+        self.rung.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn settle_once(guest: &Guest) -> Result<(), String> {
-    let record = guest.record().map_err(|error| error.to_string())?;
-    let Some((_, _, to)) = record.as_ref().and_then(business) else { return Ok(()) };
-    let address = Address::parse(&to.address)?;
-    let (mut link, _) = dial(guest, &address, Instant::now() + DIAL_MAX)?;
-    say(guest, &mut link, Instant::now() + REPLY_TIMEOUT)
+/// The record's unfinished business.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Business {
+    /// It is not durable.
+    Rewrite,
+    /// An attempt of a part of this process that is gone.
+    End(Attempt),
+    /// Something to be said to the peer.
+    Say(Attempt),
+    /// Something to be asked of the source.
+    Ask(Attempt),
 }
 
-/// Says what is left to be said over `link`, and takes the answer in.
+impl Business {
+    /// The longest pause between two tries.
+    fn pause(self) -> Duration {
+        match self {
+            Self::Rewrite | Self::End(_) => REWRITE_PAUSE,
+            Self::Say(_) => RECONNECT_PAUSE.1,
+            Self::Ask(_) => ASK_PERIOD,
+        }
+    }
+}
+
+fn business(guest: &Guest) -> Option<Business> {
+    let record = match guest.record() {
+        Ok(record) => record?,
+        Err(_) => return Some(Business::Rewrite),
+    };
+    let attempt = record.attempt()?;
+    let live = guest.source.live_attempt() == Some(attempt);
+    match &record.state {
+        State::Offered { offer: Offer::Live, .. } if !live => Some(Business::End(attempt)),
+        State::Receiving { .. } if !guest.destination.receives() => Some(Business::End(attempt)),
+        State::Given { arrived: false, .. } | State::Offered { offer: Offer::Ended | Offer::Closed, .. } if !live => {
+            Some(Business::Say(attempt))
+        }
+        State::Sealed { .. } => Some(Business::Ask(attempt)),
+        _ => None,
+    }
+}
+
+/// Starts the thread that settles what is left, whenever something is.
 ///
 /// # Errors
-/// One line: the link is of no more use, or the answer is not one.
-pub(super) fn say(guest: &Guest, link: &mut Link, deadline: Instant) -> Result<(), String> {
-    let record = guest.record().map_err(|error| error.to_string())?;
-    let Some((business, stamp, to)) = record.as_ref().and_then(business) else { return Ok(()) };
-    let message = match business {
-        Business::Go => Message::Go { stamp },
-        Business::Abort => Message::Abort { stamp, cause: cut("the attempt has ended") },
+/// The system cannot start a thread.
+pub fn start(guest: &Arc<Guest>) -> std::io::Result<()> {
+    let guest = Arc::clone(guest);
+    let thread = std::thread::Builder::new().name("settle".to_owned()).stack_size(DRIVER_STACK);
+    thread.spawn(move || settle(&guest)).map(drop)
+}
+
+fn settle(guest: &Guest) {
+    // Whoever is sealed by a source that lives hears GO within moments; after a restart it asks at once.
+    let mut patience = Duration::ZERO;
+    let mut doing = None;
+    let mut due = Instant::now();
+    let mut pause = RECONNECT_PAUSE.0;
+    loop {
+        let Some(now) = business(guest) else {
+            doing = None;
+            patience = ASK_PERIOD;
+            guest.settle.wait(None);
+            continue;
+        };
+        if doing != Some(now) {
+            doing = Some(now);
+            pause = RECONNECT_PAUSE.0;
+            due = Instant::now() + if matches!(now, Business::Ask(_)) { patience } else { Duration::ZERO };
+            patience = ASK_PERIOD;
+        }
+        if due > Instant::now() {
+            guest.settle.wait(Some(due));
+            continue;
+        }
+        if let Err(cause) = attend(guest, now) {
+            log::debug!("settle: {cause}");
+        }
+        due = Instant::now() + pause;
+        pause = (pause * 2).min(now.pause());
+        if business(guest) != Some(now) {
+            log::info!("settle: {}", guest.why_fenced());
+        }
+    }
+}
+
+fn attend(guest: &Guest, business: Business) -> Result<(), String> {
+    match business {
+        Business::Rewrite => guest.retry().map_err(|error| error.to_string()),
+        Business::End(attempt) => {
+            let receiving = guest.record().ok().flatten().is_some_and(|r| matches!(r.state, State::Receiving { .. }));
+            let event = if receiving { Event::AbortReceiving { attempt } } else { Event::End { attempt } };
+            guest.apply(&event).map(drop).map_err(|error| error.to_string())
+        }
+        Business::Say(_) | Business::Ask(_) => call(guest).map(drop).map_err(|trouble| trouble.to_string()),
+    }
+}
+
+/// Whether GO or ABORT has to be said again, as far as is known.
+pub(super) fn is_needed(guest: &Guest) -> bool {
+    let unsaid = |record: Record| {
+        matches!(
+            record.state,
+            State::Given { arrived: false, .. } | State::Offered { offer: Offer::Ended | Offer::Closed, .. }
+        )
     };
-    link.send(&message, deadline).map_err(|error| error.to_string())?;
+    guest.record().map_or(true, |record| record.is_some_and(unsaid))
+}
+
+// ---- one conversation --------------------------------------------------------------------------------------------
+
+/// Why a conversation came to nothing.
+#[derive(Debug)]
+pub(super) enum Trouble {
+    /// The peer is not there, not reachable, or another host.
+    Silent(String),
+    /// It answered, and what it said could not be made durable here (M4).
+    NotDurable(String),
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Silent(cause) | Self::NotDurable(cause) => f.write_str(cause),
+        }
+    }
+}
+
+fn silent(cause: impl fmt::Display) -> Trouble {
+    Trouble::Silent(cause.to_string())
+}
+
+/// Dials the peer that the record names, says what is to be said, and takes the answer in.
+pub(super) fn call(guest: &Guest) -> Result<Message, Trouble> {
+    let record = guest.record().map_err(silent)?;
+    let (_, to) = record.as_ref().and_then(saying).ok_or_else(|| silent("there is nobody to ask"))?;
+    if to.address.is_empty() {
+        return Err(silent("it cannot be dialled from here"));
+    }
+    let address = Address::parse(&to.address).map_err(silent)?;
+    let (mut link, theirs) = dial(guest, &address, Role::Asker, Instant::now() + DIAL_MAX).map_err(silent)?;
+    if theirs.host != to.host {
+        return Err(silent(format_args!("another host ({:.8}) answers there", theirs.host)));
+    }
+    converse(guest, &mut link, Instant::now() + REPLY_TIMEOUT)
+}
+
+/// What a host with this record says to its peer, and who that is.
+fn saying(record: &Record) -> Option<(Message, Peer)> {
+    let stamp = record.stamp();
+    let message = match &record.state {
+        State::Given { arrived: false, .. } => Message::Go { stamp: stamp? },
+        State::Offered { offer: Offer::Ended | Offer::Closed, .. } => {
+            Message::Abort { stamp: stamp?, cause: cut("the attempt has ended") }
+        }
+        State::Sealed { .. } | State::Given { arrived: true, .. } => Message::Question { stamp: stamp? },
+        State::Superseded { .. } => Message::Question { stamp: nobodys(record.title()) },
+        _ => return None,
+    };
+    Some((message, record.peer()?.clone()))
+}
+
+/// A stamp of no attempt: whoever is asked about it answers with its record.
+fn nobodys(title: Title) -> Stamp {
+    let Title { lineage, order, word } = title;
+    Stamp { lineage, word, attempt: Attempt::NONE, source: Host::NONE, destination: Host::NONE, order }
+}
+
+/// Says over `link` what the record has to say, takes the answer in, and returns it. The record is what it has become
+/// by it.
+pub(super) fn converse(guest: &Guest, link: &mut Link, deadline: Instant) -> Result<Message, Trouble> {
+    let record = guest.record().map_err(silent)?;
+    let (message, peer) = record.as_ref().and_then(saying).ok_or_else(|| silent("there is nothing to say"))?;
+    let stamp = *message.stamp().ok_or_else(|| silent("there is nothing to say"))?;
+    link.send(&message, deadline).map_err(silent)?;
     loop {
         let look = deadline.min(Instant::now() + LINK_LOOK);
-        let event = match link.receive(look).map_err(|error| error.to_string())? {
-            Some(Message::Running { stamp: about, .. }) if about.matches(&stamp) => Event::Running(stamp),
-            Some(Message::Unsealed { stamp: about }) if about.matches(&stamp) => Event::Unsealed(stamp),
-            // The guest has moved on from there, or was taken by hand: the record of the peer is the proof (M6).
-            Some(Message::Record { stamp: about, record: Some(theirs) }) if about.matches(&stamp) => {
-                Event::Meet { title: theirs.title, peer: to.clone() }
+        match link.receive(look).map_err(silent)? {
+            Some(answer) if answer.stamp().is_some_and(|about| about.matches(&stamp)) => {
+                if let Some(reply) = take_in(guest, &answer, &peer)? {
+                    link.send(&reply, deadline).map_err(silent)?;
+                }
+                return Ok(answer);
             }
-            Some(Message::Record { .. }) => return Err(format!("{to} does not know the attempt")),
-            _ if Instant::now() >= deadline => return Err("no answer".to_owned()),
-            _ => continue,
-        };
-        return match guest.apply(&event) {
-            Ok(Answer::Silent) if !is_needed(guest) => Ok(()),
-            Ok(_) => Err(format!("{to} answered, and that settles nothing")),
-            Err(error) => Err(error.to_string()),
-        };
+            _ if Instant::now() >= deadline => return Err(silent("no answer")),
+            _ => {}
+        }
+    }
+}
+
+/// Lets an answer change the record; returns what is to be said in return.
+fn take_in(guest: &Guest, answer: &Message, peer: &Peer) -> Result<Option<Message>, Trouble> {
+    let event = match answer {
+        Message::Running { stamp, .. } => Event::Running(*stamp),
+        Message::Unsealed { stamp } => Event::Unsealed(*stamp),
+        // The guest has moved on from there, or was taken by hand: the record of the peer is the proof (M6).
+        Message::Record { record: Some(theirs), .. } => Event::Meet { title: theirs.title, peer: peer.clone() },
+        // M3: the source's word ends SEALED.
+        Message::Go { .. } | Message::Promise { promise: Promise::NotGiven, .. } => {
+            return guest.destination.hear(guest, answer).map_err(Trouble::NotDurable);
+        }
+        _ => return Ok(None),
+    };
+    match guest.apply(&event) {
+        Ok(_) => Ok(None),
+        Err(KeepError::Refused(refusal)) => Err(silent(refusal)),
+        Err(error @ KeepError::Unknown(_)) => Err(Trouble::NotDurable(error.to_string())),
     }
 }

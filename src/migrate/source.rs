@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{drive, settle};
+use super::drive;
 use crate::address::Address;
 use crate::control::server::News;
 use crate::control::wire::{Done, MigrateRequest, Progress, SetRequest};
@@ -114,11 +114,9 @@ impl Source {
             .stack_size(DRIVER_STACK)
             .spawn(move || {
                 let done = drive::run(&passenger, &driver);
-                // Before anybody hears of the end: what is left to be said is being said.
-                if settle::is_needed(&passenger) {
-                    settle::start(&passenger);
-                }
                 driver.finish(done);
+                // What is left to be said from now on, another thread says.
+                passenger.settle.ring();
             })
             .map_err(|error| refuse(&error))?;
         *slot = Some(job);

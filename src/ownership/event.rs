@@ -150,7 +150,7 @@ pub struct Step {
 /// Why an event is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Why {
-    /// The record is from another machine.
+    /// The record is broken, from another machine, or of other images.
     Foreign,
     /// Claimed where a record exists.
     Exists,
@@ -193,7 +193,7 @@ pub enum Why {
 impl fmt::Display for Why {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Foreign => "the record is from another machine",
+            Self::Foreign => "the record here is broken or foreign",
             Self::Exists => "ownership is claimed once, where there is no record",
             Self::NoRecord => "there is no record of this guest",
             Self::PeerDecides => "the other host answers, and what it says decides",

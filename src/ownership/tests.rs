@@ -293,8 +293,8 @@ fn m3_a_cancel_after_given_is_refused() {
 #[test]
 fn m4_after_a_failed_commit_the_host_is_fenced_until_the_new_record_is_durable() {
     let mut fails = 1;
-    let save: Save = Box::new(move |record| {
-        let giving = matches!(record.map(|r| &r.state), Some(State::Given { .. }));
+    let save: Save = Box::new(move |write| {
+        let giving = matches!(write, Write::Commit(Some(Record { state: State::Given { .. }, .. })));
         if giving && fails > 0 {
             fails -= 1;
             return Err(std::io::Error::from(std::io::ErrorKind::StorageFull));

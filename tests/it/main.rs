@@ -13,5 +13,6 @@ mod interop;
 mod json;
 mod migrations;
 mod orders;
+mod ownership;
 mod relay;
 mod writer;

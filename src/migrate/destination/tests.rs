@@ -10,6 +10,7 @@ use crate::disk::Cache;
 use crate::domain;
 use crate::export::{Fault, Patience, quiesce};
 use crate::migrate::wire::export_name;
+use crate::options::ServeOptions;
 use crate::ownership::{Host, Lineage, Order, Word};
 
 struct Bench {
@@ -28,7 +29,18 @@ impl Bench {
             drop(Disk::create(&path, 1 << 20, Cache::Writeback).expect("created"));
         }
         let disk = domain::Disk::parse(&format!("vda,file={}", path.display())).expect("parsed");
-        let guest = Guest::open("g1", vec![disk], String::new(), true).expect("opened");
+        let options = ServeOptions {
+            guest: "g1".to_owned(),
+            disks: vec![disk],
+            state: dir.path().join("state"),
+            volatile_state: true,
+            nbd: Vec::new(),
+            listen: None,
+            control: Vec::new(),
+            insecure_plaintext: true,
+            json: false,
+        };
+        let guest = Guest::open(&options, None).expect("opened");
         Self { dir, guest: Arc::new(guest) }
     }
 
@@ -48,10 +60,10 @@ impl Bench {
     }
 
     fn say(&self, message: Message) -> Message {
-        let mut theirs = hello(&self.guest, Role::Source, Challenge([2; 16]));
+        let mut theirs = hello(&self.guest, Role::Source, Challenge([2; 16]), &pair().0);
         theirs.host = SOURCE;
         let mut session = Session { theirs, challenge: Some(Challenge([1; 16])), stamp: None };
-        self.guest.destination.answer(&self.guest, &mut session, message).expect("an answer")
+        self.guest.destination.answer(&self.guest, &mut session, message).expect("no end").expect("an answer")
     }
 
     fn prepare(&self, attempt: u8) -> Message {

@@ -1,0 +1,189 @@
+//! `recover`: asks the other host that the record names, and lets the operator do without it (M5, M6, M8).
+//!
+//! A peer that answers decides. What it says changes the record through the same door as always (`settle.rs`); only
+//! when it is silent, or has nothing to say, does the operator's word count. What it may cost is said with it.
+
+use super::settle::{self, Trouble};
+use super::wire::Message;
+use crate::control::wire::{Recovered, Word, text};
+use crate::error::Problem;
+use crate::guest::Guest;
+use crate::ownership::{
+    Event, Heard, KeepError, Kind, Lineage, Offer, Promise, Record, Refusal, State, Why, Word as Number,
+};
+use crate::standing::{Standing, price, ways_out};
+
+/// Asks, and carries out `word` if the rules let it.
+///
+/// # Errors
+/// The rules refuse the word, or the record cannot be made durable.
+pub fn recover(guest: &Guest, word: Word) -> Result<Recovered, Problem> {
+    let unknown = |error: &dyn std::fmt::Display| Problem::unknown("recover", &guest.name, error);
+    let refused = |cause: &dyn std::fmt::Display| Problem::refused("recover", &guest.name, cause);
+    // M4: nothing is asked or said before the record is what is on the disk.
+    guest.retry().map_err(|error| unknown(&error))?;
+    let before = guest.record().map_err(|error| unknown(&error))?;
+    let rejected = guest.rejected();
+    let mut told = Recovered::default();
+    let heard = match before.as_ref().filter(|record| waits_for_another(&record.state)) {
+        Some(record) => ask(guest, record, &mut told),
+        None => Heard::Silence,
+    };
+    let now = guest.record().map_err(|error| unknown(&error))?;
+    // Where the peer has just settled it, no word is needed.
+    if let Some(event) = event(word, heard).map_err(|error| refused(&error))?
+        && before == now
+    {
+        if let (Word::TakeOwnership, Some(record)) = (word, &now)
+            && let Some(why) = guest.images_differ(record).map_err(|cause| refused(&cause))?
+        {
+            return Err(refused(&why));
+        }
+        // A full disk refuses the word, and does no more than that.
+        guest.write_ahead(&[std::slice::from_ref(&event)]).map_err(|cause| refused(&cause))?;
+        let spoken = match word {
+            // M5: here, too, a peer that answers decides.
+            Word::ForgetPeer if heard == Heard::Decides => {
+                Err(KeepError::Refused(Refusal { why: Why::PeerDecides, record: now.clone().map(Box::new) }))
+            }
+            Word::Forget => guest.destination.forget(guest, &event),
+            _ => guest.apply(&event),
+        };
+        match spoken {
+            Ok(_) => {}
+            Err(KeepError::Refused(refusal)) if told.heard.is_empty() => return Err(refused(&refusal)),
+            Err(KeepError::Refused(refusal)) => {
+                return Err(refused(&format_args!("{refusal}; {}", told.heard)));
+            }
+            Err(error @ KeepError::Unknown(_)) => return Err(unknown(&error)),
+        }
+        told.done = text(match word {
+            Word::TakeOwnership => "this host owns the guest from now on",
+            Word::ForgetPeer => "the other host is not waited for any more: this host owns the guest",
+            Word::Forget if rejected.is_some() => "the record that counted for nothing is thrown away",
+            Word::Forget => "what was here is given up",
+            Word::Ask => "",
+        });
+        if let (Word::TakeOwnership | Word::ForgetPeer, Some((lose, never))) =
+            (word, before.as_ref().and_then(|record| price(&record.state)))
+        {
+            told.may_lose = text(&lose);
+            told.never_take = text(&never);
+        }
+    }
+    let record = guest.record();
+    if told.done.is_empty()
+        && let Ok(Some(record)) = &record
+    {
+        told.next = ways_out(&guest.name, &record.state).iter().map(|way| text(way)).collect();
+    }
+    told.ownership = Standing { guest: &guest.name, record: &record, rejected: guest.rejected() }.ownership();
+    Ok(told)
+}
+
+/// Whether another host could say something that settles the record, or is known to own.
+fn waits_for_another(state: &State) -> bool {
+    match state {
+        State::Offered { offer, .. } => *offer != Offer::Live,
+        State::Sealed { .. } | State::Given { .. } | State::Superseded { .. } => true,
+        State::Void { .. } | State::Receiving { .. } | State::Owner { .. } => false,
+    }
+}
+
+/// Asks the peer. What it says has changed the record when this returns.
+fn ask(guest: &Guest, record: &Record, told: &mut Recovered) -> Heard {
+    if let Some(peer) = record.peer() {
+        told.asked = text(&peer.to_string());
+    }
+    let (heard, words) = match settle::call(guest) {
+        Ok(answer) => judge(record.lineage, &answer),
+        Err(Trouble::Silent(cause)) => (Heard::Silence, format!("no answer: {cause}")),
+        Err(Trouble::NotDurable(cause)) => (Heard::Decides, format!("it answers, and here {cause}")),
+    };
+    told.heard = text(&words);
+    heard
+}
+
+/// What an answer means for the operator's word (M8), and in words.
+fn judge(lineage: Lineage, answer: &Message) -> (Heard, String) {
+    let (heard, words) = match answer {
+        Message::Go { .. } => (Heard::Decides, "it has given the guest to this host"),
+        Message::Running { .. } => (Heard::Decides, "it owns the guest"),
+        Message::Unsealed { .. } => (Heard::Decides, "it has given up what it had received"),
+        Message::Promise { promise: Promise::Unknown, .. } => (Heard::Disclaims, "it does not know the attempt"),
+        Message::Promise { promise: Promise::NotGiven, .. } => (Heard::Decides, "it has not given the guest away"),
+        Message::Promise { promise: Promise::InProgress, .. } => (Heard::Decides, "the migration is in progress"),
+        Message::Promise { promise: Promise::Given, .. } => (Heard::Decides, "it gave the guest away"),
+        Message::Record { record: None, .. } => (Heard::Disclaims, "it has no record of the guest"),
+        Message::Record { record: Some(theirs), .. } if theirs.title.lineage != lineage => {
+            (Heard::Disclaims, "its guest has another history")
+        }
+        Message::Record { record: Some(theirs), .. } => {
+            let disclaims = matches!(theirs.kind, Kind::None | Kind::Void | Kind::Superseded);
+            let heard = if disclaims { Heard::Disclaims } else { Heard::Decides };
+            return (heard, format!("its record says {} (order {})", theirs.kind, theirs.title.order));
+        }
+        _ => (Heard::Decides, "it says something else"),
+    };
+    (heard, words.to_owned())
+}
+
+/// The operator's word as the record takes it; asking is none.
+fn event(word: Word, heard: Heard) -> Result<Option<Event>, getrandom::Error> {
+    Ok(match word {
+        Word::Ask => None,
+        Word::TakeOwnership => Some(Event::Take { word: Number::random()?, heard }),
+        Word::ForgetPeer => Some(Event::ForgetPeer),
+        Word::Forget => Some(Event::Forget { heard }),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ownership::{Attempt, Host, Order, Stamp, Summary, Title, Word as Number};
+
+    #[test]
+    fn only_who_knows_nothing_or_owns_nothing_leaves_it_to_the_operator() {
+        let lineage = Lineage([1; 16]);
+        let order = Order { term: 1, generation: 4 };
+        let stamp = Stamp {
+            lineage,
+            word: Number([2; 16]),
+            attempt: Attempt([3; 16]),
+            source: Host([4; 16]),
+            destination: Host([5; 16]),
+            order,
+        };
+        let record = |lineage, kind| {
+            let title = Title { lineage, order, word: stamp.word };
+            let record = Some(Summary { title, kind, attempt: stamp.attempt, peer: None });
+            Message::Record { stamp, record }
+        };
+        let promise = |promise| Message::Promise { stamp, promise };
+        for answer in [
+            promise(Promise::Unknown),
+            Message::Record { stamp, record: None },
+            record(Lineage([9; 16]), Kind::Owner),
+            record(lineage, Kind::Void),
+            record(lineage, Kind::Superseded),
+        ] {
+            assert_eq!(judge(lineage, &answer).0, Heard::Disclaims, "{answer:?}");
+        }
+        for answer in [
+            promise(Promise::Given),
+            promise(Promise::NotGiven),
+            promise(Promise::InProgress),
+            Message::Go { stamp },
+            Message::Unsealed { stamp },
+            Message::Running { stamp, instance: crate::ownership::Instance([6; 16]) },
+            record(lineage, Kind::Owner),
+            record(lineage, Kind::Offered),
+            record(lineage, Kind::Given),
+            record(lineage, Kind::Sealed),
+            record(lineage, Kind::Receiving),
+        ] {
+            assert_eq!(judge(lineage, &answer).0, Heard::Decides, "{answer:?}");
+        }
+    }
+}

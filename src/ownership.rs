@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 pub use event::{Answer, Change, Event, Heard, Promise, Refusal, Step, Why};
 pub use id::{Attempt, Host, ID_BYTES, ID_DIGITS, Images, Instance, Lineage, Word};
 pub use keeper::{KeepError, Keeper, Save};
-pub use transition::{next, promise};
+pub use transition::{heard_promise, heard_record, next, promise};
 
 use crate::limits::ADDRESS_MAX;
 

@@ -399,6 +399,35 @@ fn m8_a_peer_that_answers_decides_and_the_word_raises_the_term() {
 }
 
 #[test]
+fn m8_a_peer_that_owns_nothing_is_silence_unless_it_proves_that_nobody_owns() {
+    let heard = |mine: &Record, theirs: &Record| heard_record(mine, Some(&theirs.summary()));
+    assert_eq!(heard(&given(false), &void()), Heard::Disclaims);
+    for theirs in [receiving(), sealed(), arrived(), Record { host: B, ..offered(Offer::Closed) }, given(true)] {
+        assert_eq!(heard(&given(false), &theirs), Heard::Decides, "{theirs:?}");
+    }
+    // It owned, gave the guest on, and was to receive it back; or it does not remember; or somebody overruled it.
+    let moved_on = Record { order: stamp(THIS).order, ..record(B, State::Void { attempt: OTHER }) };
+    let of_another = record(B, State::Void { attempt: OTHER });
+    for theirs in [moved_on, of_another, superseded()] {
+        assert_eq!(heard(&given(false), &theirs), Heard::Silence, "{theirs:?}");
+    }
+    assert_eq!(heard_record(&given(true), None), Heard::Silence);
+    // Who overruled this host may only have passed the proof on.
+    assert_eq!(heard(&superseded(), &void()), Heard::Silence);
+    let tie = |word, host| Record { word, ..record(host, State::Superseded { by: peer(C), tie: true }) };
+    assert_eq!(heard(&tie(WORD, A), &tie(OTHER_WORD, B)), Heard::Disclaims);
+    assert_eq!(heard(&tie(WORD, A), &Record { word: OTHER_WORD, ..arrived() }), Heard::Decides);
+}
+
+#[test]
+fn m8_a_source_without_a_record_disclaims_and_any_other_promise_decides() {
+    assert_eq!(heard_promise(Promise::Unknown), Heard::Disclaims);
+    for promise in [Promise::Given, Promise::InProgress, Promise::NotGiven] {
+        assert_eq!(heard_promise(promise), Heard::Decides);
+    }
+}
+
+#[test]
 fn m8_only_owners_fence_themselves_on_a_higher_order() {
     let proof = meet(title(2, 1, OTHER_WORD));
     for record in [owner(), offered(Offer::Live), offered(Offer::Closed)] {

@@ -7,8 +7,8 @@
 use std::cmp::Ordering;
 
 use super::{
-    Answer, Attempt, Change, Event, Heard, Host, Images, Lineage, Offer, Order, Peer, Promise, Record, Refusal, Stamp,
-    State, Step, Title, Why, Word,
+    Answer, Attempt, Change, Event, Heard, Host, Images, Kind, Lineage, Offer, Order, Peer, Promise, Record, Refusal,
+    Stamp, State, Step, Summary, Title, Why, Word,
 };
 
 /// M3. `live` is the attempt that this process is in the middle of, which the record may not name yet.
@@ -29,6 +29,33 @@ pub fn promise(host: Host, record: Option<&Record>, live: Option<Attempt>, asked
         State::Offered { attempt, .. } if *attempt == asked.attempt => Promise::NotGiven,
         _ if live == Some(asked.attempt) => Promise::InProgress,
         _ => Promise::NotGiven,
+    }
+}
+
+/// M8: what the record that a peer shows means for a word of the operator on a host with the record `mine`.
+///
+/// That a peer owns nothing says little: it may have owned, given the guest on, and received half of it since; it may
+/// have been told to forget; who overruled this host may only have passed the proof on. So only two peers disclaim: the
+/// one that this host gave to, if that very attempt ended there before GO; and the other side of a tie, fenced too.
+#[must_use]
+pub fn heard_record(mine: &Record, theirs: Option<&Summary>) -> Heard {
+    let Some(theirs) = theirs else { return Heard::Silence };
+    match (&mine.state, theirs.kind) {
+        (_, Kind::Receiving | Kind::Sealed | Kind::Owner | Kind::Offered | Kind::Given) => Heard::Decides,
+        (State::Given { attempt, .. }, Kind::Void) if theirs.attempt == *attempt && theirs.title == mine.title() => {
+            Heard::Disclaims
+        }
+        (State::Superseded { tie: true, .. }, Kind::Superseded) if theirs.title.ties(&mine.title()) => Heard::Disclaims,
+        (_, Kind::None | Kind::Void | Kind::Superseded) => Heard::Silence,
+    }
+}
+
+/// M8, M3: what the promise of the source means for a word of the operator on a sealed host.
+#[must_use]
+pub fn heard_promise(promise: Promise) -> Heard {
+    match promise {
+        Promise::Unknown => Heard::Disclaims,
+        Promise::Given | Promise::InProgress | Promise::NotGiven => Heard::Decides,
     }
 }
 

@@ -260,7 +260,7 @@ impl Drive<'_> {
     /// Hands over. Returns the length of the switchover, or `None` if the destination has not answered to GO yet.
     fn finish(&mut self) -> Result<Option<Duration>, Stop> {
         // M5: durable before anything that lets the destination seal.
-        self.record(&Event::Offer { attempt: self.stamp.attempt, to: self.peer.clone() })?;
+        self.record(&Event::Offer { stamp: self.stamp, to: self.peer.clone() })?;
         let mut tries = 0;
         let quiesced = loop {
             match self.final_pass() {

@@ -69,8 +69,8 @@ pub enum Event {
 
     /// Source: somebody may be sealed from now on (rule M5).
     Offer {
-        /// The attempt, never used before.
-        attempt: Attempt,
+        /// What PREPARE said; the attempt was never offered before.
+        stamp: Stamp,
         /// The destination.
         to: Peer,
     },

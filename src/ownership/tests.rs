@@ -63,6 +63,10 @@ fn superseded() -> Record {
 fn prepare(attempt: Attempt, fresh: bool) -> Event {
     Event::Prepare { stamp: stamp(attempt), from: peer(A), fresh }
 }
+/// A's offer to `to`.
+fn offer(attempt: Attempt, to: Host) -> Event {
+    Event::Offer { stamp: Stamp { destination: to, ..stamp(attempt) }, to: peer(to) }
+}
 fn meet(title: Title) -> Event {
     Event::Meet { title, peer: peer(C) }
 }
@@ -150,8 +154,8 @@ fn table() -> String {
         ("ABORT other", Event::Abort(stamp(OTHER))),
         ("not given this", Event::NotGiven(stamp(THIS))),
         ("not given other", Event::NotGiven(stamp(OTHER))),
-        ("offer this", Event::Offer { attempt: THIS, to: peer(B) }),
-        ("offer other", Event::Offer { attempt: OTHER, to: peer(B) }),
+        ("offer this", offer(THIS, B)),
+        ("offer other", offer(OTHER, B)),
         ("end this", Event::End { attempt: THIS }),
         ("end other", Event::End { attempt: OTHER }),
         ("SEALED, give", Event::Give { sealed: stamp(THIS) }),
@@ -234,8 +238,17 @@ fn m1_a_repeated_prepare_revives_nothing() {
 #[test]
 fn m1_an_attempt_that_ended_unsealed_is_not_offered_again() {
     let (back, _) = after(Some(&offered(Offer::Ended)), &Event::Unsealed(stamp(THIS)));
-    assert_eq!(refused(back.as_ref(), &Event::Offer { attempt: THIS, to: peer(B) }), Why::Ended);
+    assert_eq!(refused(back.as_ref(), &offer(THIS, B)), Why::Ended);
     assert_eq!(refused(back.as_ref(), &Event::Give { sealed: stamp(THIS) }), Why::Stale);
+}
+
+#[test]
+fn m1_an_offer_counts_only_with_the_order_that_prepare_spoke_of() {
+    // Overruled, and the owner again, while the destination was getting ready.
+    let anew = Record { order: Order { term: 2, generation: 2 }, word: OTHER_WORD, ..owner() };
+    assert_eq!(refused(Some(&anew), &offer(THIS, B)), Why::Stale);
+    let elsewhere = Event::Offer { stamp: stamp(THIS), to: peer(C) };
+    assert_eq!(refused(Some(&owner()), &elsewhere), Why::Stale);
 }
 
 #[test]
@@ -304,7 +317,7 @@ fn m4_after_a_failed_commit_the_host_is_fenced_until_the_new_record_is_durable()
     let mut keeper = Keeper::new(A, Some(owner()), save);
     assert_eq!(keeper.gate_state(), Door::Fenced, "not written since the start");
     keeper.start().expect("written");
-    keeper.apply(&Event::Offer { attempt: THIS, to: peer(B) }).expect("offered");
+    keeper.apply(&offer(THIS, B)).expect("offered");
     assert_eq!(keeper.gate_state(), Door::Serving { may_quiesce: true });
 
     let give = Event::Give { sealed: stamp(THIS) };
@@ -329,9 +342,9 @@ fn m5_after_a_restart_in_offered_the_door_is_shut_until_the_peer_or_the_operator
 
 #[test]
 fn m5_an_unsettled_offer_allows_no_other() {
-    for offer in [Offer::Live, Offer::Ended, Offer::Closed] {
-        for to in [peer(B), peer(C)] {
-            assert_eq!(refused(Some(&offered(offer)), &Event::Offer { attempt: OTHER, to }), Why::Unsettled);
+    for state in [Offer::Live, Offer::Ended, Offer::Closed] {
+        for to in [B, C] {
+            assert_eq!(refused(Some(&offered(state)), &offer(OTHER, to)), Why::Unsettled);
         }
     }
 }
@@ -371,7 +384,7 @@ fn m7_no_record_and_a_foreign_record_own_nothing() {
     assert_eq!(Door::of(A, None), Door::Incoming);
     let foreign = Record { host: C, ..owner() };
     assert_eq!(Door::of(A, Some(&foreign)), Door::Incoming);
-    let offer = Event::Offer { attempt: THIS, to: peer(B) };
+    let offer = offer(THIS, B);
     assert_eq!(next(A, Some(&foreign), &offer).expect_err("refused").why, Why::Foreign);
 }
 
@@ -498,7 +511,8 @@ fn d12_an_attempt_dies_with_its_process() {
 fn go_is_answered_again_by_the_owner_and_with_the_record_once_the_guest_moved_on() {
     assert_eq!(after(Some(&sealed()), &Event::Go(stamp(THIS))), (Some(arrived()), Answer::Running));
     assert_eq!(after(Some(&arrived()), &Event::Go(stamp(THIS))), (Some(arrived()), Answer::Running));
-    let offered_on = after(Some(&arrived()), &Event::Offer { attempt: OTHER, to: peer(C) }).0;
+    let on = Stamp { source: B, destination: C, order: Order { term: 1, generation: 6 }, ..stamp(OTHER) };
+    let offered_on = after(Some(&arrived()), &Event::Offer { stamp: on, to: peer(C) }).0;
     assert_eq!(after(offered_on.as_ref(), &Event::Go(stamp(THIS))), (offered_on.clone(), Answer::Record));
     // That record is enough for the source to stop.
     let seen = Event::Meet { title: offered_on.expect("offered").title(), peer: peer(B) };
@@ -520,7 +534,7 @@ fn a_sealed_guest_is_not_forgotten_while_its_source_answers() {
 fn hostile_orders_are_refused_not_wrapped() {
     let last = Order { term: u32::MAX, generation: u64::MAX };
     assert_eq!(refused(Some(&Record { order: last, ..sealed() }), &take(Heard::Silence)), Why::Exhausted);
-    let offer = Event::Offer { attempt: OTHER, to: peer(B) };
+    let offer = offer(OTHER, B);
     assert_eq!(refused(Some(&Record { order: last, ..owner() }), &offer), Why::Exhausted);
     let zero = Stamp { order: Order::NONE, ..stamp(THIS) };
     assert_eq!(refused(None, &Event::Prepare { stamp: zero, from: peer(A), fresh: true }), Why::NotProven);
@@ -548,12 +562,12 @@ fn every_refusal_is_one_line_that_says_who_owns() {
              not answered yet",
         ),
         (
-            say(Some(&given(true)), &Event::Offer { attempt: OTHER, to: peer(C) }),
+            say(Some(&given(true)), &offer(OTHER, C)),
             "the guest has been given away: this host gave the guest to host bbbbbbbb at tcp://[::1]:49152, where it \
              arrived",
         ),
         (
-            say(Some(&offered(Offer::Ended)), &Event::Offer { attempt: OTHER, to: peer(C) }),
+            say(Some(&offered(Offer::Ended)), &offer(OTHER, C)),
             "an earlier migration is not settled: this host owns the guest (order 1.4) and host bbbbbbbb at \
              tcp://[::1]:49152 may be sealed",
         ),
@@ -567,7 +581,7 @@ fn every_refusal_is_one_line_that_says_who_owns() {
             "there is nothing to take: this host owns nothing and its disks are half written",
         ),
         (
-            say(Some(&superseded()), &Event::Offer { attempt: OTHER, to: peer(B) }),
+            say(Some(&superseded()), &offer(OTHER, B)),
             "the guest is not this host's to give: host cccccccc at tcp://[::1]:49152 overruled this host (order 2.4)",
         ),
         (say(None, &take(Heard::Silence)), "there is no record of this guest: this host owns nothing"),

@@ -88,7 +88,7 @@ fn step(host: Host, record: Option<&Record>, event: &Event) -> Result<Step, Why>
         Event::Go(stamp) => Ok(go(record, stamp)),
         Event::Abort(stamp) => abort(host, record, stamp),
         Event::NotGiven(stamp) => not_given(record.ok_or(Why::NoRecord)?, stamp),
-        Event::Offer { attempt, to } => offer(record.ok_or(Why::NoRecord)?, *attempt, to),
+        Event::Offer { stamp, to } => offer(record.ok_or(Why::NoRecord)?, stamp, to),
         Event::End { attempt } => end(record.ok_or(Why::NoRecord)?, *attempt),
         Event::Give { sealed } => give(record.ok_or(Why::NoRecord)?, sealed),
         Event::Unsealed(stamp) => unsealed(record.ok_or(Why::NoRecord)?, stamp),
@@ -301,16 +301,20 @@ fn not_given(record: &Record, stamp: &Stamp) -> Result<Step, Why> {
 // ---- the source --------------------------------------------------------------------------------------------------
 
 /// M5: before anything that lets the destination seal. An offer that is not settled allows no other, not even to the
-/// same peer: it is asked to confirm "unsealed" first. M1: an attempt that ended is not offered again.
-fn offer(record: &Record, offered: Attempt, peer: &Peer) -> Result<Step, Why> {
+/// same peer: it is asked to confirm "unsealed" first. M1: an attempt that ended is not offered again, nor one whose
+/// PREPARE spoke of another order: this host was overruled since, and owns anew (found by exploration).
+fn offer(record: &Record, stamp: &Stamp, peer: &Peer) -> Result<Step, Why> {
     match &record.state {
-        State::Owner { attempt } if *attempt == offered => Err(Why::Ended),
+        State::Owner { attempt } if *attempt == stamp.attempt => Err(Why::Ended),
         State::Owner { .. } if record.order.handed_over().is_none() => Err(Why::Exhausted),
-        State::Owner { .. } => Ok(becomes(record.offered(offered, peer, Offer::Live), Answer::Silent)),
-        State::Offered { attempt, to, offer: Offer::Live } if *attempt == offered && to == peer => {
+        State::Owner { .. } => {
+            let offered = record.offered(stamp.attempt, peer, Offer::Live);
+            if offered.is_about(stamp) { Ok(becomes(offered, Answer::Silent)) } else { Err(Why::Stale) }
+        }
+        State::Offered { to, offer: Offer::Live, .. } if record.is_about(stamp) && to == peer => {
             Ok(keep(Answer::Silent))
         }
-        State::Offered { attempt, .. } if *attempt == offered => Err(Why::Ended),
+        State::Offered { attempt, .. } if *attempt == stamp.attempt => Err(Why::Ended),
         State::Offered { .. } => Err(Why::Unsettled),
         State::Given { .. } => Err(Why::Given),
         _ => Err(Why::NotOwner),

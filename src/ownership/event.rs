@@ -117,7 +117,7 @@ pub enum Change {
     Keep,
     /// It becomes this one, which must be durable before anything follows from it.
     Become(Box<Record>),
-    /// There is none any more.
+    /// There is none any more: it was another machine's.
     Remove,
 }
 

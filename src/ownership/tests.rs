@@ -295,6 +295,8 @@ fn m3_without_a_record_of_that_lineage_the_answer_is_unknown() {
     assert_eq!(promise(A, None, None, &stamp(THIS)), Promise::Unknown);
     assert_eq!(promise(A, Some(&owner()), None, &asked), Promise::Unknown);
     assert_eq!(promise(C, Some(&owner()), None, &stamp(THIS)), Promise::Unknown);
+    let (forgotten, _) = after(Some(&given(true)), &forget(Heard::Silence));
+    assert_eq!(promise(A, forgotten.as_ref(), None, &stamp(THIS)), Promise::Unknown);
 }
 
 #[test]
@@ -376,7 +378,25 @@ fn m6_an_aborted_reception_is_void_whatever_was_there_before() {
     assert_eq!(state_name(void.as_ref()), "VOID");
     assert_eq!(refused(void.as_ref(), &take(Heard::Silence)), Why::NotTakeable);
     assert_eq!(refused(void.as_ref(), &claim()), Why::Exists);
-    assert_eq!(after(void.as_ref(), &forget(Heard::Silence)).0, None);
+}
+
+#[test]
+fn m6_what_is_forgotten_can_be_claimed_or_receive_another_guest_and_goes_on_proving_who_owned() {
+    for record in [void(), superseded(), given(true)] {
+        let (forgotten, _) = after(Some(&record), &forget(Heard::Silence));
+        let forgotten = forgotten.expect("a record");
+        assert_eq!((forgotten.is_forgotten(), forgotten.title()), (true, record.title()));
+        assert_eq!(Door::of(forgotten.host, Some(&forgotten)), Door::Incoming);
+        assert_eq!(refused(Some(&forgotten), &take(Heard::Silence)), Why::NotTakeable);
+        assert_eq!(state_name(after(Some(&forgotten), &claim()).0.as_ref()), "OWNER");
+        let stranger = Stamp { lineage: Lineage([7; 16]), destination: forgotten.host, source: C, ..stamp(OTHER) };
+        let prepare = Event::Prepare { stamp: stranger, from: peer(C), fresh: true };
+        assert_eq!(state_name(after(Some(&forgotten), &prepare).0.as_ref()), "RECEIVING");
+    }
+    // B was taken while it was sealed, gave the guest on, and was told to forget.
+    let owned = Record { order: Order { term: 2, generation: 4 }, word: OTHER_WORD, ..given(true) };
+    let (forgotten, _) = after(Some(&Record { host: B, ..owned }), &forget(Heard::Silence));
+    assert_eq!(after(forgotten.as_ref(), &Event::Abort(stamp(THIS))), (forgotten.clone(), Answer::Record));
 }
 
 #[test]
@@ -522,7 +542,7 @@ fn go_is_answered_again_by_the_owner_and_with_the_record_once_the_guest_moved_on
 #[test]
 fn a_give_that_is_not_known_to_have_arrived_is_not_forgotten() {
     assert_eq!(refused(Some(&given(false)), &forget(Heard::Silence)), Why::NotForgettable);
-    assert_eq!(after(Some(&given(true)), &forget(Heard::Silence)).0, None);
+    assert!(after(Some(&given(true)), &forget(Heard::Silence)).0.expect("a record").is_forgotten());
 }
 
 #[test]

@@ -15,7 +15,7 @@ use super::{
 #[must_use]
 pub fn promise(host: Host, record: Option<&Record>, live: Option<Attempt>, asked: &Stamp) -> Promise {
     let Some(record) = record else { return Promise::Unknown };
-    if record.host != host || record.lineage != asked.lineage || asked.source != host {
+    if record.host != host || record.lineage != asked.lineage || asked.source != host || record.is_forgotten() {
         return Promise::Unknown;
     }
     match &record.state {
@@ -76,8 +76,9 @@ fn step(host: Host, record: Option<&Record>, event: &Event) -> Result<Step, Why>
     match event {
         Event::Restart => Ok(restart(record)),
         Event::Claim { lineage, word, images, .. } => match record {
-            None => Ok(claim(host, *lineage, *word, *images)),
-            Some(_) => Err(Why::Exists), // M7: once, where there is no record
+            // M7: once, where there is no record.
+            Some(record) if !record.is_forgotten() => Err(Why::Exists),
+            _ => Ok(claim(host, *lineage, *word, *images)),
         },
         Event::Take { word, heard } => take(record.ok_or(Why::NoRecord)?, *word, *heard),
         Event::ForgetPeer => forget_peer(record.ok_or(Why::NoRecord)?),
@@ -168,10 +169,13 @@ fn forget_peer(record: &Record) -> Result<Step, Why> {
 /// M6: VOID can be claimed only after this word. M2: the operator may end SEALED, too, which leaves VOID, so that the
 /// source can still be told "unsealed"; but a source that answers decides, or else the guest it is just giving would
 /// have no owner (found by exploration). Whoever gave keeps the record until the guest has arrived.
+///
+/// What is on the disks is forgotten, not what was proved: a host that had owned by a word and then knew of no order at
+/// all would say "unsealed" to the source that the word had overruled (found by exploration).
 fn forget(record: &Record, heard: Heard) -> Result<Step, Why> {
     match &record.state {
         State::Void { .. } | State::Superseded { .. } | State::Given { arrived: true, .. } => {
-            Ok(Step { change: Change::Remove, answer: Answer::Silent })
+            Ok(becomes(record.void(Attempt::NONE), Answer::Silent))
         }
         State::Sealed { .. } if heard == Heard::Decides => Err(Why::PeerDecides),
         State::Sealed { attempt, .. } => Ok(becomes(record.void(*attempt), Answer::Silent)),
@@ -192,6 +196,7 @@ fn prepare(host: Host, record: Option<&Record>, stamp: &Stamp, from: &Peer, fres
         match &record.state {
             State::Owner { .. } | State::Offered { .. } => return Err(Why::Busy),
             State::Sealed { .. } => return Err(Why::Sealed),
+            _ if record.lineage != stamp.lineage && record.is_forgotten() => {}
             _ if record.lineage != stamp.lineage => return Err(Why::OtherLineage),
             State::Void { attempt } if *attempt == stamp.attempt => return Err(Why::Ended),
             State::Receiving { attempt, .. } if *attempt == stamp.attempt => return Err(Why::Repeated),

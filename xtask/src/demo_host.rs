@@ -214,6 +214,7 @@ impl Host {
         let mut serve = Command::new(executable);
         serve.args(["serve", GUEST, "--volatile-state", "--listen", "tcp://127.0.0.1:0", "--control", &control]);
         serve.args(["--nbd", &format!("unix://{}", door.display())]);
+        serve.arg("--state").arg(scratch.path(&format!("{name}.state")));
         disks.iter().for_each(|disk| {
             serve.args(["--disk", disk]);
         });

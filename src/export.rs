@@ -206,8 +206,8 @@ impl Export {
         let mut inner = self.lock();
         if inner.gate != gate {
             log::debug!("export {}: gate {:?} becomes {gate:?}", self.name, inner.gate);
-            if inner.gate == Gate::Fenced {
-                // Fenced is for good: whoever was refused then is not let go on when the guest has come back.
+            if matches!(inner.gate, Gate::Fenced | Gate::Closed) {
+                // Whoever was refused then is not let go on when the guest has come back: it has seen errors.
                 inner.connections.iter().for_each(|c| c.end());
             }
             inner.gate = gate;

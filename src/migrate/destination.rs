@@ -367,6 +367,10 @@ impl Inner {
             were_empty: Vec::new(),
             refused_before: refused_writes(guest),
         };
+        if let Err(cause) = guest.write_ahead(&[&[event.clone(), Event::Abort(stamp)]]) {
+            problems.add("", &cause);
+            return refused(problems);
+        }
         // The record first: from here on nobody claims what is being made.
         if let Err(error) = guest.apply(&event) {
             problems.add("", &error);
@@ -377,16 +381,9 @@ impl Inner {
                 problems.add(&disk.name, &error);
             }
         }
-        // A full disk is noticed now, and not when the guest waits for SEALED and OWNER.
-        let ahead = if problems.0.is_empty() {
-            guest.images().and_then(|images| {
-                let sealing = [event.clone(), Event::Seal { stamp, images }, Event::Go(stamp)];
-                guest.write_ahead(&[&sealing, &[event.clone(), Event::Abort(stamp)]])
-            })
-        } else {
-            Ok(())
-        };
-        if let Err(cause) = ahead {
+        if problems.0.is_empty()
+            && let Err(cause) = write_ahead(guest, stamp)
+        {
             problems.add("", &cause);
         }
         let begun = if problems.0.is_empty() {
@@ -676,6 +673,12 @@ fn record(guest: &Guest, stamp: Stamp) -> Result<Message, String> {
         summary.peer = None;
     }
     Ok(Message::Record { stamp, record: summary })
+}
+
+/// What an attempt that begins will need: a full disk is noticed now, and not while the guest waits for SEALED.
+fn write_ahead(guest: &Guest, stamp: Stamp) -> Result<(), String> {
+    let seal = Event::Seal { stamp, images: guest.images()? };
+    guest.write_ahead(&[&[seal, Event::Go(stamp)], &[Event::Abort(stamp)]])
 }
 
 fn is_receiving(guest: &Guest) -> Result<bool, String> {

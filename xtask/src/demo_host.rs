@@ -214,7 +214,10 @@ impl Host {
         let mut serve = Command::new(executable);
         serve.args(["serve", GUEST, "--volatile-state", "--listen", "tcp://127.0.0.1:0", "--control", &control]);
         serve.args(["--nbd", &format!("unix://{}", door.display())]);
-        serve.arg("--state").arg(scratch.path(&format!("{name}.state")));
+        // What an earlier round of a bench has left is another guest's.
+        let state = scratch.path(&format!("{name}.state"));
+        let _ = std::fs::remove_dir_all(&state);
+        serve.arg("--state").arg(state);
         disks.iter().for_each(|disk| {
             serve.args(["--disk", disk]);
         });

@@ -9,12 +9,14 @@ use std::io::{Error, ErrorKind, IoSlice, IoSliceMut, Result};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{
     Advice, AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, Stat, StatxFlags, StatxTimestamp,
 };
 use rustix::io::{Errno, ReadWriteFlags};
 
+use crate::error::reason;
 use crate::limits::{DIRECT_ALIGN, PROBE_BYTES, PROBES, SECTOR, ZERO_STEP, ZERO_WRITE};
 
 /// How the host's page cache is used.
@@ -59,7 +61,7 @@ pub enum OpenError {
     Missing,
     /// A directory, a socket, a pipe.
     NotADisk(&'static str),
-    /// The size is not a multiple of 512 bytes.
+    /// The size is 0, or not a multiple of 512 bytes.
     OddSize(u64),
     /// Another process has it locked.
     InUse,
@@ -74,10 +76,11 @@ impl fmt::Display for OpenError {
         match self {
             Self::Missing => f.write_str("no such file"),
             Self::NotADisk(what) => write!(f, "is {what}, not a file or a block device"),
+            Self::OddSize(0) => f.write_str("is empty"),
             Self::OddSize(size) => write!(f, "its size of {size} bytes is not a multiple of {SECTOR}"),
             Self::InUse => f.write_str("in use by another process"),
             Self::Exists => f.write_str("exists already"),
-            Self::System(error) => write!(f, "{error}"),
+            Self::System(error) => f.write_str(&reason(error)),
         }
     }
 }
@@ -148,6 +151,14 @@ pub enum Content {
     Data,
 }
 
+/// The syncs of one disk: one runs at a time.
+#[derive(Debug, Default)]
+struct Syncs {
+    running: bool,
+    started: u64,
+    finished: u64,
+}
+
 /// An open disk.
 #[derive(Debug)]
 pub struct Disk {
@@ -157,6 +168,9 @@ pub struct Disk {
     size: u64,
     block_device: bool,
     identity: Identity,
+    syncs: Mutex<Syncs>,
+    /// A sync has ended.
+    synced: Condvar,
     /// A sync failed once: nothing written since the last good one can be trusted (D9).
     poisoned: AtomicBool,
     /// Reads that must not wait are possible here.
@@ -233,6 +247,8 @@ impl Disk {
             size,
             block_device,
             identity: Identity::of(&stat, block_device),
+            syncs: Mutex::default(),
+            synced: Condvar::new(),
             poisoned: AtomicBool::new(false),
             nowait: AtomicBool::new(true),
         })
@@ -340,19 +356,49 @@ impl Disk {
         if durable { self.flush() } else { Ok(()) }
     }
 
-    /// Makes everything written so far durable.
+    /// Makes everything written so far durable. Callers that come while a sync runs share the next one.
     ///
     /// # Errors
     /// The device's error. The kernel tells it once and may then believe the lost pages clean, so every later flush of
-    /// this disk fails too (D9).
+    /// this disk fails too, and so does everybody who waits for the same one (D9): two syncs at once could have one of
+    /// them take the error and the other one say that all is well.
     pub fn flush(&self) -> Result<()> {
-        if self.is_poisoned() {
-            return Err(Error::other("an earlier sync failed"));
+        let mut syncs = self.lock_syncs();
+        let mine = syncs.started + 1;
+        loop {
+            if self.is_poisoned() {
+                return Err(Error::other("an earlier sync failed"));
+            }
+            if syncs.finished >= mine {
+                return Ok(());
+            }
+            if syncs.running {
+                syncs = self.synced.wait(syncs).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            syncs.running = true;
+            syncs.started += 1;
+            drop(syncs);
+            let result = rustix::fs::fdatasync(&self.file);
+            if result.is_err() {
+                self.poisoned.store(true, Ordering::Release);
+            }
+            syncs = self.lock_syncs();
+            syncs.running = false;
+            syncs.finished = syncs.started;
+            self.synced.notify_all();
+            result?;
         }
-        rustix::fs::fdatasync(&self.file).map_err(|errno| {
-            self.poisoned.store(true, Ordering::Release);
-            errno.into()
-        })
+    }
+
+    /// As if a sync had failed.
+    #[cfg(test)]
+    pub(crate) fn poison(&self) {
+        self.poisoned.store(true, Ordering::Release);
+    }
+
+    fn lock_syncs(&self) -> MutexGuard<'_, Syncs> {
+        self.syncs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a sync has ever failed (D9).
@@ -426,6 +472,11 @@ impl Disk {
     /// Asks for `length` bytes at `offset` to be brought into the page cache; only a hint.
     pub fn prefetch(&self, offset: u64, length: u64) {
         let _ = rustix::fs::fadvise(&self.file, offset, std::num::NonZeroU64::new(length), Advice::WillNeed);
+    }
+
+    /// Forgets what the page cache holds of the disk: somebody else has changed it. Only a hint.
+    pub fn forget_cache(&self) {
+        let _ = rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed);
     }
 
     /// The extent at `offset`, at most up to `end`. What the file system cannot tell counts as data.

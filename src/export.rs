@@ -11,8 +11,8 @@
 //! | [`Gate::Sealed`] | reads; writes refused | refused |
 //! | [`Gate::Serving`] | everything | refused |
 //! | [`Gate::Quiesced`] | reads and flushes; writes wait | refused |
-//! | [`Gate::Closed`] | refused, but for flush, which flushes | refused |
-//! | [`Gate::Fenced`] | refused, but for flush, which does nothing | refused |
+//! | [`Gate::Closed`] | refused, but for flush | refused |
+//! | [`Gate::Fenced`] | refused, but for flush, which always succeeds | refused |
 //!
 //! # The life of a guest write (D2, D3)
 //!
@@ -56,10 +56,18 @@ pub enum Gate {
     Serving,
     /// This host owns the disk; guest writes wait.
     Quiesced,
-    /// Another host owns the disk, or may: refuses for good.
+    /// Another host owns the disk: refuses for good.
     Fenced,
     /// Who owns the disk is not known from here; it may turn out to be this host.
     Closed,
+}
+
+impl Gate {
+    /// Whether nobody is served, and who comes is told who owns or whom this host waits for.
+    #[must_use]
+    pub fn is_shut(self) -> bool {
+        matches!(self, Self::Fenced | Self::Closed)
+    }
 }
 
 /// Through which door a connection came.
@@ -134,6 +142,8 @@ struct Inner {
 /// One connection as the export knows it.
 #[derive(Debug)]
 struct Connection {
+    /// Connections are numbered in the order in which they came.
+    number: usize,
     socket: Arc<Socket>,
     door: Door,
     /// Ended from our side: nothing more of it is admitted.
@@ -141,6 +151,10 @@ struct Connection {
 }
 
 impl Connection {
+    fn is_dead(&self) -> bool {
+        self.dead.load(Ordering::Acquire)
+    }
+
     fn end(&self) {
         self.dead.store(true, Ordering::Release);
         self.socket.shutdown();
@@ -184,9 +198,9 @@ impl Export {
         self.lock().disk.clone()
     }
 
-    /// Puts a disk behind an export that had none, or takes it away (`None`) when nobody uses it.
-    pub fn set_disk(&self, disk: Option<Arc<Disk>>) {
-        self.lock().disk = disk;
+    /// Puts a disk behind an export that has none.
+    pub fn set_disk(&self, disk: Arc<Disk>) {
+        self.lock().disk = Some(disk);
     }
 
     /// The gate as it stands.
@@ -200,20 +214,23 @@ impl Export {
         let mut inner = self.lock();
         if inner.gate != gate {
             log::debug!("export {}: gate {:?} becomes {gate:?}", self.name, inner.gate);
+            if inner.gate.is_shut() {
+                // Whoever was refused then is not let go on when the guest has come back: it has seen errors.
+                inner.connections.iter().for_each(|c| c.end());
+            }
             inner.gate = gate;
         }
         drop(inner);
         self.changed.notify_all();
     }
 
-    /// Begins a quiesce, unless the gate is not open: then this returns `false`.
+    /// Begins a quiesce; `false` if the guest is not being served.
     fn close(&self) -> bool {
         let mut inner = self.lock();
-        let open = inner.gate == Gate::Serving;
-        if open {
+        if inner.gate == Gate::Serving {
             inner.gate = Gate::Quiesced;
         }
-        open
+        inner.gate == Gate::Quiesced
     }
 
     /// Ends a quiesce, unless the gate has been moved meanwhile.
@@ -272,35 +289,61 @@ impl Export {
     pub fn enter(self: &Arc<Self>, door: Door, socket: &Arc<Socket>) -> Result<Visit, &'static str> {
         let mut inner = self.lock();
         let Some(disk) = inner.disk.clone() else { return Err("this disk does not exist yet") };
-        let connection = Arc::new(Connection { socket: Arc::clone(socket), door, dead: AtomicBool::new(false) });
-        inner.connections.push(Arc::clone(&connection));
+        if inner.gate.is_shut() {
+            return Err("this disk belongs to another host, or may");
+        }
         inner.visits += 1;
+        let number = inner.visits;
+        let connection = Connection { number, socket: Arc::clone(socket), door, dead: AtomicBool::new(false) };
+        let connection = Arc::new(connection);
+        inner.connections.push(Arc::clone(&connection));
         let visit = Visit { export: Arc::clone(self), disk, connection };
         if door == Door::Guest {
-            let gone: Vec<_> = inner.connections.iter().filter(|c| c.door == door && c.socket.has_hung_up()).collect();
-            gone.iter().for_each(|c| c.end());
-            let still_there = |inner: &Inner| {
-                let ended = |c: &Connection| c.door == door && c.dead.load(Ordering::Acquire);
-                inner.connections.iter().any(|c| ended(c) && !Arc::ptr_eq(c, &visit.connection))
-            };
+            inner.connections.iter().filter(|c| c.door == door && c.socket.has_hung_up()).for_each(|c| c.end());
             self.changed.notify_all();
-            let (inner, waited) = self.wait_until(inner, Instant::now() + DRAIN_MAX, |inner| !still_there(inner));
+            // Only for those that came before: two that wait here, and have hung up, must not wait for each other.
+            let waits_for = |c: &Connection| c.door == door && c.number < number && c.is_dead();
+            let (inner, waited) = self.wait_until(inner, Instant::now() + DRAIN_MAX, |inner| {
+                visit.is_ended() || !inner.connections.iter().any(|c| waits_for(c))
+            });
             drop(inner);
             if !waited {
                 return Err("an earlier connection's request is not finished");
+            }
+            if visit.is_ended() {
+                return Err("the connection was ended");
             }
         }
         Ok(visit)
     }
 
-    /// Ends every connection that came through `door`: nothing more of them is admitted, and when this returns `true`
-    /// all that was admitted is finished and their threads are gone. `false`: not within [`DRAIN_MAX`].
+    /// Shuts every connection that came through `door` down, without waiting for what they had admitted.
+    pub fn shut_connections(&self, door: Door) {
+        self.lock().connections.iter().filter(|c| c.door == door).for_each(|c| c.end());
+        self.changed.notify_all();
+    }
+
+    /// Ends every connection that came through `door` until now: nothing more of them is admitted, and when this
+    /// returns `true` all that was admitted is finished and their threads are gone. `false`: not within [`DRAIN_MAX`].
     #[must_use]
     pub fn end_connections(&self, door: Door) -> bool {
         let inner = self.lock();
         inner.connections.iter().filter(|c| c.door == door).for_each(|c| c.end());
+        self.wait_for_the_dead(inner, |c| c.door == door)
+    }
+
+    /// Takes the disk away from behind the export: nobody is let in any more, and everybody who is in has gone when
+    /// this returns it. `None`: there was no disk, or its last requests do not end.
+    pub fn take_disk(&self) -> Option<Arc<Disk>> {
+        let mut inner = self.lock();
+        let disk = inner.disk.take();
+        inner.connections.iter().for_each(|c| c.end());
+        if self.wait_for_the_dead(inner, |_| true) { disk } else { None }
+    }
+
+    fn wait_for_the_dead<'a>(&'a self, inner: MutexGuard<'a, Inner>, which: impl Fn(&Connection) -> bool) -> bool {
         self.changed.notify_all();
-        let gone = |inner: &Inner| !inner.connections.iter().any(|c| c.door == door);
+        let gone = |inner: &Inner| !inner.connections.iter().any(|c| which(c) && c.is_dead());
         self.wait_until(inner, Instant::now() + DRAIN_MAX, gone).1
     }
 
@@ -337,7 +380,8 @@ impl Export {
             }
             last = Instant::now();
             inner = self.lock();
-            inner.unsynced -= bytes;
+            // The last attempt's thread may still have been at it.
+            inner.unsynced = inner.unsynced.saturating_sub(bytes);
             self.wake(&inner);
         }
     }
@@ -427,16 +471,23 @@ impl Visit {
     /// Whether the connection was ended from our side.
     #[must_use]
     pub fn is_ended(&self) -> bool {
-        self.connection.dead.load(Ordering::Acquire)
+        self.connection.is_dead()
     }
 
     /// Whether the export still answers reads and the like.
     ///
     /// # Errors
-    /// [`Fault::Fenced`] if not.
+    /// [`Fault::Fenced`] if not, [`Fault::Gone`] if the disk is not the export's any more.
     pub fn may_read(&self) -> Result<(), Fault> {
-        let gate = self.export.lock().gate;
-        if matches!(gate, Gate::Fenced | Gate::Closed) { Err(Fault::Fenced) } else { Ok(()) }
+        let inner = self.export.lock();
+        self.is_current(&inner)?;
+        if inner.gate.is_shut() { Err(Fault::Fenced) } else { Ok(()) }
+    }
+
+    /// Whether the disk that this connection was let in for is still the export's.
+    fn is_current(&self, inner: &Inner) -> Result<(), Fault> {
+        let current = inner.disk.as_ref().is_some_and(|disk| Arc::ptr_eq(disk, &self.disk));
+        if current { Ok(()) } else { Err(Fault::Gone) }
     }
 
     /// Reads exactly `buffer.len()` bytes at `offset`, waiting for the device if need be.
@@ -484,16 +535,17 @@ impl Visit {
         if durable { Ok(self.disk.flush()?) } else { Ok(()) }
     }
 
-    /// Makes all finished writes durable (D13). A fenced export has nothing left to flush and says that it is done: a
-    /// VMM that cannot flush cannot quit (D6).
+    /// Makes all finished writes durable (D13). A fenced export says in any case that it is done: a VMM that cannot
+    /// flush cannot quit (D6).
     ///
     /// # Errors
     /// The disk's error, and for good after the first (D9).
     pub fn flush(&self) -> Result<(), Fault> {
-        if self.export.lock().gate == Gate::Fenced || self.export.read_only {
+        if self.export.read_only {
             return Ok(());
         }
-        Ok(self.disk.flush()?)
+        let synced = self.disk.flush();
+        if self.export.gate() == Gate::Fenced { Ok(()) } else { Ok(synced?) }
     }
 
     /// Passes the gate with a request that will change `length` bytes at `offset`.
@@ -509,6 +561,7 @@ impl Visit {
         }
         let mut inner = export.lock();
         loop {
+            self.is_current(&inner)?;
             let must_wait = match (inner.gate, door) {
                 (Gate::Fenced | Gate::Closed, _) => return Err(Fault::Fenced),
                 (Gate::Serving, Door::Guest) => false,
@@ -594,12 +647,14 @@ pub struct Quiesced {
 /// meanwhile.
 ///
 /// # Errors
-/// The name of the disk whose requests did not end before `deadline`, or that is not served any more (another thread
-/// has learned that somebody else owns it); gates that were open are open again then.
+/// The name of the disk whose requests did not end before `deadline`; all gates are open again then.
 pub fn quiesce(exports: &[Arc<Export>], deadline: Instant) -> Result<Quiesced, String> {
-    let quiesced = Quiesced { exports: exports.to_vec(), since: Instant::now() };
-    if let Some(export) = exports.iter().find(|export| !export.close()) {
-        return Err(export.name.clone());
+    let mut quiesced = Quiesced { exports: Vec::new(), since: Instant::now() };
+    for export in exports {
+        if !export.close() {
+            return Err(export.name.clone());
+        }
+        quiesced.exports.push(Arc::clone(export));
     }
     for export in exports {
         if !export.drain(export.lock(), deadline) {
@@ -610,6 +665,26 @@ pub fn quiesce(exports: &[Arc<Export>], deadline: Instant) -> Result<Quiesced, S
 }
 
 impl Quiesced {
+    /// Whether every gate is still as it was left.
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        self.exports.iter().all(|export| export.gate() == Gate::Quiesced)
+    }
+
+    /// Makes what the guest has written to its other disks durable: nobody copies them, and the next host looks at
+    /// them as soon as it owns.
+    ///
+    /// # Errors
+    /// The name of the disk, and its error.
+    pub fn flush(&self, but: impl Fn(&str) -> bool) -> Result<(), String> {
+        for export in self.exports.iter().filter(|export| !but(export.name())) {
+            if let Some(disk) = export.disk() {
+                disk.flush().map_err(|error| format!("flush: disk {}: {error}", export.name()))?;
+            }
+        }
+        Ok(())
+    }
+
     /// When the first gate closed.
     #[must_use]
     pub fn since(&self) -> Instant {

@@ -102,7 +102,8 @@ impl Guest {
             store,
             rejected,
         };
-        guest.follow(&guest.keeper());
+        let gate = gate_of(&guest.keeper());
+        guest.exports().for_each(|export| export.set_gate(gate));
         Ok(guest)
     }
 
@@ -175,14 +176,13 @@ impl Guest {
     /// As [`Keeper::apply`]. After [`KeepError::Unknown`] the gates are closed (M4).
     pub fn apply(&self, event: &Event) -> Result<Answer, KeepError> {
         let mut keeper = self.keeper();
-        let before = keeper.changes();
+        let (before, gate) = (keeper.changes(), gate_of(&keeper));
         let result = keeper.apply(event);
         match &result {
             Ok(answer) => log::debug!("record: {event:?} is answered {answer:?}"),
             Err(error) => log::info!("record: {error}"),
         }
-        // Under the keeper's lock: gates follow the record in the record's order.
-        self.follow(&keeper);
+        self.follow(gate, &keeper);
         let changed = keeper.changes() != before;
         drop(keeper);
         if changed {
@@ -197,28 +197,18 @@ impl Guest {
     /// As [`Keeper::retry`].
     pub fn retry(&self) -> Result<(), KeepError> {
         let mut keeper = self.keeper();
+        let gate = gate_of(&keeper);
         let result = keeper.retry();
-        self.follow(&keeper);
+        self.follow(gate, &keeper);
         result
     }
 
-    /// Moves the gates to where the record wants them.
-    fn follow(&self, keeper: &Keeper) {
-        let gate = match keeper.gate_state() {
-            // M4. Not fenced for good: what the guest has been told to be written may still have to be flushed.
-            _ if keeper.known().is_err() => Gate::Closed,
-            Door::Incoming => Gate::Incoming,
-            Door::Receiving => Gate::Receiving,
-            Door::Sealed => Gate::Sealed,
-            Door::Serving { .. } => Gate::Serving,
-            Door::Closed => Gate::Closed,
-            Door::Fenced => Gate::Fenced,
-        };
-        for export in self.exports() {
-            // A switchover holds the gate itself, and lets go of it by itself.
-            if !(gate == Gate::Serving && export.gate() == Gate::Quiesced) {
-                export.set_gate(gate);
-            }
+    /// Moves the gates to where the record wants them, under the keeper's lock: gates follow the record in the record's
+    /// order. What changes nothing moves no gate: a switchover or a seal on another thread may be holding it elsewhere.
+    fn follow(&self, before: Gate, keeper: &Keeper) {
+        let gate = gate_of(keeper);
+        if gate != before {
+            self.exports().for_each(|export| export.set_gate(gate));
         }
     }
 
@@ -248,6 +238,20 @@ impl Guest {
 
     fn keeper(&self) -> MutexGuard<'_, Keeper> {
         self.keeper.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What the record means for the gates.
+fn gate_of(keeper: &Keeper) -> Gate {
+    match keeper.gate_state() {
+        // M4. Not fenced for good: it may turn out that this host owns.
+        _ if keeper.known().is_err() => Gate::Closed,
+        Door::Incoming => Gate::Incoming,
+        Door::Receiving => Gate::Receiving,
+        Door::Sealed => Gate::Sealed,
+        Door::Serving { .. } => Gate::Serving,
+        Door::Closed => Gate::Closed,
+        Door::Fenced => Gate::Fenced,
     }
 }
 

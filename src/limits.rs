@@ -88,6 +88,8 @@ pub const CONNECTION_STACK: usize = 128 * KIB;
 pub const STATUS_EXTENTS_MAX: usize = 128;
 /// Most connections through one door.
 pub const CONNECTIONS_MAX: usize = 64;
+/// Connections of a migration door that are kept for the phases.
+pub const PHASE_CONNECTIONS_MAX: usize = 8;
 /// Connections that one export recommends to a client that asks for several.
 pub const CONNECTIONS_PER_DISK_MAX: usize = 8;
 
@@ -200,6 +202,7 @@ pub const BUDGET_BURST: Duration = Duration::from_millis(50);
 
 const _: () = assert!(RECEIVE_BUFFER.is_multiple_of(DIRECT_ALIGN) && SLOT_BUFFER.is_multiple_of(DIRECT_ALIGN));
 const _: () = assert!(WRITE_BACK_BYTES < UNSYNCED_MAX, "writers must not wait before the write-back begins");
+const _: () = assert!(DISKS_MAX <= CONNECTIONS_MAX - PHASE_CONNECTIONS_MAX, "each disk has a connection");
 const _: () = assert!(REGION_MAX <= PAYLOAD_MAX as usize, "a region travels as one request");
 // ---- doors and addresses -----------------------------------------------------------------------------------------
 
@@ -272,10 +275,14 @@ pub const PREPARE_MAX: Duration = Duration::from_secs(120);
 pub const FENCE_MAX: Duration = Duration::from_secs(75);
 /// Longest wait for SEALED, with the guest quiesced: the destination's last sync.
 pub const SEAL_MAX: Duration = Duration::from_secs(10);
+/// Longest dial: connection, NBD handshake and hellos, each within its own time.
+pub const DIAL_MAX: Duration = Duration::from_secs(30);
 /// How long a lost destination is dialled again before the attempt is aborted.
 pub const RECONNECT_MAX: Duration = Duration::from_secs(30);
 /// First and longest pause between two dials.
 pub const RECONNECT_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+/// GO that was not answered for so long is said again over a new connection: the guest stands still meanwhile.
+pub const GO_PATIENCE: Duration = Duration::from_secs(2);
 /// How long `migrate` waits for RUNNING; the process goes on asking.
 pub const RUNNING_PATIENCE: Duration = Duration::from_secs(15);
 /// How long an aborted migration waits for UNSEALED; the process goes on asking if it must know.
@@ -290,12 +297,18 @@ pub const SWITCHOVER_PAUSE: Duration = Duration::from_secs(1);
 pub const SWITCHOVERS_MAX: u32 = 10;
 /// A mirror's flush is measured at least this often before it has converged.
 pub const FLUSH_PERIOD: Duration = Duration::from_millis(250);
-/// Connections of one disk where nobody says how many. One carries 1 GB/s and more; two write to one file at once and
-/// spend a third more CPU on waiting for each other.
-pub const CONNECTIONS_PER_DISK_DEFAULT: u8 = 1;
+/// A destination whose answer takes longer than this is distant: what one connection may have in flight does not fill
+/// the way there, and several are opened where nobody says how many. Near by one carries 1 GB/s and more, and two would
+/// write to one file at once and spend a third more CPU on waiting for each other.
+pub const DISTANT: Duration = Duration::from_millis(2);
+/// Connections to a distant destination, for all disks together.
+pub const LANES_DISTANT: usize = 4;
 /// Stack of the thread that drives a migration, in bytes.
 pub const DRIVER_STACK: usize = 256 * KIB;
 
 const _: () = assert!(QUIESCE_MAX.as_secs() < LINK_SILENCE_MAX.as_secs(), "a quiet link outlives a quiesce");
 const _: () = assert!(DRAIN_MAX.as_secs() < FENCE_MAX.as_secs(), "the destination gives up a fence first");
 const _: () = assert!(PROBLEMS_MAX * (DISK_NAME_MAX + CAUSE_MAX + 3) < FRAME_MAX, "a refusal must fit a frame");
+const _: () =
+    assert!(DIAL_MAX.as_secs() >= CONNECT_TIMEOUT.as_secs() + HANDSHAKE_TIMEOUT.as_secs() + HELLO_TIMEOUT.as_secs());
+const _: () = assert!(GO_PATIENCE.as_secs() < RUNNING_PATIENCE.as_secs(), "GO is repeated while migrate waits");

@@ -11,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
 
@@ -25,13 +26,13 @@ use crate::socket::Socket;
 /// Mode of directories that are made for a socket.
 const DIRECTORY_MODE: u32 = 0o700;
 
-/// A bound, listening socket. Dropping it removes its Unix socket.
+/// A bound, listening socket. Stopping or dropping it removes its Unix socket.
 #[derive(Debug)]
 pub struct Listener {
     fd: OwnedFd,
     address: Address,
     stopped: AtomicBool,
-    made: Option<Made>,
+    made: Mutex<Option<Made>>,
 }
 
 /// The file of a Unix socket, so that only our own is removed.
@@ -84,21 +85,27 @@ impl Listener {
         }
     }
 
-    /// Ends every present and later [`Listener::accept`]. Safe to repeat.
+    /// Ends every present and later [`Listener::accept`], and removes the Unix socket. Safe to repeat.
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
+        self.remove_socket();
         // On Linux this wakes a blocked accept, of TCP and of Unix sockets.
         let _ = rustix::net::shutdown(&self.fd, Shutdown::Both);
+    }
+
+    /// Once only: a later socket there may be another's and have the same inode number.
+    fn remove_socket(&self) {
+        let Some(made) = self.made.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        let ours = fs::symlink_metadata(&made.path).is_ok_and(|m| m.dev() == made.device && m.ino() == made.inode);
+        if ours {
+            let _ = fs::remove_file(&made.path);
+        }
     }
 }
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let Some(made) = &self.made else { return };
-        let ours = fs::symlink_metadata(&made.path).is_ok_and(|m| m.dev() == made.device && m.ino() == made.inode);
-        if ours {
-            let _ = fs::remove_file(&made.path);
-        }
+        self.remove_socket();
     }
 }
 
@@ -120,10 +127,13 @@ fn is_the_connections_fault(error: Errno) -> bool {
 
 fn bind_tcp(host: &str, port: u16) -> Result<Listener> {
     // The standard library sets SO_REUSEADDR and CLOEXEC.
-    let listener = TcpListener::bind(resolve(host, port)?.as_slice())?;
+    let listener = TcpListener::bind(resolve(host, port)?.as_slice()).map_err(|error| match error.kind() {
+        ErrorKind::AddrInUse => in_use(),
+        _ => error,
+    })?;
     let port = listener.local_addr()?.port();
     let address = Address::Tcp { host: host.to_owned(), port };
-    Ok(Listener { fd: OwnedFd::from(listener), address, stopped: AtomicBool::new(false), made: None })
+    Ok(Listener { fd: OwnedFd::from(listener), address, stopped: AtomicBool::new(false), made: Mutex::default() })
 }
 
 fn bind_unix(path: &Path) -> Result<Listener> {
@@ -140,7 +150,7 @@ fn bind_unix(path: &Path) -> Result<Listener> {
     let made = Made { path: path.to_owned(), device: meta.dev(), inode: meta.ino() };
     let address = Address::Unix(path.to_owned());
     // From here on dropping removes the file.
-    let listener = Listener { fd, address, stopped: AtomicBool::new(false), made: Some(made) };
+    let listener = Listener { fd, address, stopped: AtomicBool::new(false), made: Mutex::new(Some(made)) };
     rustix::net::listen(&listener.fd, LISTEN_BACKLOG)?;
     Ok(listener)
 }
@@ -176,8 +186,13 @@ fn remove_stale(path: &Path) -> Result<()> {
         Err(e) if e.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path),
         Err(e) if e.kind() != ErrorKind::TimedOut => Err(e),
         // A full backlog is a living listener too.
-        _ => Err(Error::new(ErrorKind::AddrInUse, "in use: a process listens there")),
+        _ => Err(in_use()),
     }
+}
+
+/// The same words for each kind of address, and with each C library.
+fn in_use() -> Error {
+    Error::new(ErrorKind::AddrInUse, "in use: a process listens there")
 }
 
 #[cfg(test)]
@@ -223,7 +238,9 @@ mod tests {
     #[test]
     fn a_tcp_port_in_use_is_refused() {
         let first = Listener::bind(&Address::parse("tcp://127.0.0.1:0").expect("an address")).expect("binds");
-        assert_eq!(Listener::bind(first.address()).expect_err("in use").kind(), ErrorKind::AddrInUse);
+        let error = Listener::bind(first.address()).expect_err("in use");
+        assert_eq!(error.kind(), ErrorKind::AddrInUse);
+        assert_eq!(error.to_string(), "in use: a process listens there");
     }
 
     #[test]
@@ -292,6 +309,13 @@ mod tests {
             listener.stop();
             assert!(waiting.join().expect("no panic"));
             assert!(listener.accept().expect("stays stopped").is_none());
+            // Whoever comes later takes nothing over.
+            if let Address::Unix(path) = listener.address().clone() {
+                assert!(!path.exists());
+                let _later = UnixListener::bind(&path).expect("binds");
+                drop(listener);
+                assert!(path.exists());
+            }
         }
     }
 

@@ -24,6 +24,8 @@
 
 mod budget;
 mod lane;
+#[cfg(test)]
+mod model;
 mod runs;
 #[cfg(test)]
 mod tests;
@@ -39,7 +41,7 @@ use lane::{Flight, Lane, LaneEnd, Orders};
 use crate::dirty::{DirtyMap, Outstanding, Region};
 use crate::disk::Disk;
 use crate::export::{Export, Quiesced};
-use crate::limits::{LANE_LOOK, PASS_PERIOD, REGION_MAX};
+use crate::limits::{LANE_LOOK, PASS_PERIOD, PAYLOAD_MAX, REGION_MAX};
 use crate::nbd::client::Client;
 
 /// The mirror of one disk.
@@ -140,6 +142,9 @@ impl Mirror {
     pub fn arm(export: &Arc<Export>, budget: &Arc<Budget>) -> Result<Arc<Self>, String> {
         let disk = export.disk().ok_or("the disk does not exist")?;
         let map = DirtyMap::new(disk.size());
+        if map.granularity() > u64::from(PAYLOAD_MAX) {
+            return Err(format!("a disk of {} bytes is larger than one request for each granule", disk.size()));
+        }
         export.arm(&map).map_err(|error| format!("requests in flight do not end: {error}"))?;
         let now = Instant::now();
         let state = State {
@@ -178,6 +183,12 @@ impl Mirror {
     #[must_use]
     pub fn size(&self) -> u64 {
         self.disk.size()
+    }
+
+    /// The bytes of one granule, which is the least that a lane copies.
+    #[must_use]
+    pub fn granularity(&self) -> usize {
+        usize::try_from(self.map.granularity()).unwrap_or(usize::MAX)
     }
 
     /// Makes everything dirty that the destination must be sent: all data, and holes too unless the whole target is
@@ -234,7 +245,14 @@ impl Mirror {
     /// What has ended the migration, if anything has.
     #[must_use]
     pub fn failure(&self) -> Option<Failure> {
-        self.lock().failure.clone()
+        let failure = self.lock().failure.clone();
+        failure.or_else(|| self.poison())
+    }
+
+    /// D9: after a failed sync nobody knows what the disk holds; that is not to be copied.
+    fn poison(&self) -> Option<Failure> {
+        let text = || format!("flush: disk {}: a sync of the source's disk has failed", self.name());
+        self.disk.is_poisoned().then(|| Failure { text: text() })
     }
 
     /// The cause, if a lane has ended with its connection since the last call to [`Mirror::take_lost`].
@@ -286,8 +304,8 @@ impl Mirror {
         let mut flush_number = None;
         let mut state = self.lock();
         loop {
-            if let Some(failure) = &state.failure {
-                return Err(NotReady::Failed(failure.clone()));
+            if let Some(failure) = state.failure.clone().or_else(|| self.poison()) {
+                return Err(NotReady::Failed(failure));
             }
             if let Some(cause) = &state.lost_lanes {
                 return Err(NotReady::Lost(cause.clone()));
@@ -373,6 +391,11 @@ impl Mirror {
         drop(self.wait(state, rest));
         // A look at the idle connection, whether it is still there.
         Orders::Listen(Duration::ZERO)
+    }
+
+    /// A pause of a lane that has nothing in flight; orders end it.
+    fn rest(&self, time: Duration) {
+        drop(self.wait(self.lock(), time));
     }
 
     fn acknowledge(&self, flight: Flight) {

@@ -59,12 +59,20 @@ pub fn serve(options: ServeOptions) -> Result<(), Problem> {
         },
         options.json,
     );
+    let (ended, end) = std::sync::mpsc::channel();
     std::thread::scope(|scope| {
-        let mut doors = control.iter().map(|listener| scope.spawn(|| server.run(listener))).collect::<Vec<_>>();
-        let first = doors.remove(0);
-        first.join().map_err(|_| ()).and_then(|ran| ran.map_err(|error| log::error!("control door: {error}")))
+        for listener in &control {
+            let (server, ended) = (&server, ended.clone());
+            scope.spawn(move || ended.send((listener.address().clone(), server.run(listener))));
+        }
+        // They run until the process ends, or one of them cannot go on: then nobody could say what is to be done.
+        let failed = end.recv();
+        control.iter().for_each(|listener| listener.stop());
+        match failed {
+            Ok((address, Err(error))) => Err(Problem::fatal("control door", address, reason(&error))),
+            _ => Ok(()),
+        }
     })
-    .map_err(|()| Problem::fatal("serve", &guest.name, "the control door has failed"))
 }
 
 fn bind_all(what: &'static str, addresses: &[Address]) -> Result<Vec<Arc<Listener>>, Problem> {
@@ -134,6 +142,7 @@ pub fn export(options: ExportOptions) -> Result<(), Problem> {
         // The sender lives as long as the doors do.
         let _ = gone.recv();
         if options.lifetime == Lifetime::Once {
+            listeners.iter().for_each(|listener| listener.stop());
             return Ok(());
         }
     }

@@ -31,7 +31,7 @@ pub struct MigrateOptions {
     pub downtime_limit_ms: u32,
     /// Wait for `switch` when converged.
     pub hold: bool,
-    /// Data connections of one disk; 0: one.
+    /// Data connections of one disk; 0: one, or several to a distant host.
     pub connections: u8,
     /// Return once the migration has started.
     pub detach: bool,
@@ -53,7 +53,7 @@ pub(super) const SPEC: Spec = Spec {
         opt("downtime-limit", Takes::One("MS"), "longest final pass that counts as converged [300]"),
         opt("hold", Takes::Nothing, "when converged, wait for: blockferry switch GUEST"),
         opt("detach", Takes::Nothing, "return once it has started; see: blockferry status GUEST"),
-        opt("connections", Takes::One("N"), "data connections of one disk, 1 to 8 [1]"),
+        opt("connections", Takes::One("N"), "data connections of one disk, 1 to 8 [1, more to a distant host]"),
         opt("synchronous", Takes::One("never"), "guest writes never wait for the mirror [never]"),
         opt("transport", Takes::One("MODE"), "nbd, or auto: today the same [auto]"),
         opt("verify", Takes::One("none"), "today nothing is verified [none]"),

@@ -50,10 +50,10 @@ pub trait Desk: Send + Sync {
     /// Why not; nothing has changed.
     fn migrate(&self, request: &MigrateRequest) -> std::result::Result<u128, Problem>;
 
-    /// Lets a held migration hand over.
+    /// Lets the running migration hand over now, whether it is held or has not converged.
     ///
     /// # Errors
-    /// There is none that is held.
+    /// There is none.
     fn switch(&self) -> std::result::Result<(), Problem>;
 
     /// Ends a migration: the given attempt, or whichever is running. Returns once it is decided, not once it is over.

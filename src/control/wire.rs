@@ -96,7 +96,7 @@ pub struct MigrateRequest {
     pub downtime_limit_ms: u32,
     /// Wait for `switch` when converged.
     pub hold: bool,
-    /// Data connections of one disk; 0: one.
+    /// Data connections of one disk; 0: one, or several to a distant host.
     pub connections: u8,
     /// The migration goes on when the command goes away.
     pub detach: bool,

@@ -28,6 +28,9 @@ fn what_is_not_a_disk_is_named() {
     assert_eq!(text(std::path::Path::new("/dev/null")), "is a character device, not a file or a block device");
     std::fs::write(dir.path().join("odd"), [0; 700]).expect("written");
     assert_eq!(text(&dir.path().join("odd")), "its size of 700 bytes is not a multiple of 512");
+    std::fs::write(dir.path().join("empty"), []).expect("written");
+    assert_eq!(text(&dir.path().join("empty")), "is empty");
+    assert_eq!(text(&dir.path().join("odd/disk")), "Not a directory");
 }
 
 #[test]

@@ -11,7 +11,6 @@
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Instant;
 
 use super::link::{Link, LinkError};
@@ -25,11 +24,12 @@ use crate::domain::{Source, Stays};
 use crate::export::{Door, Export, Gate, Visit};
 use crate::guest::Guest;
 use crate::limits::{
-    CONNECTION_STACK, CONNECTIONS_PER_DISK_MAX, HELLO_TIMEOUT, LINK_LOOK, LINK_SILENCE_MAX, REPLY_TIMEOUT,
+    CONNECTION_STACK, CONNECTIONS_MAX, CONNECTIONS_PER_DISK_MAX, DISKS_MAX, HELLO_TIMEOUT, LINK_LOOK, LINK_SILENCE_MAX,
+    PHASE_CONNECTIONS_MAX, PROBLEMS_MAX, REPLY_TIMEOUT,
 };
 use crate::nbd::handshake::{Description, Directory, OpenError};
 use crate::nbd::server;
-use crate::ownership::{Answer, Event, Images, KeepError, Peer, Promise, Stamp, State, next};
+use crate::ownership::{Answer, Attempt, Event, Images, KeepError, Peer, Promise, Record, Stamp, State, next};
 use crate::socket::Socket;
 
 /// What this process receives.
@@ -41,11 +41,20 @@ pub struct Destination {
 #[derive(Debug, Default)]
 struct Inner {
     stage: Stage,
-    /// The attempt that this side ended last, and why: its phase connection tells the source.
-    ended: Option<(Stamp, String)>,
+    /// The attempt that this side ended last: the source is told why.
+    ended: Option<Ended>,
     /// Disks that hold the remains of an attempt that ended here and had found them empty: our own, to be emptied for
     /// the next one (D10).
     remains: Vec<String>,
+}
+
+/// An attempt that this side has ended.
+#[derive(Debug)]
+struct Ended {
+    stamp: Stamp,
+    cause: String,
+    /// The source has been told without having asked.
+    told: bool,
 }
 
 /// What of an attempt only lives in memory. An attempt that is sealed or owns needs nothing but the record.
@@ -66,10 +75,12 @@ struct Reception {
     created: Vec<(Arc<Export>, PathBuf)>,
     /// Disks that were empty when it began.
     were_empty: Vec<String>,
-    write_back: Vec<JoinHandle<()>>,
     /// Guest writes refused before it began (M11).
     refused_before: u64,
 }
+
+/// What the source is told of each disk.
+type Ready = heapless::Vec<DiskReady, DISKS_MAX>;
 
 /// Speaks the phase protocol on one connection until it ends.
 pub fn serve(guest: &Arc<Guest>, socket: &Arc<Socket>) {
@@ -93,11 +104,12 @@ fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
     loop {
         match link.receive(Instant::now() + LINK_LOOK) {
             Ok(Some(message)) => {
-                heard = Instant::now();
                 log::debug!("migration door: received {}", message.name());
-                let Some(answer) = guest.destination.answer(guest, &mut session, message)? else { continue };
+                let answer = guest.destination.answer(guest, &mut session, message)?;
                 log::debug!("migration door: answered {}", answer.name());
                 link.send(&answer, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
+                // The answer may have taken long; the peer's silence begins now.
+                heard = Instant::now();
             }
             Ok(None) if heard.elapsed() > LINK_SILENCE_MAX => return Err(LinkError::Late.to_string()),
             Ok(None) => {
@@ -147,11 +159,11 @@ struct Session {
 }
 
 impl Destination {
-    /// The one match of the destination. `None`: nothing is to be answered.
+    /// The one match of the destination.
     ///
     /// # Errors
     /// The peer broke the protocol, or nothing may be answered (M4): the connection ends, with this line for the log.
-    fn answer(&self, guest: &Guest, session: &mut Session, message: Message) -> Result<Option<Message>, String> {
+    fn answer(&self, guest: &Guest, session: &mut Session, message: Message) -> Result<Message, String> {
         let mut inner = self.lock();
         session.stamp = message.stamp().copied().or(session.stamp);
         let receiving = match &inner.stage {
@@ -159,25 +171,37 @@ impl Destination {
             Stage::Idle => false,
         };
         match (receiving, message) {
-            (_, Message::Ping { number }) => Ok(Some(Message::Pong { number })),
-            (_, Message::Prepare(offer)) => Ok(Some(inner.prepare(guest, session, &offer)?)),
-            (true, Message::Fence { stamp, epoch }) => Ok(Some(inner.fence(guest, stamp, epoch))),
-            (true, Message::Seal { stamp, .. }) => Ok(Some(inner.seal(guest, stamp)?)),
+            (_, Message::Ping { number }) => Ok(Message::Pong { number }),
+            (_, Message::Prepare(offer)) => inner.prepare(guest, session, &offer),
+            // Whatever the source asks of an attempt that this side has ended, it hears why.
+            (false, Message::Fence { stamp, .. } | Message::Seal { stamp, .. })
+                if inner.why_ended(&stamp).is_some() =>
+            {
+                Ok(inner.why_ended(&stamp).unwrap_or_else(|| failed(stamp, &"it has ended")))
+            }
+            (true, Message::Fence { stamp, epoch }) => Ok(inner.fence(guest, stamp, epoch)),
+            (true, Message::Seal { stamp, .. }) => inner.seal(guest, stamp),
             (true, Message::Abort { stamp, cause }) => {
                 log::info!("migration: attempt {:.8} aborted by the source: {}", stamp.attempt, cause.escape_debug());
-                inner.stop_receiving();
-                shut_guest_doors(guest);
+                if !inner.stop_receiving() {
+                    // "Unsealed" says that no writer lives. The source asks again.
+                    return Err("requests in flight do not end".to_owned());
+                }
+                shut_guest_doors(guest, &stamp);
                 let answer = settle(guest, &Event::Abort(stamp), stamp);
                 inner.clean_up();
                 answer
             }
-            // Said again by who is sealed; what this process does not receive, it cannot seal.
+            // Said again to who is sealed; what this process does not receive, it cannot seal.
             (false, Message::Seal { stamp, .. }) if !is_receiving(guest)? => {
                 settle(guest, &Event::Seal { stamp, images: Images::NONE }, stamp)
             }
-            (false, Message::Go { stamp }) => settle(guest, &Event::Go(stamp), stamp),
+            (false, Message::Go { stamp }) => {
+                forget_shared(guest);
+                settle(guest, &Event::Go(stamp), stamp)
+            }
             (false, Message::Abort { stamp, .. }) => {
-                shut_guest_doors(guest);
+                shut_guest_doors(guest, &stamp);
                 settle(guest, &Event::Abort(stamp), stamp)
             }
             (_, Message::Question { stamp }) if stamp.source == guest.host => {
@@ -188,14 +212,16 @@ impl Destination {
                     Some(State::Given { arrived: false, .. })
                 );
                 let go = promise == Promise::Given && unheard;
-                Ok(Some(if go { Message::Go { stamp } } else { Message::Promise { stamp, promise } }))
+                Ok(if go { Message::Go { stamp } } else { Message::Promise { stamp, promise } })
             }
             // What a destination that has asked says in return.
             (_, Message::Running { stamp, .. }) if stamp.source == guest.host => {
-                guest.apply(&Event::Running(stamp)).map(|_| None).map_err(|error| error.to_string())
+                guest.apply(&Event::Running(stamp)).map_err(|error| error.to_string())?;
+                record(guest, stamp)
             }
             (_, Message::Unsealed { stamp }) if stamp.source == guest.host => {
-                guest.apply(&Event::Unsealed(stamp)).map(|_| None).map_err(|error| error.to_string())
+                guest.apply(&Event::Unsealed(stamp)).map_err(|error| error.to_string())?;
+                record(guest, stamp)
             }
             // A GO before SEAL, a fence of an attempt that is not received here: the record is the answer (M2, M6).
             (
@@ -204,7 +230,7 @@ impl Destination {
                 | Message::Fence { stamp, .. }
                 | Message::Question { stamp }
                 | Message::Seal { stamp, .. },
-            ) => Ok(Some(record(guest, stamp)?)),
+            ) => record(guest, stamp),
             (_, other) => Err(format!("the peer sent {} to a destination", other.name())),
         }
     }
@@ -216,10 +242,13 @@ impl Destination {
     pub(super) fn hear(&self, guest: &Guest, said: &Message) -> Result<Option<Message>, String> {
         let _inner = self.lock();
         match said {
-            Message::Go { stamp } => settle(guest, &Event::Go(*stamp), *stamp),
+            Message::Go { stamp } => {
+                forget_shared(guest);
+                settle(guest, &Event::Go(*stamp), *stamp).map(Some)
+            }
             Message::Promise { stamp, promise: Promise::NotGiven } => {
-                shut_guest_doors(guest);
-                settle(guest, &Event::NotGiven(*stamp), *stamp)
+                shut_guest_doors(guest, stamp);
+                settle(guest, &Event::NotGiven(*stamp), *stamp).map(Some)
             }
             _ => Ok(None),
         }
@@ -232,8 +261,11 @@ impl Destination {
     /// As [`Guest::apply`].
     pub(super) fn forget(&self, guest: &Guest, event: &Event) -> Result<Answer, KeepError> {
         let _inner = self.lock();
-        if next(guest.host, guest.record()?.as_ref(), event).is_ok() {
-            shut_guest_doors(guest);
+        let record = guest.record()?;
+        if let Some(stamp) = record.as_ref().and_then(Record::stamp)
+            && next(guest.host, record.as_ref(), event).is_ok()
+        {
+            shut_guest_doors(guest, &stamp);
         }
         guest.apply(event)
     }
@@ -252,8 +284,9 @@ impl Destination {
             // M11: whoever writes here before it may has read stale data.
             inner.give_up(guest, "a client of the destination's guest door wrote before the hand-over");
         }
-        let (stamp, cause) = inner.ended.take_if(|(stamp, _)| session.stamp == Some(*stamp))?;
-        Some(Message::Failed { stamp, cause: cut(&cause), region: None })
+        let ended = inner.ended.as_mut().filter(|ended| !ended.told && session.stamp == Some(ended.stamp))?;
+        ended.told = true;
+        Some(failed(ended.stamp, &ended.cause))
     }
 
     /// Ends an attempt that is being received, at this side's user's wish.
@@ -268,7 +301,9 @@ impl Destination {
                 Ok(())
             }
             Stage::Idle => Err(match guest.record() {
-                Ok(Some(record)) => record.to_string(),
+                Ok(Some(record)) if matches!(record.state, State::Sealed { .. } | State::Given { .. }) => {
+                    record.to_string()
+                }
                 _ => "no migration is running".to_owned(),
             }),
         }
@@ -312,8 +347,8 @@ impl Inner {
             problems.add("", &refusal);
             return refused(problems);
         }
-        // D4: whatever an earlier attempt still has on its way is over before this one is answered.
-        if !self.stop_receiving() {
+        // D4: whatever any earlier attempt still has on its way is over before this one is answered.
+        if !end_writers(guest.exports()) {
             problems.add("", &"requests of an earlier attempt do not end");
             return refused(problems);
         }
@@ -329,32 +364,39 @@ impl Inner {
             exports: found.iter().map(|(export, _)| Arc::clone(export)).collect(),
             created: Vec::new(),
             were_empty: Vec::new(),
-            write_back: Vec::new(),
             refused_before: refused_writes(guest),
         };
+        if let Err(cause) = guest.write_ahead(&[&[event.clone(), Event::Abort(stamp)]]) {
+            problems.add("", &cause);
+            return refused(problems);
+        }
+        // The record first: from here on nobody claims what is being made.
+        if let Err(error) = guest.apply(&event) {
+            problems.add("", &error);
+            return refused(problems);
+        }
         for ((export, path), disk) in found.iter().zip(&offer.disks) {
             if let Err(error) = reception.create_missing(guest, export, path, disk) {
                 problems.add(&disk.name, &error);
             }
         }
-        // A full disk is noticed now, and not when the guest waits for SEALED and OWNER.
-        let images = guest.images()?;
-        let sealing = [event.clone(), Event::Seal { stamp, images }, Event::Go(stamp)];
         if problems.0.is_empty()
-            && let Err(cause) = guest.write_ahead(&[&sealing, &[event.clone(), Event::Abort(stamp)]])
+            && let Err(cause) = write_ahead(guest, stamp)
         {
             problems.add("", &cause);
         }
-        if problems.0.is_empty()
-            && let Err(error) = guest.apply(&event)
-        {
-            problems.add("", &error);
-        }
-        if !problems.0.is_empty() {
+        let begun = if problems.0.is_empty() {
+            reception.begin(&self.remains, offer).map_err(|error| problems.add("", &error))
+        } else {
+            Err(())
+        };
+        let Ok(disks) = begun else {
+            if let Err(error) = guest.apply(&Event::AbortReceiving { attempt: stamp.attempt }) {
+                log::error!("migration: {error}");
+            }
             reception.remove_created();
             return refused(problems);
-        }
-        let disks = reception.begin(&self.remains, offer);
+        };
         self.remains.retain(|name| !reception.exports.iter().any(|export| export.name() == name));
         let answer =
             Prepared { stamp, instance: guest.instance, epoch: reception.epoch, token: reception.token, disks };
@@ -421,14 +463,14 @@ impl Inner {
         };
         if let Some((file_system, bytes)) = free {
             match needed.iter_mut().find(|(known, ..)| *known == file_system) {
-                Some((_, needs, _)) => *needs += offer.data_bytes,
+                Some((_, needs, _)) => *needs = needs.saturating_add(offer.data_bytes),
                 None => needed.push((file_system, offer.data_bytes, bytes)),
             }
         }
         Ok((Arc::clone(export), path.clone()))
     }
 
-    /// D4. Repeating the fence of an epoch that is over changes nothing.
+    /// D4. A repeated fence is answered again, and only when no writer lives: the first may not have ended them.
     fn fence(&mut self, guest: &Guest, stamp: Stamp, epoch: Epoch) -> Message {
         let Stage::Receiving(reception) = &mut self.stage else {
             return failed(stamp, &"nothing is received");
@@ -439,9 +481,9 @@ impl Inner {
         if epoch == reception.epoch {
             // The next epoch begins first: whoever waits for the lock with an old name finds it refused.
             reception.epoch = Epoch(epoch.0.saturating_add(1));
-            if !reception.end_writers() {
-                return failed(stamp, &"requests in flight do not end");
-            }
+        }
+        if !reception.end_writers() {
+            return failed(stamp, &"requests in flight do not end");
         }
         Message::Fenced { stamp, instance: guest.instance, epoch: reception.epoch }
     }
@@ -462,7 +504,6 @@ impl Inner {
             Ok(images) => images,
             Err(cause) => {
                 self.give_up(guest, &cause);
-                self.ended = None;
                 return Ok(failed(stamp, &cause));
             }
         };
@@ -486,7 +527,12 @@ impl Inner {
             log::error!("migration: {error}");
         }
         self.clean_up();
-        self.ended = Some((stamp, cause.to_owned()));
+        self.ended = Some(Ended { stamp, cause: cause.to_owned(), told: false });
+    }
+
+    /// What the source of an attempt that ended here is told.
+    fn why_ended(&self, stamp: &Stamp) -> Option<Message> {
+        self.ended.as_ref().filter(|ended| ended.stamp.matches(stamp)).map(|ended| failed(ended.stamp, &ended.cause))
     }
 
     /// Ends the writers of the attempt that is received, if there is one. `false`: they do not end.
@@ -503,7 +549,6 @@ impl Inner {
             for export in &reception.exports {
                 export.set_gate(Gate::Incoming);
             }
-            reception.join_write_back();
             self.remains.append(&mut reception.were_empty);
             reception.remove_created();
         }
@@ -524,14 +569,16 @@ impl Reception {
         let cache = guest.disk(&offer.name).map(|disk| disk.spec.cache).unwrap_or_default();
         let disk = Disk::create(path, offer.size_bytes, cache)
             .map_err(|error| format!("cannot create {}: {error}", path.display()))?;
-        export.set_disk(Some(Arc::new(disk)));
+        export.set_disk(Arc::new(disk));
         self.created.push((Arc::clone(export), path.to_owned()));
         Ok(())
     }
 
     /// Empties what may be emptied, and starts writing back. The gates are at Receiving already.
-    fn begin(&mut self, remains: &[String], offer: &Prepare) -> heapless::Vec<DiskReady, { crate::limits::DISKS_MAX }> {
-        let connections = u8::try_from(CONNECTIONS_PER_DISK_MAX).unwrap_or(u8::MAX);
+    fn begin(&mut self, remains: &[String], offer: &Prepare) -> std::io::Result<Ready> {
+        // The door has room for all of them, and for the phases.
+        let room = (CONNECTIONS_MAX - PHASE_CONNECTIONS_MAX) / self.exports.len().max(1);
+        let connections = u8::try_from(room.clamp(1, CONNECTIONS_PER_DISK_MAX)).unwrap_or(u8::MAX);
         let mut ready = heapless::Vec::new();
         for export in &self.exports {
             let ours = remains.iter().any(|name| name == export.name());
@@ -550,30 +597,21 @@ impl Reception {
             let _ = ready.push(DiskReady { reads_as_zero, connections });
             let writer = Arc::clone(export);
             let thread = std::thread::Builder::new().name("write back".to_owned()).stack_size(CONNECTION_STACK);
-            match thread.spawn(move || writer.write_back()) {
-                Ok(thread) => self.write_back.push(thread),
-                Err(error) => log::warn!("migration: no thread to write disk {} back: {error}", export.name()),
-            }
+            // Ends by itself when the gate is no longer at Receiving.
+            thread.spawn(move || writer.write_back())?;
         }
-        ready
+        Ok(ready)
     }
 
     /// Ends every data connection and waits for what they had admitted.
     fn end_writers(&self) -> bool {
-        self.exports.iter().all(|export| export.end_connections(Door::Migration))
-    }
-
-    fn join_write_back(&mut self) {
-        for thread in self.write_back.drain(..) {
-            let _ = thread.join();
-        }
+        end_writers(self.exports.iter())
     }
 
     fn make_durable(&mut self) -> Result<(), String> {
         for export in &self.exports {
             export.set_gate(Gate::Sealed);
         }
-        self.join_write_back();
         for export in &self.exports {
             let disk = export.disk().ok_or_else(|| format!("disk {}: has gone", export.name()))?;
             disk.flush().map_err(|error| format!("flush: disk {}: {error}", export.name()))?;
@@ -587,9 +625,8 @@ impl Reception {
     /// Removes the files that this attempt made, unless somebody put others in their place.
     fn remove_created(&mut self) {
         for (export, path) in self.created.drain(..) {
-            let ours = export.disk().map(|disk| disk.identity());
-            let _ = export.end_connections(Door::Guest);
-            export.set_disk(None);
+            // Whoever still uses it would go on writing into a file without a name.
+            let ours = export.take_disk().map(|disk| disk.identity());
             if ours.is_some() && Disk::identify(&path) == ours {
                 let _ = std::fs::remove_file(&path);
             }
@@ -597,9 +634,16 @@ impl Reception {
     }
 }
 
+/// Ends every data connection of `exports`, all of them before the first is waited for. `false`: some writer lives on.
+fn end_writers<'a>(exports: impl Iterator<Item = &'a Arc<Export>>) -> bool {
+    let exports: Vec<_> = exports.collect();
+    exports.iter().for_each(|export| export.shut_connections(Door::Migration));
+    exports.iter().filter(|export| !export.end_connections(Door::Migration)).count() == 0
+}
+
 /// All that is wrong, as far as it fits a message.
 #[derive(Default)]
-struct Problems(heapless::Vec<Problem, { crate::limits::PROBLEMS_MAX }>);
+struct Problems(heapless::Vec<Problem, PROBLEMS_MAX>);
 
 impl Problems {
     fn add(&mut self, disk: &str, cause: &dyn Display) {
@@ -608,22 +652,32 @@ impl Problems {
 }
 
 /// Lets the record change and says what it says.
-fn settle(guest: &Guest, event: &Event, stamp: Stamp) -> Result<Option<Message>, String> {
+fn settle(guest: &Guest, event: &Event, stamp: Stamp) -> Result<Message, String> {
     match guest.apply(event) {
-        Ok(Answer::Sealed) => Ok(Some(Message::Sealed { stamp, fsync_us: 0 })),
-        Ok(Answer::Running) => Ok(Some(Message::Running { stamp, instance: guest.instance })),
-        Ok(Answer::Unsealed) => Ok(Some(Message::Unsealed { stamp })),
-        Ok(Answer::Silent | Answer::Prepared | Answer::Record) | Err(KeepError::Refused(_)) => {
-            Ok(Some(record(guest, stamp)?))
-        }
+        Ok(Answer::Sealed) => Ok(Message::Sealed { stamp, fsync_us: 0 }),
+        Ok(Answer::Running) => Ok(Message::Running { stamp, instance: guest.instance }),
+        Ok(Answer::Unsealed) => Ok(Message::Unsealed { stamp }),
+        Ok(Answer::Silent | Answer::Prepared | Answer::Record) | Err(KeepError::Refused(_)) => record(guest, stamp),
         // M4: nobody is answered before the record is durable.
         Err(error @ KeepError::Unknown(_)) => Err(error.to_string()),
     }
 }
 
+/// This host's record, for an answer. The number of an attempt is known to its two ends alone: whoever names another
+/// one does not learn it here.
 fn record(guest: &Guest, stamp: Stamp) -> Result<Message, String> {
-    let record = guest.record().map_err(|error| error.to_string())?;
-    Ok(Message::Record { stamp, record: record.map(|record| record.summary()) })
+    let mut summary = guest.record().map_err(|error| error.to_string())?.map(|record| record.summary());
+    if let Some(summary) = summary.as_mut().filter(|summary| summary.attempt != stamp.attempt) {
+        summary.attempt = Attempt::NONE;
+        summary.peer = None;
+    }
+    Ok(Message::Record { stamp, record: summary })
+}
+
+/// What an attempt that begins will need: a full disk is noticed now, and not while the guest waits for SEALED.
+fn write_ahead(guest: &Guest, stamp: Stamp) -> Result<(), String> {
+    let seal = Event::Seal { stamp, images: guest.images()? };
+    guest.write_ahead(&[&[seal, Event::Go(stamp)], &[Event::Abort(stamp)]])
 }
 
 fn is_receiving(guest: &Guest) -> Result<bool, String> {
@@ -639,11 +693,22 @@ fn refused_writes(guest: &Guest) -> u64 {
     guest.exports().map(|export| export.refused_guest_writes()).sum()
 }
 
-/// M11: before "unsealed" is said nobody uses what was read here. Not where the guest is served: an ABORT that comes
-/// too late for that finds an owner, and gets the record for an answer.
-fn shut_guest_doors(guest: &Guest) {
-    for export in guest.exports().filter(|export| matches!(export.gate(), Gate::Receiving | Gate::Sealed)) {
-        let _ = export.end_connections(Door::Guest);
+/// M11: before "unsealed" is said nobody uses what was read here. Only for the attempt that this host is in the middle
+/// of: an ABORT that comes too late for that finds an owner, or another attempt, and cuts nobody off.
+fn shut_guest_doors(guest: &Guest, stamp: &Stamp) {
+    let record = guest.record().ok().flatten();
+    if record.and_then(|record| record.stamp()).is_some_and(|mine| mine.matches(stamp)) {
+        for export in guest.exports() {
+            let _ = export.end_connections(Door::Guest);
+        }
+    }
+}
+
+/// What was read of shared disks while the other host wrote them may be old.
+fn forget_shared(guest: &Guest) {
+    let shared = guest.disks.iter().filter(|disk| disk.spec.shared);
+    for disk in shared.filter_map(|disk| disk.export.as_ref()?.disk()) {
+        disk.forget_cache();
     }
 }
 
@@ -674,3 +739,6 @@ impl Directory for MigrationDirectory<'_> {
         true
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -22,9 +22,9 @@ use crate::error::Exit;
 use crate::export::{Export, Quiesced, quiesce};
 use crate::guest::Guest;
 use crate::limits::{
-    CONNECTIONS_PER_DISK_DEFAULT, CONNECTIONS_PER_DISK_MAX, DISKS_MAX, FENCE_MAX, FLUSH_PERIOD, LINK_SILENCE_MAX,
-    PING_PERIOD, PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REPLY_TIMEOUT, RUNNING_PATIENCE, SEAL_MAX,
-    SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
+    CONNECTIONS_PER_DISK_MAX, DIAL_MAX, DISKS_MAX, DISTANT, FENCE_MAX, FLUSH_PERIOD, GO_PATIENCE, LANES_DISTANT,
+    LINK_SILENCE_MAX, PING_PERIOD, PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REPLY_TIMEOUT,
+    RUNNING_PATIENCE, SEAL_MAX, SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
 };
 use crate::mirror::{Counts, Mirror, NotReady};
 use crate::ownership::{Event, KeepError, Peer, Record, Stamp};
@@ -99,10 +99,10 @@ pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
             "given away, and the destination has not answered yet: it owns as soon as it hears of it",
         ),
         Err(Stop::Unknown(cause)) => done(job, Exit::Unknown, Owner::Unknown, &cause),
-        Err(Stop::Abort(cause)) => {
-            abort(drive, &cause);
-            ended(guest, job, Exit::Aborted, &cause)
-        }
+        Err(Stop::Abort(cause)) => match abort(drive, &cause) {
+            Ok(()) => ended(guest, job, Exit::Aborted, &cause),
+            Err(unknown) => done(job, Exit::Unknown, Owner::Unknown, &unknown),
+        },
     };
     done.sent_bytes = counts.iter().map(|c| c.sent).sum();
     done.zero_bytes = counts.iter().map(|c| c.zeroed).sum();
@@ -138,8 +138,10 @@ fn done(job: &Job, exit: Exit, owner: Owner, cause: &str) -> Done {
 /// Everything before the first byte: dials, says hello, has the destination check and open the disks. A failure here
 /// has changed nothing.
 fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String> {
-    let (mut link, theirs) =
-        dial(guest, &job.address, Role::Source).map_err(|cause| format!("{}: {cause}", job.address))?;
+    // Before the destination waits for an answer: it may take a while on a large disk.
+    let disks = job.exports.iter().map(offer).collect::<Result<_, _>>()?;
+    let (mut link, theirs) = dial(guest, &job.address, Role::Source, Instant::now() + DIAL_MAX)
+        .map_err(|cause| format!("{}: {cause}", job.address))?;
     let record = guest.record().map_err(|error| error.to_string())?.ok_or("this host owns nothing")?;
     let stamp = Stamp {
         lineage: record.lineage,
@@ -153,30 +155,24 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
         stamp,
         challenge: theirs.challenge,
         mode: if job.request.overwrite { Mode::Overwrite } else { Mode::CopyAll },
-        disks: job.exports.iter().map(offer).collect::<Result<_, _>>()?,
+        disks,
         connections: job.request.connections,
     });
-    link.send(&message, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
-    let deadline = Instant::now() + PREPARE_MAX;
-    let prepared = loop {
-        if let Some(cause) = job.cancelled() {
+    let prepared = match ask_to_prepare(job, &mut link, &message, &stamp, &theirs) {
+        Ok(prepared) => prepared,
+        Err(NotPrepared::Refused(cause)) => return Err(cause),
+        Err(NotPrepared::Unclear(cause)) => {
+            // It may be prepared, or become so yet: nothing of that is to stay.
+            withdraw(&mut link, stamp, &cause);
             return Err(cause);
         }
-        match link.receive(Instant::now() + TICK).map_err(|error| error.to_string())? {
-            Some(Message::Prepared(prepared)) if prepared.stamp.matches(&stamp) => break prepared,
-            Some(Message::Refused { stamp: about, problems }) if about.matches(&stamp) => {
-                return Err(report(&problems));
-            }
-            None if Instant::now() >= deadline => return Err("the destination does not get ready".to_owned()),
-            _ => {}
-        }
     };
-    if prepared.disks.len() != job.exports.len() || prepared.instance != theirs.instance {
-        return Err("the destination's answer does not fit the question".to_owned());
-    }
+    // The destination receives from here on: a link that is lost now is dialled again like any later one.
+    let round_trip = measure_round_trip(&mut link);
     Ok(Drive {
         guest,
         job,
+        round_trip: round_trip.unwrap_or_default(),
         stamp,
         epoch: prepared.epoch,
         prepared,
@@ -186,12 +182,77 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
         lanes: Lanes::default(),
         unknown: Vec::new(),
         down: false,
-        link_lost: false,
+        link_lost: round_trip.is_err(),
         meter: Meter::new(job.exports.len()),
         heard: Instant::now(),
         pinged: Instant::now(),
         flushed: Instant::now(),
     })
+}
+
+/// The time from a question to its answer on an idle link.
+fn measure_round_trip(link: &mut Link) -> Result<Duration, LinkError> {
+    let began = Instant::now();
+    let deadline = began + REPLY_TIMEOUT;
+    link.send(&Message::Ping { number: 0 }, deadline)?;
+    while Instant::now() < deadline {
+        if let Some(Message::Pong { .. }) = link.receive(deadline)? {
+            return Ok(began.elapsed());
+        }
+    }
+    Err(LinkError::Late)
+}
+
+/// Why a destination is not prepared.
+enum NotPrepared {
+    /// It says so: nothing has changed there.
+    Refused(String),
+    /// It has been asked, and was not waited for or not understood.
+    Unclear(String),
+}
+
+/// Sends PREPARE and waits for the answer.
+fn ask_to_prepare(
+    job: &Job,
+    link: &mut Link,
+    message: &Message,
+    stamp: &Stamp,
+    theirs: &Hello,
+) -> Result<Prepared, NotPrepared> {
+    let unclear = |cause: &str| NotPrepared::Unclear(cause.to_owned());
+    let broken = |error: LinkError| NotPrepared::Unclear(error.to_string());
+    link.send(message, Instant::now() + REPLY_TIMEOUT).map_err(broken)?;
+    let deadline = Instant::now() + PREPARE_MAX;
+    let prepared = loop {
+        if let Some(cause) = job.cancelled() {
+            return Err(NotPrepared::Unclear(cause));
+        }
+        match link.receive(Instant::now() + TICK).map_err(broken)? {
+            Some(Message::Prepared(prepared)) if prepared.stamp.matches(stamp) => break prepared,
+            Some(Message::Refused { stamp: about, problems }) if about.matches(stamp) => {
+                return Err(NotPrepared::Refused(report(&problems)));
+            }
+            None if Instant::now() >= deadline => return Err(unclear("the destination does not get ready")),
+            _ => {}
+        }
+    };
+    if prepared.disks.len() != job.exports.len() || prepared.instance != theirs.instance {
+        return Err(unclear("the destination's answer does not fit the question"));
+    }
+    Ok(prepared)
+}
+
+/// Ends an attempt that has not begun here: tells the destination, and gives it a moment to say that it has heard.
+fn withdraw(link: &mut Link, stamp: Stamp, cause: &str) {
+    let deadline = Instant::now() + UNSEALED_PATIENCE;
+    let mut sent = link.send(&Message::Abort { stamp, cause: cut(cause) }, deadline);
+    while sent.is_ok() && Instant::now() < deadline {
+        match link.receive(deadline) {
+            Ok(Some(Message::Unsealed { .. } | Message::Record { .. })) => return,
+            Ok(_) => {}
+            Err(error) => sent = Err(error),
+        }
+    }
 }
 
 fn offer(export: &Arc<Export>) -> Result<DiskOffer, String> {
@@ -229,6 +290,8 @@ struct Drive<'a> {
     epoch: Epoch,
     peer: Peer,
     link: Link,
+    /// How far away the destination is.
+    round_trip: Duration,
     mirrors: Vec<Arc<Mirror>>,
     lanes: Lanes,
     /// Regions whose copies may still be in a buffer of the destination: in flight until it is fenced (D4).
@@ -273,7 +336,8 @@ impl Drive<'_> {
             if converged && (!self.job.request.hold || self.job.is_switched()) {
                 return Ok(());
             }
-            if verdict == Verdict::Converged && bulk_over && self.flushed.elapsed() >= FLUSH_PERIOD {
+            // Whatever the verdict: it counts the last flush, and one that was slow would never be measured again.
+            if bulk_over && self.flushed.elapsed() >= FLUSH_PERIOD {
                 self.flushed = Instant::now();
                 self.mirrors.iter().for_each(|mirror| mirror.ask_for_flush());
             }
@@ -301,7 +365,9 @@ impl Drive<'_> {
                     if tries == SWITCHOVERS_MAX {
                         return Err(format!("switchover failed {tries} times: {cause}").into());
                     }
-                    self.pause(SWITCHOVER_PAUSE)?;
+                    if self.mirrors.iter().all(|mirror| mirror.lost().is_none()) {
+                        self.pause(SWITCHOVER_PAUSE)?;
+                    }
                     self.copy_until_converged()?;
                 }
             }
@@ -310,6 +376,11 @@ impl Drive<'_> {
         self.mirrors.iter().for_each(|mirror| mirror.stop());
         // From here on the gates open only for an attempt that has ended.
         let given = self.seal().and_then(|()| {
+            // Nobody can have opened a gate meanwhile; were it so, a write would be missing at the destination.
+            let left: u64 = self.counts().iter().map(|counts| counts.outstanding.granules).sum();
+            if left > 0 || !quiesced.holds() {
+                return Err("the guest has written after the final pass".into());
+            }
             self.job.close_decision("the guest is given away")?;
             self.show_phase(Phase::Give);
             self.record(&Event::Give { sealed: self.stamp })
@@ -343,24 +414,22 @@ impl Drive<'_> {
         ready.map(|()| quiesced)
     }
 
+    /// A connection that is lost now, or that does not get on, is not mended while the guest waits: that takes as long
+    /// as the link pleases. The guest goes on, new connections are opened, and there is another final pass.
     fn settle_mirrors(&mut self, quiesced: &Quiesced, deadline: Instant) -> Result<(), NotYet> {
-        'again: loop {
-            for mirror in self.mirrors.clone() {
-                match mirror.settle(quiesced, deadline) {
-                    Ok(()) => {}
-                    Err(NotReady::Lost(cause)) => {
-                        self.recover(&cause, deadline)?;
-                        self.mirrors.iter().for_each(|mirror| mirror.hurry(quiesced));
-                        continue 'again;
-                    }
-                    Err(NotReady::TooSlow) => {
-                        return Err(NotYet::GoOn(format!("disk {}: the final pass takes too long", mirror.name())));
-                    }
-                    Err(NotReady::Failed(failure)) => return Err(NotYet::Stop(failure.text.into())),
+        for mirror in &self.mirrors {
+            match mirror.settle(quiesced, deadline) {
+                Ok(()) => {}
+                Err(NotReady::Lost(cause)) => return Err(NotYet::GoOn(cause)),
+                Err(NotReady::TooSlow) => {
+                    self.down = true;
+                    return Err(NotYet::GoOn(format!("disk {}: the final pass takes too long", mirror.name())));
                 }
+                Err(NotReady::Failed(failure)) => return Err(NotYet::Stop(failure.text.into())),
             }
-            return Ok(());
         }
+        let copied = |name: &str| self.mirrors.iter().any(|mirror| mirror.name() == name);
+        quiesced.flush(copied).map_err(|cause| NotYet::Stop(cause.into()))
     }
 
     /// SEAL, said again over a new connection if need be, until SEALED.
@@ -397,8 +466,9 @@ impl Drive<'_> {
     fn give(&mut self, since: Instant, deadline: Instant) -> Handed {
         let mut pause = RECONNECT_PAUSE.0;
         loop {
-            let answered = settle::converse(self.guest, &mut self.link, deadline.min(Instant::now() + REPLY_TIMEOUT));
-            match answered {
+            // A connection that has fallen silent must not keep the guest waiting for as long as there is patience.
+            let patience = deadline.min(Instant::now() + GO_PATIENCE);
+            match settle::converse(self.guest, &mut self.link, patience) {
                 _ if !settle::is_needed(self.guest) => return Handed::Over(since.elapsed()),
                 Ok(answer) => log::info!("migration: GO is answered by {}", answer.name()),
                 Err(Trouble::NotDurable(cause)) => return Handed::OverBut(cause),
@@ -409,8 +479,9 @@ impl Drive<'_> {
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(RECONNECT_PAUSE.1);
-            if let Ok((link, _)) = dial(self.guest, &self.job.address, Role::Source) {
-                self.link = link;
+            match dial(self.guest, &self.job.address, Role::Source, deadline) {
+                Ok((link, _)) => self.link = link,
+                Err(cause) => log::info!("migration: {cause}"),
             }
         }
     }
@@ -473,6 +544,9 @@ impl Drive<'_> {
             if message.stamp().is_some_and(|stamp| stamp.matches(&self.stamp)) {
                 return Ok(Some(message));
             }
+            if Instant::now() >= look {
+                break;
+            }
         }
         Ok(None)
     }
@@ -484,7 +558,7 @@ impl Drive<'_> {
         self.down = true;
         self.unknown.append(&mut self.lanes.end());
         let mut pause = RECONNECT_PAUSE.0;
-        while let Err(not_yet) = self.try_to_recover() {
+        while let Err(not_yet) = self.try_to_recover(deadline) {
             let NotYet::GoOn(cause) = not_yet else { return Err(not_yet) };
             log::info!("migration: {cause}");
             self.rest(&mut pause, deadline, &cause)?;
@@ -493,9 +567,9 @@ impl Drive<'_> {
         Ok(())
     }
 
-    fn try_to_recover(&mut self) -> Result<(), NotYet> {
+    fn try_to_recover(&mut self, deadline: Instant) -> Result<(), NotYet> {
         if self.link_lost {
-            self.dial_again()?;
+            self.dial_again(deadline)?;
         }
         self.fence()?;
         // FENCED: now, and not before, they may be copied again.
@@ -533,8 +607,9 @@ impl Drive<'_> {
     }
 
     /// Opens a new phase connection to the same process of the destination.
-    fn dial_again(&mut self) -> Result<(), NotYet> {
-        let (link, theirs): (Link, Hello) = dial(self.guest, &self.job.address, Role::Source).map_err(NotYet::GoOn)?;
+    fn dial_again(&mut self, deadline: Instant) -> Result<(), NotYet> {
+        let (link, theirs): (Link, Hello) =
+            dial(self.guest, &self.job.address, Role::Source, deadline).map_err(NotYet::GoOn)?;
         if theirs.instance != self.prepared.instance {
             // D12: what it had been sent, it may have forgotten.
             return stop("the destination has been restarted");
@@ -548,7 +623,7 @@ impl Drive<'_> {
     /// Dials until somebody answers or `deadline` passes.
     fn redial(&mut self, deadline: Instant) -> Result<(), NotYet> {
         let mut pause = RECONNECT_PAUSE.0;
-        while let Err(not_yet) = self.dial_again() {
+        while let Err(not_yet) = self.dial_again(deadline) {
             let NotYet::GoOn(cause) = not_yet else { return Err(not_yet) };
             self.rest(&mut pause, deadline, &cause)?;
         }
@@ -573,7 +648,8 @@ impl Drive<'_> {
         let most = self.prepared.disks.iter().map(|disk| disk.connections).min().unwrap_or(1).max(1);
         let most = most.min(u8::try_from(CONNECTIONS_PER_DISK_MAX).unwrap_or(u8::MAX));
         let wanted = match self.job.request.connections {
-            0 => CONNECTIONS_PER_DISK_DEFAULT,
+            0 if self.round_trip < DISTANT => 1,
+            0 => u8::try_from(LANES_DISTANT / self.mirrors.len().max(1)).unwrap_or(1).max(1),
             some => some,
         };
         self.lanes.open(&self.job.address, &self.prepared, self.epoch, &self.mirrors, wanted.min(most))
@@ -656,14 +732,13 @@ fn stop(cause: &str) -> Result<(), NotYet> {
 
 /// Ends an attempt that is not given: for good first, then the destination is told (M3), and UNSEALED is waited for a
 /// little (M6). If the guest was offered and the destination cannot be reached, the process goes on asking (M5).
-fn abort(mut drive: Drive<'_>, cause: &str) {
+fn abort(mut drive: Drive<'_>, cause: &str) -> Result<(), String> {
     log::warn!("migration: aborted: {cause}");
     drive.show_phase(Phase::Abort);
     // Somebody may have cancelled already: that is what is happening.
     let _ = drive.job.close_decision("the migration is being aborted");
-    if let Err(stop) = drive.record(&Event::End { attempt: drive.stamp.attempt }) {
-        log::error!("migration: {stop:?}");
-        return;
+    if let Err(Stop::Abort(cause) | Stop::Unknown(cause)) = drive.record(&Event::End { attempt: drive.stamp.attempt }) {
+        return Err(cause);
     }
     // Given back without a fence: nobody copies them any more.
     drop(drive.lanes.end());
@@ -680,17 +755,18 @@ fn abort(mut drive: Drive<'_>, cause: &str) {
                 {
                     log::error!("migration: {stop:?}");
                 }
-                return;
+                return Ok(());
             }
-            Ok(Some(Message::Record { .. })) => return,
+            Ok(Some(Message::Record { .. })) => return Ok(()),
             Ok(_) => {}
             Err(lost) => {
                 log::info!("migration: {lost}");
-                if drive.dial_again().is_err() {
-                    return;
+                if drive.dial_again(deadline).is_err() {
+                    return Ok(());
                 }
                 ask = Some(&message);
             }
         }
     }
+    Ok(())
 }

@@ -63,6 +63,7 @@ impl Lanes {
             return Err(format!("disk {}: the destination's size has changed", mirror.name()));
         }
         socket.set_keep_alive(LANE_SILENCE_MAX / 2);
+        client.set_silence_max(LANE_SILENCE_MAX);
         let several = client.info().has(wire::FLAG_CAN_MULTI_CONN);
         let runner = Arc::clone(mirror);
         let thread = std::thread::Builder::new()

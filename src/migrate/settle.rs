@@ -19,7 +19,7 @@ use super::link::Link;
 use super::wire::{Message, Role, cut};
 use crate::address::Address;
 use crate::guest::Guest;
-use crate::limits::{ASK_PERIOD, DRIVER_STACK, LINK_LOOK, RECONNECT_PAUSE, REPLY_TIMEOUT, REWRITE_PAUSE};
+use crate::limits::{ASK_PERIOD, DIAL_MAX, DRIVER_STACK, LINK_LOOK, RECONNECT_PAUSE, REPLY_TIMEOUT, REWRITE_PAUSE};
 use crate::ownership::{Attempt, Event, Host, KeepError, Offer, Peer, Promise, Record, Stamp, State, Title};
 
 /// Wakes the thread that settles.
@@ -195,7 +195,7 @@ pub(super) fn call(guest: &Guest) -> Result<Message, Trouble> {
         return Err(silent("it cannot be dialled from here"));
     }
     let address = Address::parse(&to.address).map_err(silent)?;
-    let (mut link, theirs) = dial(guest, &address, Role::Asker).map_err(silent)?;
+    let (mut link, theirs) = dial(guest, &address, Role::Asker, Instant::now() + DIAL_MAX).map_err(silent)?;
     if theirs.host != to.host {
         return Err(silent(format_args!("another host ({:.8}) answers there", theirs.host)));
     }
@@ -239,7 +239,7 @@ pub(super) fn converse(guest: &Guest, link: &mut Link, deadline: Instant) -> Res
                 }
                 return Ok(answer);
             }
-            None if Instant::now() >= deadline => return Err(silent("no answer")),
+            _ if Instant::now() >= deadline => return Err(silent("no answer")),
             _ => {}
         }
     }

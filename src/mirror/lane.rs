@@ -8,6 +8,7 @@ use super::runs::Runs;
 use super::{Failure, Mirror};
 use crate::dirty::Region;
 use crate::disk::AlignedBuffer;
+use crate::error::reason;
 use crate::limits::{LANE_LOOK, LANE_REGIONS_MAX, LANE_SILENCE_MAX, REGION_MAX, REGION_REQUESTS_MAX, WINDOW_MAX};
 use crate::nbd::client::{Client, Event, Lost, Submitted};
 use crate::nbd::wire;
@@ -62,7 +63,7 @@ impl<'a> Lane<'a> {
             flights: std::array::from_fn(|_| None),
             flying: 0,
             flush: None,
-            buffer: AlignedBuffer::new(REGION_MAX),
+            buffer: AlignedBuffer::new(REGION_MAX.max(mirror.granularity())),
             heard: Instant::now(),
         }
     }
@@ -103,6 +104,9 @@ impl<'a> Lane<'a> {
             if urgent {
                 break;
             }
+            if client.in_flight() == 0 {
+                self.mirror.rest(time.min(LANE_LOOK));
+            }
             self.listen(client, time.min(LANE_LOOK))?;
         }
         Ok(())
@@ -113,7 +117,7 @@ impl<'a> Lane<'a> {
         let (offset, length) = (region.offset(), region.length());
         let data = &mut self.buffer[..length];
         if let Err(error) = self.mirror.disk.read(data, offset) {
-            return Err(LaneEnd::Failed(self.failure("read", offset, length, &error)));
+            return Err(LaneEnd::Failed(self.failure("read", offset, length, &reason(&error))));
         }
         let Some(place) = self.flights.iter().position(Option::is_none) else {
             return Ok(());

@@ -22,7 +22,9 @@ use crate::cause::Cause;
 use crate::limits::{CLIENT_RECEIVE_BUFFER, GOODBYE_TIMEOUT, SEND_BUFFER, SEND_COPY_MAX, SILENCE_MAX};
 pub use crate::nbd::client_calls::RequestError;
 use crate::nbd::client_handshake::negotiate;
-pub use crate::nbd::client_handshake::{ConnectError, ExportInfo, PhasesAnswer, Wants, offer_phases};
+pub use crate::nbd::client_handshake::{
+    ConnectError, ExportInfo, PhasesAnswer, Wants, offer_phases, offer_phases_before,
+};
 use crate::nbd::replies::Replies;
 pub use crate::nbd::replies::{Event, ServerError};
 use crate::nbd::wire::{self, Request};

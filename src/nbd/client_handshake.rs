@@ -173,9 +173,17 @@ fn negotiate_before(
 /// Offers to speak the phase protocol on a fresh connection.
 ///
 /// # Errors
-/// Why there is no answer. Also what a server says that lets nobody in: that it wants TLS, or is going away.
+/// As [`offer_phases_before`].
 pub fn offer_phases(socket: &Socket) -> Result<PhasesAnswer, ConnectError> {
-    let mut haggling = Haggling::greet(socket, Instant::now() + HANDSHAKE_TIMEOUT)?;
+    offer_phases_before(socket, Instant::now() + HANDSHAKE_TIMEOUT)
+}
+
+/// Offers to speak the phase protocol on a fresh connection, and waits for the answer until `deadline`.
+///
+/// # Errors
+/// Why there is no answer. Also what a server says that lets nobody in: that it wants TLS, or is going away.
+pub fn offer_phases_before(socket: &Socket, deadline: Instant) -> Result<PhasesAnswer, ConnectError> {
+    let mut haggling = Haggling::greet(socket, deadline)?;
     if !haggling.fixed {
         return Ok(PhasesAnswer::PlainServer);
     }

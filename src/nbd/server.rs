@@ -110,7 +110,7 @@ struct Connection<'a> {
 fn validate(request: &Request, visit: &Visit, agreed: Agreed) -> Result<(), u32> {
     use wire::{
         CMD_BLOCK_STATUS, CMD_CACHE, CMD_FLAG_DF, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLAG_REQ_ONE,
-        CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, EINVAL, ENOSPC, EPERM,
+        CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, EINVAL, ENOSPC, EOVERFLOW, EPERM,
     };
     let allowed = match request.command {
         CMD_READ if agreed.structured => CMD_FLAG_FUA | CMD_FLAG_DF,
@@ -131,10 +131,14 @@ fn validate(request: &Request, visit: &Visit, agreed: Agreed) -> Result<(), u32>
     }
     let end = request.offset.checked_add(u64::from(request.length));
     if end.is_none_or(|end| end > visit.disk().size()) {
-        return Err(if changes { ENOSPC } else { EINVAL });
+        return Err(if matches!(request.command, CMD_WRITE | CMD_WRITE_ZEROES) { ENOSPC } else { EINVAL });
     }
     if request.length == 0 || (request.command == CMD_READ && request.length > PAYLOAD_MAX) {
         return Err(EINVAL);
+    }
+    // A chunk that must be whole is read whole before its head says that it is the last one.
+    if request.flags & CMD_FLAG_DF != 0 && request.length as usize > SLOT_BUFFER {
+        return Err(EOVERFLOW);
     }
     Ok(())
 }

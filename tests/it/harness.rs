@@ -1,10 +1,10 @@
 //! What every integration test needs: peer programs, children that end with the test, sockets, waits with a deadline.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -37,13 +37,27 @@ pub(crate) fn scratch() -> tempfile::TempDir {
 }
 
 /// Calls `ready` until it gives something, at most until the deadline.
-pub(crate) fn until<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + DEADLINE;
+pub(crate) fn until<T>(what: &str, ready: impl FnMut() -> Option<T>) -> T {
+    until_within(DEADLINE, what, ready)
+}
+
+/// The same with a deadline of its own.
+pub(crate) fn until_within<T>(limit: Duration, what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + limit;
     loop {
         if let Some(value) = ready() {
             return value;
         }
-        assert!(Instant::now() < deadline, "no {what} within {DEADLINE:?}");
+        assert!(Instant::now() < deadline, "no {what} within {limit:?}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Looks for `time` whether something holds all the while: for what must *not* happen.
+pub(crate) fn throughout(time: Duration, mut look: impl FnMut()) {
+    let end = Instant::now() + time;
+    while Instant::now() < end {
+        look();
         thread::sleep(Duration::from_millis(5));
     }
 }
@@ -139,4 +153,48 @@ impl Drop for Program {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// The executable under test: `$BLOCKFERRY_BIN`, else the one that was built with these tests.
+#[must_use]
+pub(crate) fn blockferry() -> Command {
+    let built = || env!("CARGO_BIN_EXE_blockferry").into();
+    let mut command = Command::new(std::env::var_os("BLOCKFERRY_BIN").unwrap_or_else(built));
+    command.env_remove("BLOCKFERRY_LOG").env_remove("NOTIFY_SOCKET");
+    command
+}
+
+/// Runs a program to its end, and gives what it said. One that goes on after `limit` is killed, and the test fails.
+#[must_use]
+pub(crate) fn output_within(limit: Duration, command: &mut Command) -> Output {
+    let mut program = Program::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
+    // Read at once, so that the program never blocks on a full pipe.
+    let stdout = program.child.stdout.take().map(|pipe| thread::spawn(move || read_all(pipe)));
+    let stderr = program.child.stderr.take().map(|pipe| thread::spawn(move || read_all(pipe)));
+    let said = |pipe: Option<thread::JoinHandle<Vec<u8>>>| pipe.and_then(|pipe| pipe.join().ok()).unwrap_or_default();
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(status) = program.ended() {
+            return Output { status, stdout: said(stdout), stderr: said(stderr) };
+        }
+        if Instant::now() > deadline {
+            program.kill();
+            let (stdout, stderr) = (said(stdout), said(stderr));
+            let (stdout, stderr) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
+            panic!("{command:?} goes on after {limit:?}\nstdout: {stdout}\nstderr: {stderr}");
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// [`output_within`] the deadline.
+#[must_use]
+pub(crate) fn output(command: &mut Command) -> Output {
+    output_within(DEADLINE, command)
+}
+
+fn read_all(mut pipe: impl Read) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let _ = pipe.read_to_end(&mut bytes);
+    bytes
 }

@@ -1,7 +1,18 @@
 //! Integration tests: the program and its parts against real programs that nobody here wrote.
 
+mod bad_clients;
+mod bad_input;
 mod client;
+mod export_cli;
+mod exported;
 mod handshake;
 mod harness;
+mod host;
+mod images;
+mod interop;
+mod json;
+mod migrations;
 mod orders;
 mod ownership;
+mod relay;
+mod writer;

@@ -1,7 +1,7 @@
 //! The two ends of a demo or a bench: scratch space that goes away however we end, programs that end with it, and what
 //! the kernel says that they cost.
 //!
-//! Nothing here can catch Ctrl-C, because that takes unsafe code. A shell does instead: it holds the other end of a pipe
+//! Nothing here can catch Ctrl-C, because that takes unsafe code. A shell stands in: it holds the other end of a pipe
 //! and cleans up when that closes, which it also does when this process is killed.
 
 use crate::util::{self, Error, Result};
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a program may take until it is ready.
 const READY: Duration = Duration::from_secs(20);
@@ -54,7 +54,8 @@ impl Scratch {
         self.folder.join(name)
     }
 
-    fn tell(&self, word: &str, id: u32) {
+    /// `start`: the process `id` is to end with us; `end`: it has ended.
+    pub(crate) fn tell(&self, word: &str, id: u32) {
         if let (_, Some(pipe)) = &mut *self.janitor.lock().unwrap_or_else(PoisonError::into_inner) {
             // Without the shell nothing is lost but the tidying up after an interrupt.
             let _ = writeln!(pipe, "{word} {id}");
@@ -74,6 +75,7 @@ impl Drop for Scratch {
 /// A child that is killed, by its own id, when it is dropped or when this process ends.
 pub(crate) struct Program {
     child: Child,
+    name: String,
     scratch: Arc<Scratch>,
 }
 
@@ -84,7 +86,7 @@ impl Program {
         let log = OpenOptions::new().create(true).append(true).open(log).map_err(fault)?;
         let child = command.stdin(Stdio::null()).stderr(log).spawn().map_err(fault)?;
         scratch.tell("start", child.id());
-        Ok(Self { child, scratch: Arc::clone(scratch) })
+        Ok(Self { child, name: name.to_owned(), scratch: Arc::clone(scratch) })
     }
 
     /// Starts `command` and waits for a line on its stdout that contains `ready`, which is returned too.
@@ -114,6 +116,35 @@ impl Program {
         }
     }
 
+    /// Waits until it listens at the Unix socket `path`.
+    pub(crate) fn listens(&mut self, path: &Path) -> Result<()> {
+        let deadline = Instant::now() + READY;
+        while std::os::unix::net::UnixStream::connect(path).is_err() {
+            if self.ended().is_some() || Instant::now() > deadline {
+                return Err(Error::new("start", &self.name, format!("does not listen at {}", path.display())));
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
+    /// How it ended, if it has.
+    pub(crate) fn ended(&mut self) -> Option<std::process::ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
+    /// Waits for its end, at most `limit`; `None` if it goes on.
+    pub(crate) fn wait(&mut self, limit: Duration) -> Option<std::process::ExitStatus> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let ended = self.ended();
+            if ended.is_some() || Instant::now() > deadline {
+                return ended;
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// The process id.
     pub(crate) fn id(&self) -> u32 {
         self.child.id()
@@ -121,13 +152,7 @@ impl Program {
 
     /// The CPU time that it has used so far, all its threads, in seconds.
     pub(crate) fn cpu_s(&self) -> f64 {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.id())).unwrap_or_default();
-        // The command's name may contain anything: fields are counted from its last bracket.
-        let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace();
-        let ticks: u64 = fields.skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
-        #[expect(clippy::cast_precision_loss, reason = "few ticks")]
-        let seconds = ticks as f64 / TICKS as f64;
-        seconds
+        cpu_s(self.id())
     }
 
     /// The most memory that was ever resident, in bytes.
@@ -146,6 +171,18 @@ impl Drop for Program {
         let _ = self.child.wait();
         self.scratch.tell("end", self.child.id());
     }
+}
+
+/// The CPU time that a process has used so far, with all its threads and with the children that it has outlived, in
+/// seconds.
+pub(crate) fn cpu_s(id: u32) -> f64 {
+    let stat = fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+    // The command's name may contain anything: fields are counted from its last bracket.
+    let fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace();
+    let ticks: u64 = fields.skip(11).take(4).filter_map(|field| field.parse::<u64>().ok()).sum();
+    #[expect(clippy::cast_precision_loss, reason = "few ticks")]
+    let seconds = ticks as f64 / TICKS as f64;
+    seconds
 }
 
 /// One side of a migration: `blockferry serve g1`.
@@ -176,6 +213,7 @@ impl Host {
         let control = format!("unix://{}", scratch.path(&format!("{name}.control")).display());
         let mut serve = Command::new(executable);
         serve.args(["serve", GUEST, "--volatile-state", "--listen", "tcp://127.0.0.1:0", "--control", &control]);
+        serve.arg("--state").arg(scratch.path(&format!("{name}.state")));
         serve.args(["--nbd", &format!("unix://{}", door.display())]);
         disks.iter().for_each(|disk| {
             serve.args(["--disk", disk]);

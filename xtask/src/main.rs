@@ -1,6 +1,11 @@
 //! blockferry's chores: `cargo xtask TASK`, one file per task. Needs what the toolchain brings, and the library for the
 //! guest of demo and bench.
 
+mod bench;
+mod bench_chain;
+mod bench_copy;
+mod bench_migrate;
+mod bench_server;
 mod build;
 mod ci;
 mod demo;
@@ -29,6 +34,12 @@ cargo xtask TASK: what is done to this tree
                   missing peers when root. --quick: no clippy, no static executable, nothing installed
   demo            moves a guest that writes without a pause from one host process to another, then looks up every
                   write that was acknowledged
+  bench [chain|server|copy|migrate] [--runs N] [--json]
+                  side by side with the tools one would take instead: medians of 5 runs, migrate 20
+                    chain    read, socket, write with no protocol: what the machine costs anybody
+                    server   export beside nbdkit, qemu-nbd, nbd-server, under fio
+                    copy     the live mirror beside two qemu-storage-daemons, under the same writes
+                    migrate  whole migrations under fio's verified writes: lost writes, switchover, cost
   tidy            rustfmt, clippy, and the rules of the tree: imports, unsafe code, sizes, links
   ci              what .ci/run does before it tests: rustfmt, clippy and every peer are here, or it fails
   help            this text
@@ -39,6 +50,7 @@ Examples:
   cargo xtask test
   cargo xtask test --quick
   cargo xtask demo
+  cargo xtask bench server --runs 3
   .ci/run
   target/static/x86_64-unknown-linux-musl/blockferry --version
 
@@ -56,6 +68,7 @@ fn main() -> ExitCode {
     let result = match task {
         "build" => build::main(arguments),
         "test" => test::main(arguments),
+        "bench" => bench::main(arguments),
         "demo" => demo::main(arguments),
         "tidy" => tidy::main(arguments),
         "ci" => ci::main(arguments),

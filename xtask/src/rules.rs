@@ -582,7 +582,7 @@ mod tests {
         let good = "use crate::{error::Error, limits}; use self::inner::A; use std::io;";
         breaks("src/nbd/wire.rs", "use crate::disk::Disk;", "wire files take", good);
         breaks("src/control/wire.rs", "use super::server::Server;", "wire files take", good);
-        breaks("src/migrate/wire/hello.rs", "use crate::ownership;", "wire files take", "use crate::limits::A;");
+        breaks("src/migrate/wire/hello.rs", "use crate::guest;", "wire files take", "use crate::ownership::A;");
         assert_eq!(check("src/nbd/wire.rs", "use crate::nbd::wire::Flags;"), Vec::<String>::new());
         assert_eq!(
             check("src/migrate/wire/hello.rs", "use super::cut; use crate::migrate::wire::A;"),

@@ -1,8 +1,8 @@
 //! The workers of one connection: they do what may wait for the disk or at the gate, and reply by themselves.
 //!
-//! The connection's own thread hands each a job and the bytes of a WRITE, and never waits for a busy one's lock. A WRITE
-//! larger than a worker's buffer comes in pieces, perhaps to several workers, and is answered once: a [`Ticket`] counts
-//! them.
+//! The connection's own thread hands each a job and the bytes of a WRITE, and never waits for a busy one's lock. A
+//! WRITE larger than a worker's buffer comes in pieces, perhaps to several workers, and is answered once: a [`Ticket`]
+//! counts them.
 
 use std::io::{self, ErrorKind};
 use std::sync::atomic::Ordering;

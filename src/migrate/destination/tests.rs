@@ -1,0 +1,276 @@
+//! What a destination answers when things happen in the wrong order, twice, or by the wrong hand.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
+
+use super::*;
+use crate::disk::Cache;
+use crate::domain;
+use crate::export::{Fault, Patience, quiesce};
+use crate::migrate::wire::export_name;
+use crate::options::ServeOptions;
+use crate::ownership::{Host, Lineage, Order, Word};
+
+struct Bench {
+    dir: tempfile::TempDir,
+    guest: Arc<Guest>,
+}
+
+const SOURCE: Host = Host([7; 16]);
+
+impl Bench {
+    /// A destination with one disk of 1 MiB, there already or made at PREPARE.
+    fn new(exists: bool) -> Self {
+        let dir = tempfile::tempdir().expect("a scratch directory");
+        let path = dir.path().join("vda");
+        if exists {
+            drop(Disk::create(&path, 1 << 20, Cache::Writeback).expect("created"));
+        }
+        let disk = domain::Disk::parse(&format!("vda,file={}", path.display())).expect("parsed");
+        let options = ServeOptions {
+            guest: "g1".to_owned(),
+            disks: vec![disk],
+            state: dir.path().join("state"),
+            volatile_state: true,
+            nbd: Vec::new(),
+            listen: None,
+            control: Vec::new(),
+            insecure_plaintext: true,
+            json: false,
+        };
+        let guest = Guest::open(&options, None).expect("opened");
+        Self { dir, guest: Arc::new(guest) }
+    }
+
+    fn export(&self) -> Arc<Export> {
+        Arc::clone(self.guest.exports().next().expect("one"))
+    }
+
+    fn stamp(&self, attempt: u8) -> Stamp {
+        Stamp {
+            lineage: Lineage([9; 16]),
+            word: Word([8; 16]),
+            attempt: Attempt([attempt; 16]),
+            source: SOURCE,
+            destination: self.guest.host,
+            order: Order { term: 1, generation: 2 },
+        }
+    }
+
+    fn say(&self, message: Message) -> Message {
+        let mut theirs = hello(&self.guest, Role::Source, Challenge([2; 16]), &pair().0);
+        theirs.host = SOURCE;
+        let mut session = Session { theirs, challenge: Some(Challenge([1; 16])), stamp: None };
+        self.guest.destination.answer(&self.guest, &mut session, message).expect("an answer")
+    }
+
+    fn prepare(&self, attempt: u8) -> Message {
+        let offer = DiskOffer { name: cut("vda"), size_bytes: 1 << 20, data_bytes: 0, granularity_bytes: 4096 };
+        self.say(Message::Prepare(Prepare {
+            stamp: self.stamp(attempt),
+            challenge: Challenge([1; 16]),
+            mode: Mode::CopyAll,
+            disks: std::iter::once(offer).collect(),
+            connections: 0,
+        }))
+    }
+
+    fn prepared(&self, attempt: u8) -> Prepared {
+        match self.prepare(attempt) {
+            Message::Prepared(prepared) => prepared,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn open(&self, prepared: &Prepared) -> Result<(Visit, UnixStream), OpenError> {
+        let name = export_name(prepared.stamp.attempt, prepared.instance, prepared.epoch, prepared.token, "vda");
+        let (ours, theirs) = pair();
+        self.guest.destination.open(&self.guest, &name, &ours).map(|(_, visit)| (visit, theirs))
+    }
+
+    fn seal(&self, attempt: u8) -> Message {
+        self.say(Message::Seal { stamp: self.stamp(attempt), digests: heapless::Vec::new() })
+    }
+
+    fn abort(&self, attempt: u8) -> Message {
+        self.say(Message::Abort { stamp: self.stamp(attempt), cause: cut("a test") })
+    }
+
+    fn claim(&self) -> Result<Answer, KeepError> {
+        let (lineage, word) = (Lineage([9; 16]), Word([8; 16]));
+        self.guest.apply(&Event::Claim { lineage, word, images: Images::NONE, discard: false })
+    }
+}
+
+fn pair() -> (Arc<Socket>, UnixStream) {
+    let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+    (Arc::new(Socket::new(OwnedFd::from(ours))), theirs)
+}
+
+/// Drops a visit as its connection's thread would, as soon as it is ended.
+fn leave_when_ended(visit: Visit) -> thread::JoinHandle<()> {
+    thread::spawn(move || {
+        let began = Instant::now();
+        while !visit.is_ended() && began.elapsed() < Duration::from_secs(5) {
+            thread::yield_now();
+        }
+    })
+}
+
+#[test]
+fn d4_a_fence_ends_the_epoch_and_its_names() {
+    let bench = Bench::new(true);
+    let prepared = bench.prepared(1);
+    let (visit, _client) = bench.open(&prepared).expect("a current name");
+    let leaving = leave_when_ended(visit);
+    let fence = || bench.say(Message::Fence { stamp: bench.stamp(1), epoch: Epoch(0) });
+    assert!(matches!(fence(), Message::Fenced { epoch: Epoch(1), .. }));
+    assert_eq!(bench.export().connections(Door::Migration), 0, "FENCED: nobody is left");
+    leaving.join().expect("no panic");
+    assert!(matches!(bench.open(&prepared), Err(OpenError::Unknown)), "the name is over");
+    assert!(matches!(fence(), Message::Fenced { epoch: Epoch(1), .. }), "said twice, answered twice");
+    assert!(bench.open(&Prepared { epoch: Epoch(1), ..prepared }).is_ok());
+}
+
+#[test]
+fn d4_no_attempt_is_prepared_while_an_old_writer_lives() {
+    let bench = Bench::new(true);
+    let prepared = bench.prepared(1);
+    let (visit, _client) = bench.open(&prepared).expect("a current name");
+    let export = bench.export();
+    thread::scope(|scope| {
+        let second = scope.spawn(|| bench.prepare(2));
+        while !visit.is_ended() {
+            thread::yield_now();
+        }
+        assert!(!second.is_finished(), "it waits for the writer of the first");
+        assert_eq!(export.connections(Door::Migration), 1);
+        drop(visit);
+        assert!(matches!(second.join().expect("no panic"), Message::Prepared(_)));
+    });
+}
+
+#[test]
+fn a_name_counts_for_its_attempt_instance_and_token_only() {
+    let bench = Bench::new(true);
+    let prepared = bench.prepared(1);
+    let wrong = [
+        Prepared { token: Token::from_bytes([0; 16]), ..prepared.clone() },
+        Prepared { instance: crate::ownership::Instance([0; 16]), ..prepared.clone() },
+        Prepared { epoch: Epoch(1), ..prepared.clone() },
+        Prepared { stamp: bench.stamp(2), ..prepared },
+    ];
+    for prepared in wrong {
+        assert!(matches!(bench.open(&prepared), Err(OpenError::Unknown)));
+    }
+}
+
+#[test]
+fn an_event_that_changes_nothing_moves_no_gate() {
+    let bench = Bench::new(true);
+    bench.claim().expect("the first owner");
+    let quiesced = quiesce(&[bench.export()], Instant::now() + Duration::from_secs(5)).expect("quiet");
+    assert!(bench.claim().is_err(), "claimed once");
+    let stray = Message::Go { stamp: bench.stamp(9) };
+    assert!(matches!(bench.say(stray), Message::Record { .. }));
+    assert!(quiesced.holds(), "a stray message has opened the gate of a switchover");
+}
+
+#[test]
+fn a_guest_connection_does_not_outlive_its_disk() {
+    let bench = Bench::new(false);
+    bench.prepared(1);
+    let export = bench.export();
+    let (ours, _vmm) = pair();
+    let visit = export.enter(Door::Guest, &ours).expect("let in");
+    let leaving = leave_when_ended(visit);
+    assert!(matches!(bench.abort(1), Message::Unsealed { .. }));
+    leaving.join().expect("no panic");
+    assert!(!bench.dir.path().join("vda").exists(), "what the attempt made is removed");
+    let (ours, _vmm) = pair();
+    assert!(export.enter(Door::Guest, &ours).is_err(), "there is no disk");
+    bench.prepared(2);
+    assert!(export.enter(Door::Guest, &ours).is_ok());
+}
+
+#[test]
+fn a_disk_taken_away_refuses_whoever_still_holds_it() {
+    let bench = Bench::new(true);
+    let export = bench.export();
+    bench.claim().expect("the first owner");
+    let (ours, _vmm) = pair();
+    let visit = export.enter(Door::Guest, &ours).expect("let in");
+    let other = Disk::create(&bench.dir.path().join("other"), 1 << 20, Cache::Writeback).expect("created");
+    export.set_disk(Arc::new(other));
+    assert!(matches!(visit.write(Patience::Now, 0, &[5; 512], true), Err(Fault::Gone)));
+    assert!(matches!(visit.read(&mut [0; 512], 0), Err(Fault::Gone)));
+}
+
+#[test]
+fn a_stale_abort_cuts_nobody_off() {
+    let bench = Bench::new(true);
+    bench.prepared(1);
+    let (ours, _vmm) = pair();
+    let visit = bench.export().enter(Door::Guest, &ours).expect("let in");
+    assert!(matches!(bench.seal(1), Message::Sealed { .. }));
+    assert!(matches!(bench.abort(99), Message::Unsealed { .. }), "that one was never sealed here");
+    assert!(!visit.is_ended(), "the VMM of the sealed attempt has lost its disk");
+    assert!(matches!(bench.say(Message::Go { stamp: bench.stamp(1) }), Message::Running { .. }));
+}
+
+#[test]
+fn m6_an_aborted_attempt_never_seals_again() {
+    let bench = Bench::new(true);
+    bench.prepared(1);
+    assert!(matches!(bench.abort(1), Message::Unsealed { .. }));
+    assert!(matches!(bench.seal(1), Message::Unsealed { .. }));
+    assert!(matches!(bench.prepare(1), Message::Refused { .. }), "nor is it prepared again");
+    assert!(matches!(bench.prepare(2), Message::Prepared(_)));
+}
+
+#[test]
+fn m2_sealed_waits_for_its_own_go() {
+    let bench = Bench::new(true);
+    bench.prepared(1);
+    assert!(matches!(bench.seal(1), Message::Sealed { .. }));
+    assert!(matches!(bench.seal(1), Message::Sealed { .. }), "said twice, answered twice");
+    assert!(bench.guest.destination.cancel(&bench.guest, "a test").is_err(), "only the source ends it");
+    assert!(matches!(bench.prepare(2), Message::Refused { .. }), "M9");
+    let fence = Message::Fence { stamp: bench.stamp(1), epoch: Epoch(0) };
+    assert!(matches!(bench.say(fence), Message::Record { .. }));
+    assert_eq!(bench.export().gate(), Gate::Sealed);
+    for _ in 0..2 {
+        assert!(matches!(bench.say(Message::Go { stamp: bench.stamp(1) }), Message::Running { .. }));
+    }
+    assert_eq!(bench.export().gate(), Gate::Serving);
+    assert!(matches!(bench.abort(1), Message::Record { .. }), "too late");
+}
+
+#[test]
+fn m11_a_guest_write_before_the_hand_over_ends_the_attempt() {
+    let bench = Bench::new(true);
+    bench.prepared(1);
+    let (ours, _vmm) = pair();
+    let visit = bench.export().enter(Door::Guest, &ours).expect("let in");
+    assert!(matches!(visit.write(Patience::Now, 0, &[5; 512], false), Err(Fault::NotPermitted)));
+    assert!(matches!(bench.seal(1), Message::Failed { .. }));
+    assert_eq!(bench.export().gate(), Gate::Incoming);
+}
+
+#[test]
+fn whoever_does_not_know_the_attempt_does_not_learn_it() {
+    let bench = Bench::new(true);
+    bench.prepared(1);
+    bench.seal(1);
+    let asked = Stamp { lineage: Lineage([5; 16]), ..bench.stamp(77) };
+    let Message::Record { record: Some(summary), .. } = bench.say(Message::Question { stamp: asked }) else {
+        panic!("a record");
+    };
+    assert_eq!((summary.attempt, summary.peer), (Attempt::NONE, None));
+    let Message::Record { record: Some(summary), .. } = bench.say(Message::Question { stamp: bench.stamp(1) }) else {
+        panic!("a record");
+    };
+    assert_eq!(summary.attempt, Attempt([1; 16]));
+}

@@ -469,8 +469,9 @@ impl Drive<'_> {
             // A connection that has fallen silent must not keep the guest waiting for as long as there is patience.
             let patience = deadline.min(Instant::now() + GO_PATIENCE);
             match settle::converse(self.guest, &mut self.link, patience) {
+                Ok((_, heard)) if !settle::is_needed(self.guest) => return Handed::Over(heard.duration_since(since)),
                 _ if !settle::is_needed(self.guest) => return Handed::Over(since.elapsed()),
-                Ok(answer) => log::info!("migration: GO is answered by {}", answer.name()),
+                Ok((answer, _)) => log::info!("migration: GO is answered by {}", answer.name()),
                 Err(Trouble::NotDurable(cause)) => return Handed::OverBut(cause),
                 Err(Trouble::Silent(cause)) => log::info!("migration: GO: {cause}"),
             }

@@ -182,7 +182,8 @@ impl Guest {
             Ok(answer) => log::debug!("record: {event:?} is answered {answer:?}"),
             Err(error) => log::info!("record: {error}"),
         }
-        self.follow(gate, &keeper);
+        // Under the keeper's lock: gates follow the record in the record's order.
+        self.follow(&keeper, gate);
         let changed = keeper.changes() != before;
         drop(keeper);
         if changed {
@@ -199,13 +200,13 @@ impl Guest {
         let mut keeper = self.keeper();
         let gate = gate_of(&keeper);
         let result = keeper.retry();
-        self.follow(gate, &keeper);
+        self.follow(&keeper, gate);
         result
     }
 
-    /// Moves the gates to where the record wants them, under the keeper's lock: gates follow the record in the record's
-    /// order. What changes nothing moves no gate: a switchover or a seal on another thread may be holding it elsewhere.
-    fn follow(&self, before: Gate, keeper: &Keeper) {
+    /// Moves the gates to where the record wants them, if that is not where it wanted them `before`. An event that
+    /// changes nothing moves no gate: a switchover or a seal on another thread may be holding it elsewhere.
+    fn follow(&self, keeper: &Keeper, before: Gate) {
         let gate = gate_of(keeper);
         if gate != before {
             self.exports().for_each(|export| export.set_gate(gate));
@@ -244,7 +245,7 @@ impl Guest {
 /// What the record means for the gates.
 fn gate_of(keeper: &Keeper) -> Gate {
     match keeper.gate_state() {
-        // M4. Not fenced for good: it may turn out that this host owns.
+        // M4. Not fenced for good: what the guest has been told to be written may still have to be flushed.
         _ if keeper.known().is_err() => Gate::Closed,
         Door::Incoming => Gate::Incoming,
         Door::Receiving => Gate::Receiving,

@@ -141,9 +141,9 @@ pub const DIRECT_ALIGN: usize = 4096;
 /// Bytes that one system call writes where zeroes have to be written out.
 pub const ZERO_WRITE: usize = 64 * KIB;
 /// A disk that took longer than this for a small write is not written from a connection's own thread for a while.
-pub const SLOW_WRITE: Duration = Duration::from_millis(2);
+pub const SLOW_WRITE: Duration = Duration::from_millis(8);
 /// So many writes go to the workers after a slow one.
-pub const SLOW_WRITE_MEMORY: u32 = 256;
+pub const SLOW_WRITE_MEMORY: u32 = 32;
 /// Longest READ that a connection's own thread serves from the page cache; longer ones go to a worker.
 pub const INLINE_READ_MAX: usize = 64 * KIB;
 /// Where a target cannot tell its holes (a block device), it is probed in so many places for data.

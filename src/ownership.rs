@@ -32,7 +32,7 @@ pub use id::{Attempt, Host, ID_BYTES, ID_DIGITS, Images, Instance, Lineage, Word
 pub use images::ImageList;
 pub use keeper::{KeepError, Keeper, Save, Write};
 pub use store::{Found, Look, Store, look, show};
-pub use transition::{next, promise};
+pub use transition::{heard_promise, heard_record, next, promise};
 
 use crate::limits::ADDRESS_MAX;
 
@@ -177,7 +177,8 @@ pub enum Offer {
 pub enum State {
     /// An attempt ended here: owns nothing, the disks are not usable.
     Void {
-        /// The attempt that ended.
+        /// The attempt that ended; [`Attempt::NONE`] once the operator has said that what is here may be forgotten. The
+        /// order is kept: it goes on proving who owned.
         attempt: Attempt,
     },
     /// Being written by an attempt. Durable before the first byte.
@@ -277,6 +278,13 @@ impl Record {
         }
     }
 
+    /// Whether the operator has said that what is here may be forgotten (rule M6): as good as no record, for a claim
+    /// and for another guest.
+    #[must_use]
+    pub fn is_forgotten(&self) -> bool {
+        matches!(self.state, State::Void { attempt: Attempt::NONE })
+    }
+
     /// The other end that the state names.
     #[must_use]
     pub fn peer(&self) -> Option<&Peer> {
@@ -318,6 +326,7 @@ impl fmt::Display for Record {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let order = self.order;
         match &self.state {
+            State::Void { .. } if self.is_forgotten() => write!(f, "this host owns nothing"),
             State::Void { .. } => write!(f, "this host owns nothing and its disks are half written"),
             State::Receiving { from, .. } => write!(f, "{from} owns the guest (order {order}) and sends it here"),
             State::Sealed { from, .. } => write!(f, "this host is sealed and waits for the word of {from}"),

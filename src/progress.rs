@@ -175,12 +175,13 @@ fn done_line(guest: &str, done: &Done) -> String {
     let switchover = done.switchover_us.map(|us| format!(", switchover {}", time_us(us))).unwrap_or_default();
     let note = if done.message.is_empty() { String::new() } else { format!(" ({})", OneLine(&done.message)) };
     format!(
-        "{}: migrated to {}: sent {} and {} of zeroes in {} passes, {}{switchover}{note}",
+        "{}: migrated to {}: sent {} and {} of zeroes in {} pass{}, {}{switchover}{note}",
         OneLine(guest),
         OneLine(&done.destination),
         size(done.sent_bytes),
         size(done.zero_bytes),
         done.passes,
+        if done.passes == 1 { "" } else { "es" },
         time_ms(done.total_ms),
     )
 }

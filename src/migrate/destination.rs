@@ -106,6 +106,8 @@ fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
             Ok(Some(message)) => {
                 log::debug!("migration door: received {}", message.name());
                 let answer = guest.destination.answer(guest, &mut session, message)?;
+                heard = Instant::now();
+                let Some(answer) = answer else { continue };
                 log::debug!("migration door: answered {}", answer.name());
                 link.send(&answer, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
                 // The answer may have taken long; the peer's silence begins now.
@@ -159,18 +161,18 @@ struct Session {
 }
 
 impl Destination {
-    /// The one match of the destination.
+    /// The one match of the destination. `None`: nothing is to be answered.
     ///
     /// # Errors
     /// The peer broke the protocol, or nothing may be answered (M4): the connection ends, with this line for the log.
-    fn answer(&self, guest: &Guest, session: &mut Session, message: Message) -> Result<Message, String> {
+    fn answer(&self, guest: &Guest, session: &mut Session, message: Message) -> Result<Option<Message>, String> {
         let mut inner = self.lock();
         session.stamp = message.stamp().copied().or(session.stamp);
         let receiving = match &inner.stage {
             Stage::Receiving(reception) => message.stamp().is_some_and(|stamp| stamp.matches(&reception.stamp)),
             Stage::Idle => false,
         };
-        match (receiving, message) {
+        let answer = match (receiving, message) {
             (_, Message::Ping { number }) => Ok(Message::Pong { number }),
             (_, Message::Prepare(offer)) => inner.prepare(guest, session, &offer),
             // Whatever the source asks of an attempt that this side has ended, it hears why.
@@ -192,7 +194,7 @@ impl Destination {
                 inner.clean_up();
                 answer
             }
-            // Said again to who is sealed; what this process does not receive, it cannot seal.
+            // Said again by who is sealed; what this process does not receive, it cannot seal.
             (false, Message::Seal { stamp, .. }) if !is_receiving(guest)? => {
                 settle(guest, &Event::Seal { stamp, images: Images::NONE }, stamp)
             }
@@ -216,12 +218,10 @@ impl Destination {
             }
             // What a destination that has asked says in return.
             (_, Message::Running { stamp, .. }) if stamp.source == guest.host => {
-                guest.apply(&Event::Running(stamp)).map_err(|error| error.to_string())?;
-                record(guest, stamp)
+                return guest.apply(&Event::Running(stamp)).map(|_| None).map_err(|error| error.to_string());
             }
             (_, Message::Unsealed { stamp }) if stamp.source == guest.host => {
-                guest.apply(&Event::Unsealed(stamp)).map_err(|error| error.to_string())?;
-                record(guest, stamp)
+                return guest.apply(&Event::Unsealed(stamp)).map(|_| None).map_err(|error| error.to_string());
             }
             // A GO before SEAL, a fence of an attempt that is not received here: the record is the answer (M2, M6).
             (
@@ -232,7 +232,8 @@ impl Destination {
                 | Message::Seal { stamp, .. },
             ) => record(guest, stamp),
             (_, other) => Err(format!("the peer sent {} to a destination", other.name())),
-        }
+        };
+        answer.map(Some)
     }
 
     /// Takes in what the source of a sealed attempt says when it is asked; returns what it is told in return.

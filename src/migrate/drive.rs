@@ -347,7 +347,7 @@ impl Drive<'_> {
     /// Hands over.
     fn finish(&mut self) -> Result<Handed, Stop> {
         let attempt = self.stamp.attempt;
-        let offer = Event::Offer { attempt, to: self.peer.clone() };
+        let offer = Event::Offer { stamp: self.stamp, to: self.peer.clone() };
         // A full disk ends the attempt now, while the guest runs, and not when GIVEN must be written.
         let give = [offer.clone(), Event::Give { sealed: self.stamp }, Event::Running(self.stamp)];
         let end = [offer.clone(), Event::End { attempt }, Event::Unsealed(self.stamp)];

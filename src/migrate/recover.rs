@@ -9,7 +9,7 @@ use crate::control::wire::{Recovered, Word, text};
 use crate::error::Problem;
 use crate::guest::Guest;
 use crate::ownership::{
-    Event, Heard, KeepError, Kind, Lineage, Offer, Promise, Record, Refusal, State, Why, Word as Number,
+    Event, Heard, KeepError, Offer, Promise, Record, Refusal, State, Why, Word as Number, heard_promise, heard_record,
 };
 use crate::standing::{Standing, price, ways_out};
 
@@ -75,7 +75,7 @@ pub fn recover(guest: &Guest, word: Word) -> Result<Recovered, Problem> {
     if told.done.is_empty()
         && let Ok(Some(record)) = &record
     {
-        told.next = ways_out(&guest.name, &record.state).iter().map(|way| text(way)).collect();
+        told.next = ways_out(&guest.name, record).iter().map(|way| text(way)).collect();
     }
     told.ownership = Standing { guest: &guest.name, record: &record, rejected: guest.rejected() }.ownership();
     Ok(told)
@@ -96,7 +96,7 @@ fn ask(guest: &Guest, record: &Record, told: &mut Recovered) -> Heard {
         told.asked = text(&peer.to_string());
     }
     let (heard, words) = match settle::call(guest) {
-        Ok(answer) => judge(record.lineage, &answer),
+        Ok(answer) => judge(record, &answer),
         Err(Trouble::Silent(cause)) => (Heard::Silence, format!("no answer: {cause}")),
         Err(Trouble::NotDurable(cause)) => (Heard::Decides, format!("it answers, and here {cause}")),
     };
@@ -105,23 +105,28 @@ fn ask(guest: &Guest, record: &Record, told: &mut Recovered) -> Heard {
 }
 
 /// What an answer means for the operator's word (M8), and in words.
-fn judge(lineage: Lineage, answer: &Message) -> (Heard, String) {
+fn judge(mine: &Record, answer: &Message) -> (Heard, String) {
     let (heard, words) = match answer {
         Message::Go { .. } => (Heard::Decides, "it has given the guest to this host"),
         Message::Running { .. } => (Heard::Decides, "it owns the guest"),
         Message::Unsealed { .. } => (Heard::Decides, "it has given up what it had received"),
-        Message::Promise { promise: Promise::Unknown, .. } => (Heard::Disclaims, "it does not know the attempt"),
-        Message::Promise { promise: Promise::NotGiven, .. } => (Heard::Decides, "it has not given the guest away"),
-        Message::Promise { promise: Promise::InProgress, .. } => (Heard::Decides, "the migration is in progress"),
-        Message::Promise { promise: Promise::Given, .. } => (Heard::Decides, "it gave the guest away"),
-        Message::Record { record: None, .. } => (Heard::Disclaims, "it has no record of the guest"),
-        Message::Record { record: Some(theirs), .. } if theirs.title.lineage != lineage => {
-            (Heard::Disclaims, "its guest has another history")
+        Message::Promise { promise, .. } => {
+            let words = match promise {
+                Promise::Unknown => "it does not know the attempt",
+                Promise::NotGiven => "it has not given the guest away",
+                Promise::InProgress => "the migration is in progress",
+                Promise::Given => "it gave the guest away",
+            };
+            (heard_promise(*promise), words)
+        }
+        Message::Record { record: None, .. } => (heard_record(mine, None), "it has no record of the guest"),
+        // It speaks of another guest, and says nothing of this one.
+        Message::Record { record: Some(theirs), .. } if theirs.title.lineage != mine.lineage => {
+            (Heard::Silence, "its guest has another history")
         }
         Message::Record { record: Some(theirs), .. } => {
-            let disclaims = matches!(theirs.kind, Kind::None | Kind::Void | Kind::Superseded);
-            let heard = if disclaims { Heard::Disclaims } else { Heard::Decides };
-            return (heard, format!("its record says {} (order {})", theirs.kind, theirs.title.order));
+            let words = format!("its record says {} (order {})", theirs.kind, theirs.title.order);
+            return (heard_record(mine, Some(theirs)), words);
         }
         _ => (Heard::Decides, "it says something else"),
     };
@@ -141,49 +146,57 @@ fn event(word: Word, heard: Heard) -> Result<Option<Event>, getrandom::Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ownership::{Attempt, Host, Order, Stamp, Summary, Title, Word as Number};
+    use crate::ownership::{
+        Attempt, Host, Images, Instance, Kind, Lineage, Order, Peer, Stamp, Summary, Title, Word as Number,
+    };
 
     #[test]
-    fn only_who_knows_nothing_or_owns_nothing_leaves_it_to_the_operator() {
+    fn only_who_cannot_own_leaves_it_to_the_operator() {
         let lineage = Lineage([1; 16]);
         let order = Order { term: 1, generation: 4 };
-        let stamp = Stamp {
-            lineage,
-            word: Number([2; 16]),
-            attempt: Attempt([3; 16]),
-            source: Host([4; 16]),
-            destination: Host([5; 16]),
-            order,
-        };
-        let record = |lineage, kind| {
+        let (attempt, host) = (Attempt([3; 16]), Host([4; 16]));
+        let to = Peer { host: Host([5; 16]), address: crate::ownership::Address::new() };
+        let state = State::Given { attempt, to, arrived: false };
+        let mine = Record { lineage, order, word: Number([2; 16]), host, images: Images::NONE, state };
+        let stamp = mine.stamp().expect("given");
+        let record = |lineage, attempt, kind| {
             let title = Title { lineage, order, word: stamp.word };
-            let record = Some(Summary { title, kind, attempt: stamp.attempt, peer: None });
-            Message::Record { stamp, record }
+            Message::Record { stamp, record: Some(Summary { title, kind, attempt, peer: None }) }
         };
         let promise = |promise| Message::Promise { stamp, promise };
-        for answer in [
-            promise(Promise::Unknown),
-            Message::Record { stamp, record: None },
-            record(Lineage([9; 16]), Kind::Owner),
-            record(lineage, Kind::Void),
-            record(lineage, Kind::Superseded),
+        let other = Stamp { attempt: Attempt([7; 16]), ..stamp };
+        for (heard, answers) in [
+            (Heard::Disclaims, vec![promise(Promise::Unknown), record(lineage, attempt, Kind::Void)]),
+            (
+                // It owned perhaps, and has passed the guest on since.
+                Heard::Silence,
+                vec![
+                    Message::Record { stamp, record: None },
+                    record(Lineage([9; 16]), attempt, Kind::Owner),
+                    record(lineage, other.attempt, Kind::Void),
+                    record(lineage, attempt, Kind::Superseded),
+                ],
+            ),
+            (
+                Heard::Decides,
+                vec![
+                    promise(Promise::Given),
+                    promise(Promise::NotGiven),
+                    promise(Promise::InProgress),
+                    Message::Go { stamp },
+                    Message::Unsealed { stamp },
+                    Message::Running { stamp, instance: Instance([6; 16]) },
+                    record(lineage, attempt, Kind::Owner),
+                    record(lineage, attempt, Kind::Offered),
+                    record(lineage, attempt, Kind::Given),
+                    record(lineage, attempt, Kind::Sealed),
+                    record(lineage, attempt, Kind::Receiving),
+                ],
+            ),
         ] {
-            assert_eq!(judge(lineage, &answer).0, Heard::Disclaims, "{answer:?}");
-        }
-        for answer in [
-            promise(Promise::Given),
-            promise(Promise::NotGiven),
-            promise(Promise::InProgress),
-            Message::Go { stamp },
-            Message::Unsealed { stamp },
-            Message::Running { stamp, instance: crate::ownership::Instance([6; 16]) },
-            record(lineage, Kind::Owner),
-            record(lineage, Kind::Offered),
-            record(lineage, Kind::Given),
-            record(lineage, Kind::Sealed),
-            record(lineage, Kind::Receiving),
-        ] {
-            assert_eq!(judge(lineage, &answer).0, Heard::Decides, "{answer:?}");
+            for answer in answers {
+                assert_eq!(judge(&mine, &answer).0, heard, "{answer:?}");
+            }
         }
     }
 }

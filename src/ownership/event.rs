@@ -69,8 +69,8 @@ pub enum Event {
 
     /// Source: somebody may be sealed from now on (rule M5).
     Offer {
-        /// The attempt, never used before.
-        attempt: Attempt,
+        /// What PREPARE said; the attempt was never offered before.
+        stamp: Stamp,
         /// The destination.
         to: Peer,
     },
@@ -98,13 +98,13 @@ pub enum Event {
     },
 }
 
-/// What the peer said when an operator wants to take ownership, or to give up a sealed guest.
+/// What the peer said when an operator wants to take ownership, or to give up a sealed guest: see
+/// [`super::heard_record`] and [`super::heard_promise`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Heard {
-    /// Nothing: it is not there. The operator has been told what the guest may lose.
+    /// Nothing: it is not there, or it cannot know who owns. The operator has been told what the guest may lose.
     Silence,
-    /// It answers, has no record of this lineage or only one that owns nothing (VOID, SUPERSEDED), and no message of
-    /// either side can change that. For a sealed host: the source says "unknown".
+    /// It proves that nobody owns, and no message of either side can change that.
     Disclaims,
     /// Anything else: it owns, will own with GO, or its answer settles the record by itself.
     Decides,
@@ -117,7 +117,7 @@ pub enum Change {
     Keep,
     /// It becomes this one, which must be durable before anything follows from it.
     Become(Box<Record>),
-    /// There is none any more.
+    /// There is none any more: it was another machine's.
     Remove,
 }
 

@@ -63,6 +63,10 @@ fn superseded() -> Record {
 fn prepare(attempt: Attempt, fresh: bool) -> Event {
     Event::Prepare { stamp: stamp(attempt), from: peer(A), fresh }
 }
+/// A's offer to `to`.
+fn offer(attempt: Attempt, to: Host) -> Event {
+    Event::Offer { stamp: Stamp { destination: to, ..stamp(attempt) }, to: peer(to) }
+}
 fn meet(title: Title) -> Event {
     Event::Meet { title, peer: peer(C) }
 }
@@ -150,8 +154,8 @@ fn table() -> String {
         ("ABORT other", Event::Abort(stamp(OTHER))),
         ("not given this", Event::NotGiven(stamp(THIS))),
         ("not given other", Event::NotGiven(stamp(OTHER))),
-        ("offer this", Event::Offer { attempt: THIS, to: peer(B) }),
-        ("offer other", Event::Offer { attempt: OTHER, to: peer(B) }),
+        ("offer this", offer(THIS, B)),
+        ("offer other", offer(OTHER, B)),
         ("end this", Event::End { attempt: THIS }),
         ("end other", Event::End { attempt: OTHER }),
         ("SEALED, give", Event::Give { sealed: stamp(THIS) }),
@@ -234,8 +238,17 @@ fn m1_a_repeated_prepare_revives_nothing() {
 #[test]
 fn m1_an_attempt_that_ended_unsealed_is_not_offered_again() {
     let (back, _) = after(Some(&offered(Offer::Ended)), &Event::Unsealed(stamp(THIS)));
-    assert_eq!(refused(back.as_ref(), &Event::Offer { attempt: THIS, to: peer(B) }), Why::Ended);
+    assert_eq!(refused(back.as_ref(), &offer(THIS, B)), Why::Ended);
     assert_eq!(refused(back.as_ref(), &Event::Give { sealed: stamp(THIS) }), Why::Stale);
+}
+
+#[test]
+fn m1_an_offer_counts_only_with_the_order_that_prepare_spoke_of() {
+    // Overruled, and the owner again, while the destination was getting ready.
+    let anew = Record { order: Order { term: 2, generation: 2 }, word: OTHER_WORD, ..owner() };
+    assert_eq!(refused(Some(&anew), &offer(THIS, B)), Why::Stale);
+    let elsewhere = Event::Offer { stamp: stamp(THIS), to: peer(C) };
+    assert_eq!(refused(Some(&owner()), &elsewhere), Why::Stale);
 }
 
 #[test]
@@ -282,6 +295,8 @@ fn m3_without_a_record_of_that_lineage_the_answer_is_unknown() {
     assert_eq!(promise(A, None, None, &stamp(THIS)), Promise::Unknown);
     assert_eq!(promise(A, Some(&owner()), None, &asked), Promise::Unknown);
     assert_eq!(promise(C, Some(&owner()), None, &stamp(THIS)), Promise::Unknown);
+    let (forgotten, _) = after(Some(&given(true)), &forget(Heard::Silence));
+    assert_eq!(promise(A, forgotten.as_ref(), None, &stamp(THIS)), Promise::Unknown);
 }
 
 #[test]
@@ -304,7 +319,7 @@ fn m4_after_a_failed_commit_the_host_is_fenced_until_the_new_record_is_durable()
     let mut keeper = Keeper::new(A, Some(owner()), save);
     assert_eq!(keeper.gate_state(), Door::Fenced, "not written since the start");
     keeper.start().expect("written");
-    keeper.apply(&Event::Offer { attempt: THIS, to: peer(B) }).expect("offered");
+    keeper.apply(&offer(THIS, B)).expect("offered");
     assert_eq!(keeper.gate_state(), Door::Serving { may_quiesce: true });
 
     let give = Event::Give { sealed: stamp(THIS) };
@@ -329,9 +344,9 @@ fn m5_after_a_restart_in_offered_the_door_is_shut_until_the_peer_or_the_operator
 
 #[test]
 fn m5_an_unsettled_offer_allows_no_other() {
-    for offer in [Offer::Live, Offer::Ended, Offer::Closed] {
-        for to in [peer(B), peer(C)] {
-            assert_eq!(refused(Some(&offered(offer)), &Event::Offer { attempt: OTHER, to }), Why::Unsettled);
+    for state in [Offer::Live, Offer::Ended, Offer::Closed] {
+        for to in [B, C] {
+            assert_eq!(refused(Some(&offered(state)), &offer(OTHER, to)), Why::Unsettled);
         }
     }
 }
@@ -363,7 +378,25 @@ fn m6_an_aborted_reception_is_void_whatever_was_there_before() {
     assert_eq!(state_name(void.as_ref()), "VOID");
     assert_eq!(refused(void.as_ref(), &take(Heard::Silence)), Why::NotTakeable);
     assert_eq!(refused(void.as_ref(), &claim()), Why::Exists);
-    assert_eq!(after(void.as_ref(), &forget(Heard::Silence)).0, None);
+}
+
+#[test]
+fn m6_what_is_forgotten_can_be_claimed_or_receive_another_guest_and_goes_on_proving_who_owned() {
+    for record in [void(), superseded(), given(true)] {
+        let (forgotten, _) = after(Some(&record), &forget(Heard::Silence));
+        let forgotten = forgotten.expect("a record");
+        assert_eq!((forgotten.is_forgotten(), forgotten.title()), (true, record.title()));
+        assert_eq!(Door::of(forgotten.host, Some(&forgotten)), Door::Incoming);
+        assert_eq!(refused(Some(&forgotten), &take(Heard::Silence)), Why::NotTakeable);
+        assert_eq!(state_name(after(Some(&forgotten), &claim()).0.as_ref()), "OWNER");
+        let stranger = Stamp { lineage: Lineage([7; 16]), destination: forgotten.host, source: C, ..stamp(OTHER) };
+        let prepare = Event::Prepare { stamp: stranger, from: peer(C), fresh: true };
+        assert_eq!(state_name(after(Some(&forgotten), &prepare).0.as_ref()), "RECEIVING");
+    }
+    // B was taken while it was sealed, gave the guest on, and was told to forget.
+    let owned = Record { order: Order { term: 2, generation: 4 }, word: OTHER_WORD, ..given(true) };
+    let (forgotten, _) = after(Some(&Record { host: B, ..owned }), &forget(Heard::Silence));
+    assert_eq!(after(forgotten.as_ref(), &Event::Abort(stamp(THIS))), (forgotten.clone(), Answer::Record));
 }
 
 #[test]
@@ -371,7 +404,7 @@ fn m7_no_record_and_a_foreign_record_own_nothing() {
     assert_eq!(Door::of(A, None), Door::Incoming);
     let foreign = Record { host: C, ..owner() };
     assert_eq!(Door::of(A, Some(&foreign)), Door::Incoming);
-    let offer = Event::Offer { attempt: THIS, to: peer(B) };
+    let offer = offer(THIS, B);
     assert_eq!(next(A, Some(&foreign), &offer).expect_err("refused").why, Why::Foreign);
 }
 
@@ -396,6 +429,35 @@ fn m8_a_peer_that_answers_decides_and_the_word_raises_the_term() {
         assert_eq!(refused(Some(&record), &take(Heard::Silence)), Why::NotTakeable);
     }
     assert_eq!(refused(Some(&offered(Offer::Ended)), &take(Heard::Silence)), Why::InProgress);
+}
+
+#[test]
+fn m8_a_peer_that_owns_nothing_is_silence_unless_it_proves_that_nobody_owns() {
+    let heard = |mine: &Record, theirs: &Record| heard_record(mine, Some(&theirs.summary()));
+    assert_eq!(heard(&given(false), &void()), Heard::Disclaims);
+    for theirs in [receiving(), sealed(), arrived(), Record { host: B, ..offered(Offer::Closed) }, given(true)] {
+        assert_eq!(heard(&given(false), &theirs), Heard::Decides, "{theirs:?}");
+    }
+    // It owned, gave the guest on, and was to receive it back; or it does not remember; or somebody overruled it.
+    let moved_on = Record { order: stamp(THIS).order, ..record(B, State::Void { attempt: OTHER }) };
+    let of_another = record(B, State::Void { attempt: OTHER });
+    for theirs in [moved_on, of_another, superseded()] {
+        assert_eq!(heard(&given(false), &theirs), Heard::Silence, "{theirs:?}");
+    }
+    assert_eq!(heard_record(&given(true), None), Heard::Silence);
+    // Who overruled this host may only have passed the proof on.
+    assert_eq!(heard(&superseded(), &void()), Heard::Silence);
+    let tie = |word, host| Record { word, ..record(host, State::Superseded { by: peer(C), tie: true }) };
+    assert_eq!(heard(&tie(WORD, A), &tie(OTHER_WORD, B)), Heard::Disclaims);
+    assert_eq!(heard(&tie(WORD, A), &Record { word: OTHER_WORD, ..arrived() }), Heard::Decides);
+}
+
+#[test]
+fn m8_a_source_without_a_record_disclaims_and_any_other_promise_decides() {
+    assert_eq!(heard_promise(Promise::Unknown), Heard::Disclaims);
+    for promise in [Promise::Given, Promise::InProgress, Promise::NotGiven] {
+        assert_eq!(heard_promise(promise), Heard::Decides);
+    }
 }
 
 #[test]
@@ -469,7 +531,8 @@ fn d12_an_attempt_dies_with_its_process() {
 fn go_is_answered_again_by_the_owner_and_with_the_record_once_the_guest_moved_on() {
     assert_eq!(after(Some(&sealed()), &Event::Go(stamp(THIS))), (Some(arrived()), Answer::Running));
     assert_eq!(after(Some(&arrived()), &Event::Go(stamp(THIS))), (Some(arrived()), Answer::Running));
-    let offered_on = after(Some(&arrived()), &Event::Offer { attempt: OTHER, to: peer(C) }).0;
+    let on = Stamp { source: B, destination: C, order: Order { term: 1, generation: 6 }, ..stamp(OTHER) };
+    let offered_on = after(Some(&arrived()), &Event::Offer { stamp: on, to: peer(C) }).0;
     assert_eq!(after(offered_on.as_ref(), &Event::Go(stamp(THIS))), (offered_on.clone(), Answer::Record));
     // That record is enough for the source to stop.
     let seen = Event::Meet { title: offered_on.expect("offered").title(), peer: peer(B) };
@@ -479,7 +542,7 @@ fn go_is_answered_again_by_the_owner_and_with_the_record_once_the_guest_moved_on
 #[test]
 fn a_give_that_is_not_known_to_have_arrived_is_not_forgotten() {
     assert_eq!(refused(Some(&given(false)), &forget(Heard::Silence)), Why::NotForgettable);
-    assert_eq!(after(Some(&given(true)), &forget(Heard::Silence)).0, None);
+    assert!(after(Some(&given(true)), &forget(Heard::Silence)).0.expect("a record").is_forgotten());
 }
 
 #[test]
@@ -491,7 +554,7 @@ fn a_sealed_guest_is_not_forgotten_while_its_source_answers() {
 fn hostile_orders_are_refused_not_wrapped() {
     let last = Order { term: u32::MAX, generation: u64::MAX };
     assert_eq!(refused(Some(&Record { order: last, ..sealed() }), &take(Heard::Silence)), Why::Exhausted);
-    let offer = Event::Offer { attempt: OTHER, to: peer(B) };
+    let offer = offer(OTHER, B);
     assert_eq!(refused(Some(&Record { order: last, ..owner() }), &offer), Why::Exhausted);
     let zero = Stamp { order: Order::NONE, ..stamp(THIS) };
     assert_eq!(refused(None, &Event::Prepare { stamp: zero, from: peer(A), fresh: true }), Why::NotProven);
@@ -519,12 +582,12 @@ fn every_refusal_is_one_line_that_says_who_owns() {
              not answered yet",
         ),
         (
-            say(Some(&given(true)), &Event::Offer { attempt: OTHER, to: peer(C) }),
+            say(Some(&given(true)), &offer(OTHER, C)),
             "the guest has been given away: this host gave the guest to host bbbbbbbb at tcp://[::1]:49152, where it \
              arrived",
         ),
         (
-            say(Some(&offered(Offer::Ended)), &Event::Offer { attempt: OTHER, to: peer(C) }),
+            say(Some(&offered(Offer::Ended)), &offer(OTHER, C)),
             "an earlier migration is not settled: this host owns the guest (order 1.4) and host bbbbbbbb at \
              tcp://[::1]:49152 may be sealed",
         ),
@@ -538,7 +601,7 @@ fn every_refusal_is_one_line_that_says_who_owns() {
             "there is nothing to take: this host owns nothing and its disks are half written",
         ),
         (
-            say(Some(&superseded()), &Event::Offer { attempt: OTHER, to: peer(B) }),
+            say(Some(&superseded()), &offer(OTHER, B)),
             "the guest is not this host's to give: host cccccccc at tcp://[::1]:49152 overruled this host (order 2.4)",
         ),
         (say(None, &take(Heard::Silence)), "there is no record of this guest: this host owns nothing"),

@@ -7,15 +7,15 @@
 use std::cmp::Ordering;
 
 use super::{
-    Answer, Attempt, Change, Event, Heard, Host, Images, Lineage, Offer, Order, Peer, Promise, Record, Refusal, Stamp,
-    State, Step, Title, Why, Word,
+    Answer, Attempt, Change, Event, Heard, Host, Images, Kind, Lineage, Offer, Order, Peer, Promise, Record, Refusal,
+    Stamp, State, Step, Summary, Title, Why, Word,
 };
 
 /// M3. `live` is the attempt that this process is in the middle of, which the record may not name yet.
 #[must_use]
 pub fn promise(host: Host, record: Option<&Record>, live: Option<Attempt>, asked: &Stamp) -> Promise {
     let Some(record) = record else { return Promise::Unknown };
-    if record.host != host || record.lineage != asked.lineage || asked.source != host {
+    if record.host != host || record.lineage != asked.lineage || asked.source != host || record.is_forgotten() {
         return Promise::Unknown;
     }
     match &record.state {
@@ -29,6 +29,33 @@ pub fn promise(host: Host, record: Option<&Record>, live: Option<Attempt>, asked
         State::Offered { attempt, .. } if *attempt == asked.attempt => Promise::NotGiven,
         _ if live == Some(asked.attempt) => Promise::InProgress,
         _ => Promise::NotGiven,
+    }
+}
+
+/// M8: what the record that a peer shows means for a word of the operator on a host with the record `mine`.
+///
+/// That a peer owns nothing says little: it may have owned, given the guest on, and received half of it since; it may
+/// have been told to forget; who overruled this host may only have passed the proof on. So only two peers disclaim: the
+/// one that this host gave to, if that very attempt ended there before GO; and the other side of a tie, fenced too.
+#[must_use]
+pub fn heard_record(mine: &Record, theirs: Option<&Summary>) -> Heard {
+    let Some(theirs) = theirs else { return Heard::Silence };
+    match (&mine.state, theirs.kind) {
+        (_, Kind::Receiving | Kind::Sealed | Kind::Owner | Kind::Offered | Kind::Given) => Heard::Decides,
+        (State::Given { attempt, .. }, Kind::Void) if theirs.attempt == *attempt && theirs.title == mine.title() => {
+            Heard::Disclaims
+        }
+        (State::Superseded { tie: true, .. }, Kind::Superseded) if theirs.title.ties(&mine.title()) => Heard::Disclaims,
+        (_, Kind::None | Kind::Void | Kind::Superseded) => Heard::Silence,
+    }
+}
+
+/// M8, M3: what the promise of the source means for a word of the operator on a sealed host.
+#[must_use]
+pub fn heard_promise(promise: Promise) -> Heard {
+    match promise {
+        Promise::Unknown => Heard::Disclaims,
+        Promise::Given | Promise::InProgress | Promise::NotGiven => Heard::Decides,
     }
 }
 
@@ -49,8 +76,9 @@ fn step(host: Host, record: Option<&Record>, event: &Event) -> Result<Step, Why>
     match event {
         Event::Restart => Ok(restart(record)),
         Event::Claim { lineage, word, images, .. } => match record {
-            None => Ok(claim(host, *lineage, *word, *images)),
-            Some(_) => Err(Why::Exists), // M7: once, where there is no record
+            // M7: once, where there is no record.
+            Some(record) if !record.is_forgotten() => Err(Why::Exists),
+            _ => Ok(claim(host, *lineage, *word, *images)),
         },
         Event::Take { word, heard } => take(record.ok_or(Why::NoRecord)?, *word, *heard),
         Event::ForgetPeer => forget_peer(record.ok_or(Why::NoRecord)?),
@@ -61,7 +89,7 @@ fn step(host: Host, record: Option<&Record>, event: &Event) -> Result<Step, Why>
         Event::Go(stamp) => Ok(go(record, stamp)),
         Event::Abort(stamp) => abort(host, record, stamp),
         Event::NotGiven(stamp) => not_given(record.ok_or(Why::NoRecord)?, stamp),
-        Event::Offer { attempt, to } => offer(record.ok_or(Why::NoRecord)?, *attempt, to),
+        Event::Offer { stamp, to } => offer(record.ok_or(Why::NoRecord)?, stamp, to),
         Event::End { attempt } => end(record.ok_or(Why::NoRecord)?, *attempt),
         Event::Give { sealed } => give(record.ok_or(Why::NoRecord)?, sealed),
         Event::Unsealed(stamp) => unsealed(record.ok_or(Why::NoRecord)?, stamp),
@@ -141,10 +169,13 @@ fn forget_peer(record: &Record) -> Result<Step, Why> {
 /// M6: VOID can be claimed only after this word. M2: the operator may end SEALED, too, which leaves VOID, so that the
 /// source can still be told "unsealed"; but a source that answers decides, or else the guest it is just giving would
 /// have no owner (found by exploration). Whoever gave keeps the record until the guest has arrived.
+///
+/// What is on the disks is forgotten, not what was proved: a host that had owned by a word and then knew of no order at
+/// all would say "unsealed" to the source that the word had overruled (found by exploration).
 fn forget(record: &Record, heard: Heard) -> Result<Step, Why> {
     match &record.state {
         State::Void { .. } | State::Superseded { .. } | State::Given { arrived: true, .. } => {
-            Ok(Step { change: Change::Remove, answer: Answer::Silent })
+            Ok(becomes(record.void(Attempt::NONE), Answer::Silent))
         }
         State::Sealed { .. } if heard == Heard::Decides => Err(Why::PeerDecides),
         State::Sealed { attempt, .. } => Ok(becomes(record.void(*attempt), Answer::Silent)),
@@ -165,6 +196,7 @@ fn prepare(host: Host, record: Option<&Record>, stamp: &Stamp, from: &Peer, fres
         match &record.state {
             State::Owner { .. } | State::Offered { .. } => return Err(Why::Busy),
             State::Sealed { .. } => return Err(Why::Sealed),
+            _ if record.lineage != stamp.lineage && record.is_forgotten() => {}
             _ if record.lineage != stamp.lineage => return Err(Why::OtherLineage),
             State::Void { attempt } if *attempt == stamp.attempt => return Err(Why::Ended),
             State::Receiving { attempt, .. } if *attempt == stamp.attempt => return Err(Why::Repeated),
@@ -274,16 +306,20 @@ fn not_given(record: &Record, stamp: &Stamp) -> Result<Step, Why> {
 // ---- the source --------------------------------------------------------------------------------------------------
 
 /// M5: before anything that lets the destination seal. An offer that is not settled allows no other, not even to the
-/// same peer: it is asked to confirm "unsealed" first. M1: an attempt that ended is not offered again.
-fn offer(record: &Record, offered: Attempt, peer: &Peer) -> Result<Step, Why> {
+/// same peer: it is asked to confirm "unsealed" first. M1: an attempt that ended is not offered again, nor one whose
+/// PREPARE spoke of another order: this host was overruled since, and owns anew (found by exploration).
+fn offer(record: &Record, stamp: &Stamp, peer: &Peer) -> Result<Step, Why> {
     match &record.state {
-        State::Owner { attempt } if *attempt == offered => Err(Why::Ended),
+        State::Owner { attempt } if *attempt == stamp.attempt => Err(Why::Ended),
         State::Owner { .. } if record.order.handed_over().is_none() => Err(Why::Exhausted),
-        State::Owner { .. } => Ok(becomes(record.offered(offered, peer, Offer::Live), Answer::Silent)),
-        State::Offered { attempt, to, offer: Offer::Live } if *attempt == offered && to == peer => {
+        State::Owner { .. } => {
+            let offered = record.offered(stamp.attempt, peer, Offer::Live);
+            if offered.is_about(stamp) { Ok(becomes(offered, Answer::Silent)) } else { Err(Why::Stale) }
+        }
+        State::Offered { to, offer: Offer::Live, .. } if record.is_about(stamp) && to == peer => {
             Ok(keep(Answer::Silent))
         }
-        State::Offered { attempt, .. } if *attempt == offered => Err(Why::Ended),
+        State::Offered { attempt, .. } if *attempt == stamp.attempt => Err(Why::Ended),
         State::Offered { .. } => Err(Why::Unsettled),
         State::Given { .. } => Err(Why::Given),
         _ => Err(Why::NotOwner),

@@ -213,8 +213,8 @@ impl Host {
         let control = format!("unix://{}", scratch.path(&format!("{name}.control")).display());
         let mut serve = Command::new(executable);
         serve.args(["serve", GUEST, "--volatile-state", "--listen", "tcp://127.0.0.1:0", "--control", &control]);
-        serve.arg("--state").arg(scratch.path(&format!("{name}.state")));
         serve.args(["--nbd", &format!("unix://{}", door.display())]);
+        serve.arg("--state").arg(scratch.path(&format!("{name}.state")));
         disks.iter().for_each(|disk| {
             serve.args(["--disk", disk]);
         });

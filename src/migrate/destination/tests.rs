@@ -63,7 +63,7 @@ impl Bench {
         let mut theirs = hello(&self.guest, Role::Source, Challenge([2; 16]), &pair().0);
         theirs.host = SOURCE;
         let mut session = Session { theirs, challenge: Some(Challenge([1; 16])), stamp: None };
-        self.guest.destination.answer(&self.guest, &mut session, message).expect("an answer")
+        self.guest.destination.answer(&self.guest, &mut session, message).expect("no end").expect("an answer")
     }
 
     fn prepare(&self, attempt: u8) -> Message {

@@ -78,8 +78,8 @@ fn stamp(host: Host) -> Stamp {
     Stamp { lineage, word, attempt: ATTEMPT, source: host, destination: PEER, order }
 }
 
-fn offer() -> Event {
-    Event::Offer { attempt: ATTEMPT, to: peer() }
+fn offer(host: Host) -> Event {
+    Event::Offer { stamp: stamp(host), to: peer() }
 }
 
 /// A keeper of a store that two can see: the test, and the keeper.
@@ -131,8 +131,8 @@ fn who_only_looks_changes_nothing() {
     let bench = Bench::new();
     look(&bench.state).expect_err("there is none");
     assert!(!bench.state.exists());
-    let (mut keeper, _) = keeper(&bench, |host| Some(owner(host)));
-    keeper.write_ahead(&[&[offer()]]).expect("written");
+    let (mut keeper, host) = keeper(&bench, |host| Some(owner(host)));
+    keeper.write_ahead(&[&[offer(host)]]).expect("written");
     let before = bench.files();
     let Look { held, found: Found::Record(content) } = look(&bench.state).expect("looked") else { panic!("no record") };
     assert_eq!((held, Kind::of(Some(&content.record))), (true, Kind::Owner));
@@ -251,8 +251,8 @@ fn a_broken_id_is_one_line_and_no_new_host() {
 fn what_was_written_ahead_is_committed_by_a_rename_and_cleared_away_with_its_attempt() {
     let bench = Bench::new();
     let (mut keeper, host) = keeper(&bench, |host| Some(owner(host)));
-    let give = [offer(), Event::Give { sealed: stamp(host) }, Event::Running(stamp(host))];
-    let end = [offer(), Event::End { attempt: ATTEMPT }, Event::Unsealed(stamp(host))];
+    let give = [offer(host), Event::Give { sealed: stamp(host) }, Event::Running(stamp(host))];
+    let end = [offer(host), Event::End { attempt: ATTEMPT }, Event::Unsealed(stamp(host))];
     keeper.write_ahead(&[&give, &end]).expect("written");
     assert_eq!(bench.temporary(), 5, "offered, given, arrived, ended, owner: {:?}", bench.files());
     keeper.write_ahead(&[&give, &end]).expect("written again");
@@ -273,8 +273,8 @@ fn what_was_written_ahead_is_committed_by_a_rename_and_cleared_away_with_its_att
 fn an_abort_clears_away_what_gives_and_keeps_what_settles() {
     let bench = Bench::new();
     let (mut keeper, host) = keeper(&bench, |host| Some(owner(host)));
-    let give = [offer(), Event::Give { sealed: stamp(host) }];
-    let end = [offer(), Event::End { attempt: ATTEMPT }, Event::Unsealed(stamp(host))];
+    let give = [offer(host), Event::Give { sealed: stamp(host) }];
+    let end = [offer(host), Event::End { attempt: ATTEMPT }, Event::Unsealed(stamp(host))];
     keeper.write_ahead(&[&give, &end]).expect("written");
     keeper.apply(&end[0]).expect("offered");
     keeper.apply(&end[1]).expect("ended");
@@ -357,10 +357,10 @@ fn m4_a_full_disk_fails_ahead_and_what_was_written_ahead_still_commits() {
     let Some(tiny) = Tiny::mount() else { return };
     let bench = tiny.bench();
     let (mut keeper, host) = keeper(&bench, |host| Some(owner(host)));
-    let give = [offer(), Event::Give { sealed: stamp(host) }, Event::Running(stamp(host))];
+    let give = [offer(host), Event::Give { sealed: stamp(host) }, Event::Running(stamp(host))];
     keeper.write_ahead(&[&give]).expect("room is there");
     tiny.fill();
-    let other = Event::Offer { attempt: Attempt([9; 16]), to: peer() };
+    let other = Event::Offer { stamp: Stamp { attempt: Attempt([9; 16]), ..stamp(host) }, to: peer() };
     let full = keeper.write_ahead(&[&[other]]).expect_err("full");
     assert_eq!(reason(&full), "No space left on device");
     assert_eq!((bench.temporary(), keeper.known().map(|r| r.map(Record::owns))), (3, Ok(Some(true))), "as it was");
@@ -378,9 +378,9 @@ fn m4_a_full_disk_fails_ahead_and_what_was_written_ahead_still_commits() {
 fn m4_a_commit_that_fails_is_unknown_until_it_is_made_good() {
     let Some(tiny) = Tiny::mount() else { return };
     let bench = tiny.bench();
-    let (mut keeper, _) = keeper(&bench, |host| Some(owner(host)));
+    let (mut keeper, host) = keeper(&bench, |host| Some(owner(host)));
     tiny.fill();
-    assert!(matches!(keeper.apply(&offer()), Err(KeepError::Unknown(_))));
+    assert!(matches!(keeper.apply(&offer(host)), Err(KeepError::Unknown(_))));
     assert!(matches!(keeper.known(), Err(KeepError::Unknown(_))));
     keeper.retry().expect_err("still full");
     fs::remove_file(tiny.dir.path().join("filler")).expect("removed");
@@ -396,13 +396,13 @@ fn m4_in_a_read_only_directory_nothing_commits_and_nothing_starts() {
     let bench = tiny.bench();
     // Written ahead: not even a rename is possible.
     let (mut keeper, host) = keeper(&bench, |host| Some(owner(host)));
-    keeper.write_ahead(&[&[offer(), Event::Give { sealed: stamp(host) }]]).expect("written");
+    keeper.write_ahead(&[&[offer(host), Event::Give { sealed: stamp(host) }]]).expect("written");
     tiny.remount("ro");
-    let Err(KeepError::Unknown(cause)) = keeper.apply(&offer()) else { panic!("committed") };
+    let Err(KeepError::Unknown(cause)) = keeper.apply(&offer(host)) else { panic!("committed") };
     assert_eq!(cause, "Read-only file system");
     tiny.remount("rw");
     keeper.retry().expect("made good");
-    assert_eq!(keeper.apply(&offer()), Ok(Answer::Silent));
+    assert_eq!(keeper.apply(&offer(host)), Ok(Answer::Silent));
     drop(keeper);
     tiny.remount("ro");
     // What is left of the attempt cannot even be cleared away.

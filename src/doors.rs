@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use crate::cause::Cause;
-use crate::export::{Door, Export, Gate, Visit};
+use crate::export::{Door, Export, Visit};
 use crate::limits::{CONNECTION_STACK, CONNECTIONS_MAX};
 use crate::listener::Listener;
 use crate::nbd::handshake::{self, Description, Directory, OpenError, Outcome};
@@ -108,7 +108,7 @@ impl GuestDirectory<'_> {
             _ => self.exports.iter().find(|export| export.name() == name),
         };
         let export = export.ok_or(OpenError::Unknown)?;
-        if matches!(export.gate(), Gate::Fenced | Gate::Closed) {
+        if export.gate().is_shut() {
             return Err(OpenError::Shutdown(Cause::new((self.fenced)())));
         }
         let disk = export.disk().ok_or_else(|| OpenError::Refused(Cause::new("this disk does not exist yet")))?;

@@ -11,8 +11,8 @@
 //! | [`Gate::Sealed`] | reads; writes refused | refused |
 //! | [`Gate::Serving`] | everything | refused |
 //! | [`Gate::Quiesced`] | reads and flushes; writes wait | refused |
-//! | [`Gate::Closed`] | refused, but for flush, which flushes | refused |
-//! | [`Gate::Fenced`] | refused, but for flush, which does nothing | refused |
+//! | [`Gate::Closed`] | refused, but for flush | refused |
+//! | [`Gate::Fenced`] | refused, but for flush, which always succeeds | refused |
 //!
 //! # The life of a guest write (D2, D3)
 //!
@@ -56,10 +56,18 @@ pub enum Gate {
     Serving,
     /// This host owns the disk; guest writes wait.
     Quiesced,
-    /// Another host owns the disk, or may: refuses for good.
+    /// Another host owns the disk: refuses for good.
     Fenced,
     /// Who owns the disk is not known from here; it may turn out to be this host.
     Closed,
+}
+
+impl Gate {
+    /// Whether nobody is served, and who comes is told who owns or whom this host waits for.
+    #[must_use]
+    pub fn is_shut(self) -> bool {
+        matches!(self, Self::Fenced | Self::Closed)
+    }
 }
 
 /// Through which door a connection came.
@@ -206,7 +214,7 @@ impl Export {
         let mut inner = self.lock();
         if inner.gate != gate {
             log::debug!("export {}: gate {:?} becomes {gate:?}", self.name, inner.gate);
-            if matches!(inner.gate, Gate::Fenced | Gate::Closed) {
+            if inner.gate.is_shut() {
                 // Whoever was refused then is not let go on when the guest has come back: it has seen errors.
                 inner.connections.iter().for_each(|c| c.end());
             }
@@ -281,7 +289,7 @@ impl Export {
     pub fn enter(self: &Arc<Self>, door: Door, socket: &Arc<Socket>) -> Result<Visit, &'static str> {
         let mut inner = self.lock();
         let Some(disk) = inner.disk.clone() else { return Err("this disk does not exist yet") };
-        if matches!(inner.gate, Gate::Fenced | Gate::Closed) {
+        if inner.gate.is_shut() {
             return Err("this disk belongs to another host, or may");
         }
         inner.visits += 1;
@@ -473,7 +481,7 @@ impl Visit {
     pub fn may_read(&self) -> Result<(), Fault> {
         let inner = self.export.lock();
         self.is_current(&inner)?;
-        if matches!(inner.gate, Gate::Fenced | Gate::Closed) { Err(Fault::Fenced) } else { Ok(()) }
+        if inner.gate.is_shut() { Err(Fault::Fenced) } else { Ok(()) }
     }
 
     /// Whether the disk that this connection was let in for is still the export's.
@@ -639,8 +647,7 @@ pub struct Quiesced {
 /// meanwhile.
 ///
 /// # Errors
-/// The name of the disk whose requests did not end before `deadline`, or that is not served any more (another thread
-/// has learned that somebody else owns it); gates that were open are open again then.
+/// The name of the disk whose requests did not end before `deadline`; all gates are open again then.
 pub fn quiesce(exports: &[Arc<Export>], deadline: Instant) -> Result<Quiesced, String> {
     let mut quiesced = Quiesced { exports: Vec::new(), since: Instant::now() };
     for export in exports {

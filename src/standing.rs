@@ -51,11 +51,7 @@ impl Standing<'_> {
         }
         let record = match self.record {
             Ok(Some(record)) => record,
-            Ok(None) => {
-                let next =
-                    format!("a migration brings the guest, or blockferry claim {guest} makes this host the owner");
-                return told(Owner::Unknown, "this host owns nothing", &next);
-            }
+            Ok(None) => return told(Owner::Unknown, "this host owns nothing", &next(guest, None)),
             Err(error) => return told(Owner::Unknown, &error.to_string(), &format!("blockferry recover {guest}")),
         };
         let peer = record.peer();
@@ -65,7 +61,7 @@ impl Standing<'_> {
             host: peer.map_or(0, |peer| u128::from_be_bytes(peer.host.0)),
             address: peer.map(|peer| peer.address.clone()).unwrap_or_default(),
             record: text(&crate::ownership::show(record)),
-            ..told(owner(&record.state), &record.to_string(), &next(guest, &record.state))
+            ..told(owner(&record.state), &record.to_string(), &next(guest, Some(record)))
         }
     }
 }
@@ -85,9 +81,12 @@ fn owner(state: &State) -> Owner {
     }
 }
 
-/// What to type, for whoever finds the guest in this state.
-fn next(guest: &str, state: &State) -> String {
-    match state {
+/// What to type, for whoever finds the guest with this record, or with none.
+fn next(guest: &str, record: Option<&Record>) -> String {
+    let Some(record) = record.filter(|record| !record.is_forgotten()) else {
+        return format!("a migration brings the guest, or blockferry claim {guest} makes this host the owner");
+    };
+    match &record.state {
         State::Void { .. } => format!("a migration brings the guest; blockferry recover {guest} --forget gives it up"),
         State::Sealed { .. }
         | State::Offered { offer: Offer::Closed, .. }
@@ -99,12 +98,12 @@ fn next(guest: &str, state: &State) -> String {
 
 /// What is left to do when the other host has not settled it, and where.
 #[must_use]
-pub fn ways_out(guest: &str, state: &State) -> Vec<String> {
+pub fn ways_out(guest: &str, record: &Record) -> Vec<String> {
     let wait = |peer: &Peer| format!("on {peer}, if it can be started: blockferry serve {guest}; it settles by itself");
     let there =
         |peer: &Peer| format!("if it runs and cannot be reached from here, on {peer}: blockferry recover {guest}");
     let gone = |word: &str| format!("only if that host is gone for good, here: blockferry recover {guest} --{word}");
-    match state {
+    match &record.state {
         State::Sealed { from: peer, .. } | State::Given { to: peer, arrived: false, .. } => {
             vec![wait(peer), there(peer), gone("take-ownership")]
         }
@@ -120,7 +119,7 @@ pub fn ways_out(guest: &str, state: &State) -> Vec<String> {
                 "choose one of the two hosts, and type only there: blockferry recover {guest} --take-ownership"
             )]
         }
-        State::Void { .. } => vec![next(guest, state)],
+        State::Void { .. } => vec![next(guest, Some(record))],
         State::Owner { .. } | State::Offered { .. } | State::Receiving { .. } => Vec::new(),
     }
 }
@@ -196,6 +195,8 @@ mod tests {
         let none = ownership(None);
         assert_eq!((none.owner, none.text.as_str()), (Owner::Unknown, "this host owns nothing"));
         assert!(none.next.contains("blockferry claim g1 "));
+        let forgotten = ownership(Some(record(State::Void { attempt: Attempt::NONE })));
+        assert_eq!((forgotten.text, forgotten.next), (none.text, none.next));
         let rejected = Some(("is broken: its checksum is wrong".to_owned(), "99 bytes".to_owned()));
         let told = Standing { guest: "g1", record: &Ok(None), rejected }.ownership();
         assert_eq!(told.text, "this host owns nothing: the record here is broken: its checksum is wrong");
@@ -210,7 +211,7 @@ mod tests {
     #[test]
     fn whoever_waits_is_told_every_way_out_and_whoever_takes_the_price() {
         for (_, state) in every_state() {
-            let ways = ways_out("g1", &state);
+            let ways = ways_out("g1", &record(state.clone()));
             let quiet = matches!(
                 state,
                 State::Owner { .. } | State::Receiving { .. } | State::Offered { offer: Offer::Live, .. }
@@ -224,7 +225,7 @@ mod tests {
         }
         let sealed = &every_state()[2].1;
         assert_eq!(
-            ways_out("g1", sealed),
+            ways_out("g1", &record(sealed.clone())),
             [
                 "on host bbbbbbbb at tcp://b:1, if it can be started: blockferry serve g1; it settles by itself",
                 "if it runs and cannot be reached from here, on host bbbbbbbb at tcp://b:1: blockferry recover g1",

@@ -466,11 +466,12 @@ impl Drive<'_> {
     fn give(&mut self, since: Instant, deadline: Instant) -> Handed {
         let mut pause = RECONNECT_PAUSE.0;
         loop {
-            let patience = deadline.min(Instant::now() + GO_PATIENCE);
             // A connection that has fallen silent must not keep the guest waiting for as long as there is patience.
+            let patience = deadline.min(Instant::now() + GO_PATIENCE);
             match settle::converse(self.guest, &mut self.link, patience) {
+                Ok((_, heard)) if !settle::is_needed(self.guest) => return Handed::Over(heard.duration_since(since)),
                 _ if !settle::is_needed(self.guest) => return Handed::Over(since.elapsed()),
-                Ok(answer) => log::info!("migration: GO is answered by {}", answer.name()),
+                Ok((answer, _)) => log::info!("migration: GO is answered by {}", answer.name()),
                 Err(Trouble::NotDurable(cause)) => return Handed::OverBut(cause),
                 Err(Trouble::Silent(cause)) => log::info!("migration: GO: {cause}"),
             }
@@ -479,8 +480,9 @@ impl Drive<'_> {
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(RECONNECT_PAUSE.1);
-            if let Ok((link, _)) = dial(self.guest, &self.job.address, Role::Source, deadline) {
-                self.link = link;
+            match dial(self.guest, &self.job.address, Role::Source, deadline) {
+                Ok((link, _)) => self.link = link,
+                Err(cause) => log::info!("migration: {cause}"),
             }
         }
     }

@@ -75,7 +75,7 @@ pub fn recover(guest: &Guest, word: Word) -> Result<Recovered, Problem> {
     if told.done.is_empty()
         && let Ok(Some(record)) = &record
     {
-        told.next = ways_out(&guest.name, &record.state).iter().map(|way| text(way)).collect();
+        told.next = ways_out(&guest.name, record).iter().map(|way| text(way)).collect();
     }
     told.ownership = Standing { guest: &guest.name, record: &record, rejected: guest.rejected() }.ownership();
     Ok(told)

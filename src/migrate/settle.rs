@@ -199,7 +199,7 @@ pub(super) fn call(guest: &Guest) -> Result<Message, Trouble> {
     if theirs.host != to.host {
         return Err(silent(format_args!("another host ({:.8}) answers there", theirs.host)));
     }
-    converse(guest, &mut link, Instant::now() + REPLY_TIMEOUT)
+    converse(guest, &mut link, Instant::now() + REPLY_TIMEOUT).map(|(answer, _)| answer)
 }
 
 /// What a host with this record says to its peer, and who that is.
@@ -223,9 +223,9 @@ fn nobodys(title: Title) -> Stamp {
     Stamp { lineage, word, attempt: Attempt::NONE, source: Host::NONE, destination: Host::NONE, order }
 }
 
-/// Says over `link` what the record has to say, takes the answer in, and returns it. The record is what it has become
-/// by it.
-pub(super) fn converse(guest: &Guest, link: &mut Link, deadline: Instant) -> Result<Message, Trouble> {
+/// Says over `link` what the record has to say, takes the answer in, and returns it, with the moment at which it came.
+/// The record is what it has become by it.
+pub(super) fn converse(guest: &Guest, link: &mut Link, deadline: Instant) -> Result<(Message, Instant), Trouble> {
     let record = guest.record().map_err(silent)?;
     let (message, peer) = record.as_ref().and_then(saying).ok_or_else(|| silent("there is nothing to say"))?;
     let stamp = *message.stamp().ok_or_else(|| silent("there is nothing to say"))?;
@@ -234,10 +234,11 @@ pub(super) fn converse(guest: &Guest, link: &mut Link, deadline: Instant) -> Res
         let look = deadline.min(Instant::now() + LINK_LOOK);
         match link.receive(look).map_err(silent)? {
             Some(answer) if answer.stamp().is_some_and(|about| about.matches(&stamp)) => {
+                let heard = Instant::now();
                 if let Some(reply) = take_in(guest, &answer, &peer)? {
                     link.send(&reply, deadline).map_err(silent)?;
                 }
-                return Ok(answer);
+                return Ok((answer, heard));
             }
             _ if Instant::now() >= deadline => return Err(silent("no answer")),
             _ => {}

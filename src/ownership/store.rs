@@ -153,27 +153,26 @@ impl Store {
     }
 
     fn write_ahead(&mut self, records: &[Record]) -> io::Result<()> {
-        let mut left = std::mem::take(&mut self.ahead);
-        let mut result = Ok(());
+        let mut fresh: Vec<Ahead> = Vec::new();
+        let mut wanted = Vec::new();
         for record in records {
             let bytes = self.bytes(record);
-            if self.ahead.iter().any(|ahead| ahead.bytes == bytes) {
-                continue;
-            }
-            match left.iter().position(|ahead| ahead.bytes == bytes) {
-                Some(at) => self.ahead.push(left.swap_remove(at)),
-                None => match self.write_temporary(record, &bytes) {
-                    Ok(name) => self.ahead.push(Ahead { name, record: record.clone(), bytes }),
+            if !self.ahead.iter().chain(&fresh).any(|ahead| ahead.bytes == bytes) {
+                match self.write_temporary(record, &bytes) {
+                    Ok(name) => fresh.push(Ahead { name, record: record.clone(), bytes: bytes.clone() }),
                     Err(error) => {
-                        result = Err(error);
-                        left.append(&mut self.ahead);
-                        break;
+                        self.remove(fresh);
+                        return Err(error);
                     }
-                },
+                }
             }
+            wanted.push(bytes);
         }
+        self.ahead.append(&mut fresh);
+        let (kept, left) = std::mem::take(&mut self.ahead).into_iter().partition(|ahead| wanted.contains(&ahead.bytes));
+        self.ahead = kept;
         self.remove(left);
-        result
+        Ok(())
     }
 
     /// M4. Whatever fails here, and wherever: only a later commit that succeeds makes the record known again.

@@ -85,6 +85,7 @@ fn serve(folder: &Path, more: &[&str]) -> Finished {
     let mut command = blockferry();
     command.args(["serve", "g1", "--volatile-state", "--nbd", &format!("unix://{}/x.nbd", folder.display())]);
     command.args(["--control", &format!("unix://{}/x.control", folder.display())]).args(more);
+    command.arg("--state").arg(folder.join("x.state"));
     run(&mut command, PATIENCE)
 }
 

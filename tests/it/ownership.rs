@@ -455,6 +455,20 @@ fn go_is_repeated_by_itself_also_after_the_sources_restart() {
 }
 
 #[test]
+fn a_give_that_is_not_answered_exits_5_and_arrives_when_the_link_is_back() {
+    let dir = scratch();
+    let (a, b) = two(dir.path());
+    let relay = Relay::start(b.port.expect("it listens"), loses(GO));
+    let said = migrate(&a, &relay.address()).join().expect("no panic").ends(5);
+    said.says("given away, and the destination has not answered yet").says("who owns the guest is not known from here");
+    a.who_owns().ends(5);
+    b.who_owns().ends(5);
+    relay.heal();
+    b.until_owner(0);
+    a.until_owner(4);
+}
+
+#[test]
 fn a_sealed_host_asks_by_itself_when_nobody_can_dial_it() {
     let dir = scratch();
     let mut a = Host::new(dir.path(), "a").listening();

@@ -244,9 +244,6 @@ pub const DOWNTIME_LIMIT_MAX_MS: u32 = 60_000;
 /// Longest line of `--json`, in bytes.
 pub const JSON_LINE_MAX: usize = 64 * KIB;
 
-const _: () = assert!(SLOT_BUFFER <= RECEIVE_BUFFER, "a parked request must fit a slot");
-const _: () = assert!(RECEIVE_BUFFER <= PAYLOAD_MAX as usize, "larger requests stream through the buffer");
-const _: () = assert!(OPTION_PAYLOAD_MAX > EXPORT_NAME_MAX + 64, "an INFO with the longest name must be readable");
 const _: () = assert!(ADDRESS_MAX > UNIX_PATH_MAX + "unix://".len(), "every Unix address must be printable");
 const _: () = assert!(HANG_UP_POLL.as_millis() <= 200, "a client that goes away is noticed within 200 ms");
 // ---- phases ------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 //! A [`Mirror`] has one dirty map and any number of *lanes*, one for each NBD connection to the destination; each lane
 //! is a thread in [`Mirror::run_lane`] that takes, reads, sends and collects acknowledgements, with many requests in
 //! flight. The rules about what may be taken and given back live in `dirty.rs`; the order clear, read, send (D2) can be
-//! seen in `send_region` in `mirror/lane.rs`. Whoever drives a migration (`migrate/source.rs`) asks for counts, for a
+//! seen in `send_region` in `mirror/lane.rs`. Whoever drives a migration (`migrate/drive.rs`) asks for counts, for a
 //! flush, and at the end, with the guest quiesced, for the final pass; no data byte passes through there.
 //!
 //! # Passes

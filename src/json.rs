@@ -6,7 +6,7 @@
 use serde::Serialize;
 
 use crate::address::Address;
-use crate::control::wire::{Convergence, Done, Ownership, Progress, Recovered, Status};
+use crate::control::wire::{Convergence, Done, Ownership, Progress, Recovered, Status, Verify};
 use crate::error::{Exit, Problem};
 use crate::limits::JSON_LINE_MAX;
 use crate::ready::Ready;
@@ -232,6 +232,11 @@ fn id(number: u128) -> String {
     if number == 0 { String::new() } else { format!("{number:032x}") }
 }
 
+/// A digest as digits.
+fn hex(digest: &[u8; 32]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 #[derive(Serialize)]
 struct ProgressLine<'a> {
     r#type: &'static str,
@@ -246,6 +251,7 @@ struct ProgressLine<'a> {
     bandwidth_bytes: u64,
     held: bool,
     disks: &'a [ProgressDisk<'a>],
+    lost_ms: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -259,6 +265,10 @@ struct ProgressDisk<'a> {
     dirty_rate_bytes: u64,
     passes: u32,
     estimate_s: Option<u32>,
+    resent_bytes: u64,
+    equal_bytes: u64,
+    verified_bytes: u64,
+    unverified_bytes: u64,
 }
 
 /// How a migration is.
@@ -277,6 +287,10 @@ pub fn progress(guest: &str, progress: &Progress) -> String {
             dirty_rate_bytes: disk.dirty_rate_bytes,
             passes: disk.passes,
             estimate_s: disk.estimate_s,
+            resent_bytes: disk.resent_bytes,
+            equal_bytes: disk.equal_bytes,
+            verified_bytes: disk.verified_bytes,
+            unverified_bytes: disk.unverified_bytes,
         })
         .collect();
     line(&ProgressLine {
@@ -297,6 +311,7 @@ pub fn progress(guest: &str, progress: &Progress) -> String {
         bandwidth_bytes: progress.bandwidth_bytes,
         held: progress.held,
         disks: &disks,
+        lost_ms: progress.lost_ms,
     })
 }
 
@@ -314,11 +329,18 @@ struct DoneLine<'a> {
     passes: u32,
     total_ms: u64,
     switchover_us: Option<u64>,
+    resent_bytes: u64,
+    equal_bytes: u64,
+    verify: Option<&'a str>,
+    verified_bytes: Option<u64>,
+    root: Option<&'a str>,
 }
 
 /// How a migration ended.
 #[must_use]
 pub fn done(guest: &str, done: &Done) -> String {
+    let receipt = done.receipt.as_ref();
+    let root = receipt.filter(|receipt| receipt.verify != Verify::None).map(|receipt| hex(&receipt.root));
     line(&DoneLine {
         r#type: "done",
         guest,
@@ -332,6 +354,11 @@ pub fn done(guest: &str, done: &Done) -> String {
         passes: done.passes,
         total_ms: done.total_ms,
         switchover_us: done.switchover_us,
+        resent_bytes: done.resent_bytes,
+        equal_bytes: done.equal_bytes,
+        verify: receipt.map(|receipt| receipt.verify.word()),
+        verified_bytes: receipt.map(|receipt| receipt.verified_bytes),
+        root: root.as_deref(),
     })
 }
 
@@ -440,14 +467,16 @@ mod tests {
              \"phase\":\"bulk pass\",\"elapsed_ms\":0,\"converged\":false,\"convergence\":\"copying\",\
              \"predicted_final_ms\":3,\"downtime_limit_ms\":0,\"bandwidth_bytes\":0,\"held\":false,\"disks\":[\
              {\"name\":\"a\",\"size_bytes\":9,\"left_bytes\":0,\"sent_bytes\":0,\"zero_bytes\":0,\"rate_bytes\":0,\
-             \"dirty_rate_bytes\":0,\"passes\":0,\"estimate_s\":8}]}\n"
+             \"dirty_rate_bytes\":0,\"passes\":0,\"estimate_s\":8,\"resent_bytes\":0,\"equal_bytes\":0,\
+             \"verified_bytes\":0,\"unverified_bytes\":0}],\"lost_ms\":null}\n"
         );
         let ended = Done { attempt: 1, owner: Owner::Destination, destination: text("d"), ..Done::default() };
         assert_eq!(
             done("g1", &ended),
             "{\"type\":\"done\",\"guest\":\"g1\",\"attempt\":\"00000000000000000000000000000001\",\"exit\":0,\
              \"cause\":null,\"owner\":\"destination\",\"destination\":\"d\",\"sent_bytes\":0,\"zero_bytes\":0,\
-             \"passes\":0,\"total_ms\":0,\"switchover_us\":null}\n"
+             \"passes\":0,\"total_ms\":0,\"switchover_us\":null,\"resent_bytes\":0,\"equal_bytes\":0,\
+             \"verify\":null,\"verified_bytes\":null,\"root\":null}\n"
         );
     }
 }

@@ -200,6 +200,15 @@ pub const ASSUMED_RATE: u64 = 10 * MIB as u64;
 /// What a bandwidth budget lets through at once after a pause, as time at the set rate.
 pub const BUDGET_BURST: Duration = Duration::from_millis(50);
 
+// ---- digests -----------------------------------------------------------------------------------------------------
+
+/// Finest region that has a digest of its own, in bytes; always a whole number of granules.
+pub const DIGEST_REGION_MIN: u64 = 64 * KIB as u64;
+/// Most bytes that the digests of one disk take; larger disks have larger regions.
+pub const DIGEST_TABLE_MAX: usize = 4 * MIB;
+/// Most digests in one message.
+pub const DIGESTS_MAX: usize = 32;
+
 const _: () = assert!(RECEIVE_BUFFER.is_multiple_of(DIRECT_ALIGN) && SLOT_BUFFER.is_multiple_of(DIRECT_ALIGN));
 const _: () = assert!(WRITE_BACK_BYTES < UNSYNCED_MAX, "writers must not wait before the write-back begins");
 const _: () = assert!(DISKS_MAX <= CONNECTIONS_MAX - PHASE_CONNECTIONS_MAX, "each disk has a connection");

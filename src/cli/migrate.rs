@@ -7,7 +7,7 @@ use super::options::{Matches, Spec, Takes, later, opt};
 use super::{Command, print};
 use crate::address::Address;
 use crate::control::client::Client;
-use crate::control::wire::{MigrateRequest, Reply, Request, text};
+use crate::control::wire::{MigrateRequest, Reply, Request, Verify, text};
 use crate::domain::{check_disk_name, parse_size};
 use crate::error::{Exit, Problem};
 use crate::json;
@@ -130,6 +130,8 @@ impl MigrateOptions {
             connections: self.connections,
             detach: self.detach,
             insecure_plaintext: self.door.insecure_plaintext,
+            verify: Verify::None,
+            ..MigrateRequest::default()
         }
     }
 }

@@ -36,6 +36,9 @@ fn a_migrate_request() -> MigrateRequest {
         connections: 4,
         detach: true,
         insecure_plaintext: true,
+        incremental: true,
+        keep_partial: true,
+        verify: Verify::Full,
     }
 }
 
@@ -59,9 +62,14 @@ fn a_progress() -> Progress {
             dirty_rate_bytes: 6,
             passes: 7,
             estimate_s: Some(8),
+            resent_bytes: 9,
+            equal_bytes: 10,
+            verified_bytes: 11,
+            unverified_bytes: 12,
         }]
         .into_iter()
         .collect(),
+        lost_ms: Some(13),
     }
 }
 
@@ -77,6 +85,15 @@ fn a_done() -> Done {
         passes: 6,
         total_ms: 7,
         switchover_us: Some(8),
+        resent_bytes: 9,
+        equal_bytes: 10,
+        receipt: Some(Receipt {
+            verify: Verify::Written,
+            verified_bytes: 11,
+            root: [12; 32],
+            term: 13,
+            generation: 14,
+        }),
     }
 }
 
@@ -134,8 +151,10 @@ fn every_request_has_its_number_and_bytes() {
     pinned(&Request::Hello { version: 1 }, &[0, 1]);
     pinned(&Request::Status, &[1]);
     pinned(&Request::Claim { discard_record: true }, &[2, 1]);
-    let migrate =
-        [3, 9, b't', b'c', b'p', b':', b'/', b'/', b'b', b':', b'1', 1, 1, 3, b'v', b'd', b'a', 0xac, 2, 2, 0, 4, 1, 1];
+    let migrate = [
+        3, 9, b't', b'c', b'p', b':', b'/', b'/', b'b', b':', b'1', 1, 1, 3, b'v', b'd', b'a', 0xac, 2, 2, 0, 4, 1, 1,
+        1, 1, 2,
+    ];
     pinned(&Request::Migrate(a_migrate_request()), &migrate);
     pinned(&Request::Switch, &[4]);
     pinned(&Request::Cancel { cause: text("no") }, &[5, 2, b'n', b'o']);
@@ -153,9 +172,10 @@ fn every_reply_has_its_number_and_bytes() {
     pinned(&Reply::Refused(refusal), &[2, 1, 1, b'o', 1, b'b', 1, b'c']);
     let status = [3, 1, b'g', 3, 1, 2, 3, 1, b'p', 1, 1, b'h', 1, 1, b'a', 0x80, 4, 1, 2, 1, 3];
     pinned(&Reply::Status(a_status()), &status);
-    let progress = [4, 5, 2, 6, 3, 9, 8, 1, 7, 10, 11, 1, 1, 1, b'a', 1, 2, 3, 4, 5, 6, 7, 1, 8];
+    let progress = [4, 5, 2, 6, 3, 9, 8, 1, 7, 10, 11, 1, 1, 1, b'a', 1, 2, 3, 4, 5, 6, 7, 1, 8, 9, 10, 11, 12, 1, 13];
     pinned(&Reply::Progress(a_progress()), &progress);
-    pinned(&Reply::Done(a_done()), &[5, 1, 3, 1, b'x', 1, 1, b'd', 4, 5, 6, 7, 1, 8]);
+    let done = [&[5, 1, 3, 1, b'x', 1, 1, b'd', 4, 5, 6, 7, 1, 8, 9, 10, 1, 1, 11][..], &[12; 32], &[13, 14]].concat();
+    pinned(&Reply::Done(a_done()), &done);
     let ownership = [1, b'g', 5, 3, 1, 2, 4, 1, b'a', 1, b't', 1, b'n', 1, b'r', 1];
     pinned(&Reply::Ownership(an_ownership()), &[&[6], &ownership[..]].concat());
     let rest = [1, b'p', 1, b'h', 1, b'd', 1, b'l', 1, b'v', 1, 1, b's'];
@@ -176,6 +196,7 @@ fn every_value_of_an_enumeration_has_its_number() {
     let words = [Word::Ask, Word::TakeOwnership, Word::ForgetPeer, Word::Forget];
     assert!(numbers(&words.map(|v| bytes(&v))));
     assert!(numbers(&[M::None, M::Running, M::Ended].map(|v| bytes(&v))));
+    assert!(numbers(&[Verify::None, Verify::Written, Verify::Full].map(|v| bytes(&v))));
     let stays = [Stays::Shared, Stays::ReadOnly, Stays::External, Stays::Empty, Stays::NotChosen];
     assert!(numbers(&stays.map(|v| bytes(&v))));
     assert_eq!(bytes(&Convergence::Copying), [0]);
@@ -214,6 +235,10 @@ fn the_largest_messages_fit_a_frame() {
         dirty_rate_bytes: most,
         passes: u32::MAX,
         estimate_s: Some(u32::MAX),
+        resent_bytes: most,
+        equal_bytes: most,
+        verified_bytes: most,
+        unverified_bytes: most,
     };
     let progress = Progress {
         attempt: u128::MAX,

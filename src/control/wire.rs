@@ -20,7 +20,7 @@ use crate::limits::{
 };
 
 /// The version of these messages. Both ends are the same executable as a rule, so there is no older one to speak.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// A guest's name.
 pub type GuestName = String<GUEST_NAME_MAX>;
@@ -102,6 +102,51 @@ pub struct MigrateRequest {
     pub detach: bool,
     /// TCP beyond this host is allowed without keys.
     pub insecure_plaintext: bool,
+    /// Disks there hold an older copy: only what differs is sent.
+    pub incremental: bool,
+    /// What has been sent stays at the destination even if the migration is cancelled.
+    pub keep_partial: bool,
+    /// What of the copy is verified before the hand-over.
+    pub verify: Verify,
+}
+
+/// What of the copy is verified before the hand-over (rule D14).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Verify {
+    /// 0: nothing.
+    None,
+    /// 1: every region that was sent, or found equal.
+    #[default]
+    Written,
+    /// 2: every region of every disk.
+    Full,
+}
+
+impl Verify {
+    /// As the command line names it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Written => "written",
+            Self::Full => "full",
+        }
+    }
+}
+
+/// What was verified of a copy before it was handed over (rule D14).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Receipt {
+    /// What was asked for.
+    pub verify: Verify,
+    /// Bytes that both sides have hashed to the same digests, as the disks were when the guest stopped.
+    pub verified_bytes: u64,
+    /// The digest over all of them; all zero when nothing was verified.
+    pub root: [u8; 32],
+    /// The order that was handed over: its term.
+    pub term: u64,
+    /// The order that was handed over: its generation.
+    pub generation: u64,
 }
 
 /// What `set` changes; `None` leaves it.
@@ -384,6 +429,8 @@ pub struct Progress {
     pub held: bool,
     /// Every disk that moves.
     pub disks: Vec<DiskProgress, DISKS_MAX>,
+    /// How long the destination has been out of reach; `None`: it is not.
+    pub lost_ms: Option<u64>,
 }
 
 /// One disk in [`Progress`].
@@ -407,6 +454,14 @@ pub struct DiskProgress {
     pub passes: u32,
     /// Seconds until nothing is left; `None`: never at these rates, or not known.
     pub estimate_s: Option<u32>,
+    /// Data sent again because a connection was lost.
+    pub resent_bytes: u64,
+    /// Bytes that the destination had already, found by digest.
+    pub equal_bytes: u64,
+    /// Bytes hashed on both sides and found equal, repeated ones counted again.
+    pub verified_bytes: u64,
+    /// Bytes that must be verified yet.
+    pub unverified_bytes: u64,
 }
 
 /// Who owns the guest after a migration, seen from here.
@@ -469,6 +524,12 @@ pub struct Done {
     pub total_ms: u64,
     /// From quiesce to the destination's word that it owns; `None`: never came to it.
     pub switchover_us: Option<u64>,
+    /// Data sent again because a connection was lost; part of the data sent.
+    pub resent_bytes: u64,
+    /// Bytes that the destination had already, found by digest.
+    pub equal_bytes: u64,
+    /// What was verified; `None`: it was not handed over.
+    pub receipt: Option<Receipt>,
 }
 
 /// Who owns a guest, as far as this host knows.

@@ -595,7 +595,7 @@ impl Reception {
                 self.were_empty.push(export.name().to_owned());
             }
             // As many as there are offers, which fit.
-            let _ = ready.push(DiskReady { reads_as_zero, connections });
+            let _ = ready.push(DiskReady { reads_as_zero, connections, compare: false });
             let writer = Arc::clone(export);
             let thread = std::thread::Builder::new().name("write back".to_owned()).stack_size(CONNECTION_STACK);
             // Ends by itself when the gate is no longer at Receiving.

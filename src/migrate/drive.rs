@@ -15,7 +15,7 @@ use super::link::{Link, LinkError};
 use super::meter::{Meter, Verdict};
 use super::settle::{self, Trouble};
 use super::source::Job;
-use super::wire::{DiskOffer, Epoch, Hello, Message, Mode, Prepare, Prepared, Role, cut};
+use super::wire::{DiskOffer, Epoch, Hello, Message, Mode, Prepare, Prepared, Role, Verify, cut};
 use crate::control::wire::{Convergence, DiskProgress, Done, Owner, Phase, text};
 use crate::dirty::{DirtyMap, Region};
 use crate::error::Exit;
@@ -157,6 +157,7 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
         mode: if job.request.overwrite { Mode::Overwrite } else { Mode::CopyAll },
         disks,
         connections: job.request.connections,
+        verify: Verify::None,
     });
     let prepared = match ask_to_prepare(job, &mut link, &message, &stamp, &theirs) {
         Ok(prepared) => prepared,
@@ -718,6 +719,7 @@ impl Drive<'_> {
                 dirty_rate_bytes: rates.dirtied,
                 passes: counts.passes,
                 estimate_s: estimate.and_then(|seconds| u32::try_from(seconds).ok()),
+                ..DiskProgress::default()
             }
         };
         // No more mirrors than disks, which fit.

@@ -20,7 +20,7 @@ pub use hello::{
     choose_version,
 };
 
-use crate::limits::{CAUSE_MAX, DISK_NAME_MAX, DISKS_MAX, FRAME_MAX, PROBLEMS_MAX};
+use crate::limits::{CAUSE_MAX, DIGESTS_MAX, DISK_NAME_MAX, DISKS_MAX, FRAME_MAX, PROBLEMS_MAX};
 use crate::ownership::{Instance, Promise, Stamp, Summary};
 
 /// Bytes of a frame's length.
@@ -38,7 +38,24 @@ pub enum Mode {
     CopyAll,
     /// Overwrite them.
     Overwrite,
+    /// They hold an older copy: compare digests, and send only what differs.
+    Incremental,
 }
+
+/// What of the copy is verified before it is sealed (rule D14).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub enum Verify {
+    /// Nothing; the receipt says so.
+    None,
+    /// Every region that this attempt sent, or found equal by its digest.
+    #[default]
+    Written,
+    /// Every region of every disk.
+    Full,
+}
+
+/// A digest of one region: BLAKE3 of its bytes.
+pub type Digest = [u8; 32];
 
 /// One disk that the source wants to move.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,6 +83,8 @@ pub struct Prepare {
     pub disks: heapless::Vec<DiskOffer, DISKS_MAX>,
     /// Connections per disk that the source would like to open.
     pub connections: u8,
+    /// What will be verified.
+    pub verify: Verify,
 }
 
 /// What the destination says of one offered disk.
@@ -75,6 +94,9 @@ pub struct DiskReady {
     pub reads_as_zero: bool,
     /// Connections that may be open to it at once.
     pub connections: u8,
+    /// It may hold much of what is to come, an older copy or what an earlier attempt had sent: digests tell what differs
+    /// (rule D12). Never set together with `reads_as_zero`.
+    pub compare: bool,
 }
 
 /// Destination to source: everything is ready to receive.
@@ -147,8 +169,9 @@ pub enum Message {
     Seal {
         /// The attempt.
         stamp: Stamp,
-        /// One digest of what each disk should now hold, in the order of the offer; none when nothing is verified.
-        digests: heapless::Vec<[u8; 32], DISKS_MAX>,
+        /// One digest over those of each disk's verified regions, in the order of the offer; none when nothing is
+        /// verified.
+        digests: heapless::Vec<Digest, DISKS_MAX>,
     },
     /// D to S: SEALED is durable.
     Sealed {
@@ -220,10 +243,32 @@ pub enum Message {
         /// The echo.
         number: u64,
     },
+    /// S to D: what do you hold there? Read from the disk, after every write that was acknowledged before.
+    Digest {
+        /// The attempt.
+        stamp: Stamp,
+        /// The disk's place in the offer.
+        disk: u8,
+        /// Where the first region begins.
+        offset_bytes: u64,
+        /// How many regions; the last one of a disk may be short.
+        regions: u8,
+    },
+    /// D to S: this.
+    Digests {
+        /// The attempt.
+        stamp: Stamp,
+        /// The disk's place in the offer.
+        disk: u8,
+        /// Where the first region begins.
+        offset_bytes: u64,
+        /// The digest of each region, in their order.
+        digests: heapless::Vec<Digest, DIGESTS_MAX>,
+    },
 }
 
 /// How many messages there are.
-const MESSAGES: u8 = 17;
+const MESSAGES: u8 = 19;
 
 impl Message {
     /// The message's name in logs and errors.
@@ -247,6 +292,8 @@ impl Message {
             Self::Failed { .. } => "FAILED",
             Self::Ping { .. } => "PING",
             Self::Pong { .. } => "PONG",
+            Self::Digest { .. } => "DIGEST",
+            Self::Digests { .. } => "DIGESTS",
         }
     }
 
@@ -268,7 +315,9 @@ impl Message {
             | Self::Question { stamp }
             | Self::Record { stamp, .. }
             | Self::Promise { stamp, .. }
-            | Self::Failed { stamp, .. } => Some(stamp),
+            | Self::Failed { stamp, .. }
+            | Self::Digest { stamp, .. }
+            | Self::Digests { stamp, .. } => Some(stamp),
             Self::Ping { .. } | Self::Pong { .. } => None,
         }
     }

@@ -9,7 +9,7 @@ use super::*;
 use crate::disk::Cache;
 use crate::domain;
 use crate::export::{Fault, Patience, quiesce};
-use crate::migrate::wire::export_name;
+use crate::migrate::wire::{Verify, export_name};
 use crate::options::ServeOptions;
 use crate::ownership::{Host, Lineage, Order, Word};
 
@@ -74,6 +74,7 @@ impl Bench {
             mode: Mode::CopyAll,
             disks: std::iter::once(offer).collect(),
             connections: 0,
+            verify: Verify::None,
         }))
     }
 

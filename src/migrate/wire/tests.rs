@@ -40,13 +40,14 @@ fn samples(count: usize, length: usize) -> Vec<Message> {
             mode: Mode::Overwrite,
             disks: many(&offer, count.min(DISKS_MAX)),
             connections: 4,
+            verify: Verify::Full,
         }),
         Message::Prepared(Prepared {
             stamp,
             instance,
             epoch,
             token: Token::from_bytes([0x66; 16]),
-            disks: many(&DiskReady { reads_as_zero: true, connections: 8 }, count.min(DISKS_MAX)),
+            disks: many(&DiskReady { reads_as_zero: true, connections: 8, compare: false }, count.min(DISKS_MAX)),
         }),
         Message::Refused { stamp, problems: many(&Problem { disk, cause: cause.clone() }, count.min(PROBLEMS_MAX)) },
         Message::Fence { stamp, epoch },
@@ -63,7 +64,16 @@ fn samples(count: usize, length: usize) -> Vec<Message> {
         Message::Failed { stamp, cause, region: Some(region) },
         Message::Ping { number: 7 },
         Message::Pong { number: u64::MAX },
+        Message::Digest { stamp, disk: 3, offset_bytes: 1 << 20, regions: 16 },
+        Message::Digests { stamp, disk: 3, offset_bytes: 1 << 20, digests: many(&[0x77; 32], count.min(DIGESTS_MAX)) },
     ]
+}
+
+fn a_digest(half: [u8; 16]) -> Digest {
+    let mut digest = [0; 32];
+    digest[..16].copy_from_slice(&half);
+    digest[16..].copy_from_slice(&half);
+    digest
 }
 
 fn frame(message: &Message) -> Vec<u8> {
@@ -81,7 +91,7 @@ fn hex(bytes: &[u8]) -> String {
 fn message_numbers_are_pinned() {
     let names = [
         "PREPARE", "PREPARED", "REFUSED", "FENCE", "FENCED", "SEAL", "SEALED", "GO", "RUNNING", "ABORT", "UNSEALED",
-        "QUESTION", "RECORD", "PROMISE", "FAILED", "PING", "PONG",
+        "QUESTION", "RECORD", "PROMISE", "FAILED", "PING", "PONG", "DIGEST", "DIGESTS",
     ];
     let samples = samples(1, 3);
     assert_eq!((samples.len(), names.len()), (usize::from(MESSAGES), usize::from(MESSAGES)));
@@ -324,14 +334,19 @@ proptest! {
         let disk: DiskName = cut(&cause);
         let cause: Cause = cut(&cause);
         let region = Region { disk: disk.clone(), offset_bytes: numbers[0], length_bytes: numbers[1] };
-        let ready = ready.into_iter().map(|(reads_as_zero, connections)| DiskReady { reads_as_zero, connections });
+        let ready = ready.into_iter().map(|(reads_as_zero, connections)| DiskReady {
+            reads_as_zero,
+            connections,
+            compare: !reads_as_zero,
+        });
         let messages = [
             Message::Prepare(Prepare {
                 stamp,
                 challenge: Challenge(challenge),
-                mode: Mode::CopyAll,
+                mode: Mode::Incremental,
                 disks: offers.into_iter().collect(),
                 connections,
+                verify: Verify::Written,
             }),
             Message::Prepared(Prepared {
                 stamp,
@@ -343,6 +358,8 @@ proptest! {
             Message::Refused { stamp, problems: many(&Problem { disk, cause: cause.clone() }, PROBLEMS_MAX) },
             Message::Failed { stamp, cause, region: Some(region) },
             Message::Sealed { stamp, fsync_us: numbers[0] },
+            Message::Digest { stamp, disk: connections, offset_bytes: numbers[0], regions: connections },
+            Message::Digests { stamp, disk: 0, offset_bytes: numbers[1], digests: many(&a_digest(challenge), 7) },
         ];
         for message in messages {
             prop_assert_eq!(Message::decode(&frame(&message)[FRAME_HEAD..]), Ok(message));

@@ -171,8 +171,7 @@ fn execute(parsed: Parsed, entry: &Entry) -> Result<Exit, Problem> {
         Command::Help(text) => print(&text),
         Command::Version => print(&format!("blockferry {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Serve(options) => {
-            options.check()?;
-            (entry.serve)(ServeOptions { json, ..options })?;
+            (entry.serve)(ServeOptions { json, ..serve::complete(options)? })?;
         }
         Command::Export(options) => {
             options.check()?;

@@ -1,7 +1,9 @@
 //! A guest's disks as the user names them, and which of them move.
 //!
-//! The command line makes [`Disk`]s from `--disk`; `serve` opens them, `migrate` asks [`moving`]. Nothing here touches
-//! a file.
+//! The command line makes [`Disk`]s from `--disk`, or from a libvirt domain XML ([`xml`]); `serve` opens them and
+//! `migrate` asks [`moving`]. Nothing here touches a file.
+
+pub mod xml;
 
 use std::fmt;
 use std::path::PathBuf;

@@ -200,6 +200,13 @@ pub const ASSUMED_RATE: u64 = 10 * MIB as u64;
 /// What a bandwidth budget lets through at once after a pause, as time at the set rate.
 pub const BUDGET_BURST: Duration = Duration::from_millis(50);
 
+// ---- domain XML --------------------------------------------------------------------------------------------------
+
+/// Largest libvirt domain XML, in bytes; those of large guests have some ten thousand.
+pub const DOMAIN_XML_MAX: u64 = 4 * MIB as u64;
+/// Most XML nodes in one.
+pub const DOMAIN_XML_NODES_MAX: u32 = 100_000;
+
 // ---- digests -----------------------------------------------------------------------------------------------------
 
 /// Finest region that has a digest of its own, in bytes; always a whole number of granules.

@@ -12,8 +12,10 @@ use crate::error::Problem;
 pub struct ServeOptions {
     /// The guest.
     pub guest: String,
-    /// Its disks, at least one, names and files all different.
+    /// Its disks, at least one, names and files all different; none yet where a domain XML is to be read.
     pub disks: Vec<Disk>,
+    /// The libvirt domain XML that names the disks.
+    pub domain_xml: Option<PathBuf>,
     /// Where the record is kept.
     pub state: PathBuf,
     /// The record may be kept where a restart of the host loses it.

@@ -1,15 +1,20 @@
 //! `blockferry serve`.
 
+use std::fs::File;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+
 use super::options::{Matches, Spec, Takes, later, opt};
 use super::{Command, guest};
 use crate::address::Address;
-use crate::domain::{Disk, check_disks, check_guest_name};
-use crate::error::Problem;
+use crate::domain::{Disk, check_disks, check_guest_name, xml};
+use crate::error::{Problem, reason};
+use crate::limits::DOMAIN_XML_MAX;
 use crate::options::ServeOptions;
 
 pub(super) const SPEC: Spec = Spec {
     name: "serve",
-    arguments: "GUEST --disk NAME[,...]... [--OPTION]...",
+    arguments: "GUEST --disk NAME[,...]...|--domain-xml FILE [--OPTION]...",
     about: "Serve a guest's disks: one process per guest and host",
     options: &[
         opt(
@@ -24,6 +29,7 @@ pub(super) const SPEC: Spec = Spec {
              NAME\n\
              \x20 an empty drive",
         ),
+        opt("domain-xml", Takes::One("FILE"), "instead of --disk: the disks of a libvirt domain XML (virsh dumpxml)"),
         opt("nbd", Takes::Many("ADDR"), "guest door, repeatable [unix:///run/blockferry/GUEST/nbd.sock]"),
         opt("listen", Takes::One("ADDR"), "migration door; TCP port 0 prints the port it got [none]"),
         opt("control", Takes::Many("ADDR"), "control door, repeatable [unix:///run/blockferry/GUEST/control.sock]"),
@@ -36,7 +42,6 @@ pub(super) const SPEC: Spec = Spec {
         opt("volatile-state", Takes::Nothing, "DIR may be on a tmpfs: then a power cut loses who owns the guest"),
         opt("vmm", Takes::One("none"), "what holds the guest still: none, the caller does [none]"),
         opt("insecure-plaintext", Takes::Nothing, "allow TCP beyond this host without keys"),
-        later("domain-xml", Takes::One("FILE")),
         later("tls-dir", Takes::One("DIR")),
         later("key", Takes::One("FILE")),
         later("peers", Takes::One("FILE")),
@@ -47,21 +52,25 @@ pub(super) const SPEC: Spec = Spec {
             \x20 blockferry serve g1 --disk vda,file=/d/g1.raw\n\
             \x20 blockferry serve g1 --disk vda,file=/d/g1.raw,size=20G --listen tcp://127.0.0.1:49152\n\
             \x20 blockferry serve g1 --disk vda,file=/d/root.raw --disk vdb,external,shared \
-            --disk vdc,file=/d/tools.raw,ro --disk sr0\n",
+            --disk vdc,file=/d/tools.raw,ro --disk sr0\n\
+            \x20 blockferry serve g1 --domain-xml /etc/libvirt/qemu/g1.xml --listen tcp://127.0.0.1:49152\n",
 };
 
 pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
     let [guest] = matches.arguments(["GUEST"])?;
     check_guest_name(guest).map_err(|cause| SPEC.usage("GUEST", cause))?;
     let disks = matches.read_all("disk", Disk::parse)?;
-    if disks.is_empty() {
-        return Err(matches.error("disk", "a guest has at least one"));
+    let domain_xml = matches.value("domain-xml").map(PathBuf::from);
+    match (disks.is_empty(), &domain_xml) {
+        (true, None) => return Err(matches.error("disk", "a guest has at least one")),
+        (false, Some(_)) => return Err(matches.error("domain-xml", "it stands instead of --disk")),
+        _ => check_disks(&disks).map_err(|cause| matches.error("disk", cause))?,
     }
-    check_disks(&disks).map_err(|cause| matches.error("disk", cause))?;
     matches.only("vmm", &["none"], &["qmp:", "hook:"])?;
     Ok(Command::Serve(ServeOptions {
         guest: guest.to_owned(),
         disks,
+        domain_xml,
         state: guest::state_directory(matches, guest)?,
         volatile_state: matches.flag("volatile-state"),
         nbd: matches.addresses("nbd", || guest::door(guest, "nbd"))?,
@@ -70,4 +79,24 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
         insecure_plaintext: matches.flag("insecure-plaintext"),
         json: false,
     }))
+}
+
+/// Checks what only the host can answer, and reads the disks of the domain XML where there is one.
+pub(super) fn complete(mut options: ServeOptions) -> Result<ServeOptions, Problem> {
+    options.check()?;
+    if let Some(path) = options.domain_xml.take() {
+        let fault = |cause: String| Problem::refused("serve", path.display(), cause);
+        options.disks = read_domain(&path).and_then(|disks| check_disks(&disks).map(|()| disks)).map_err(fault)?;
+    }
+    Ok(options)
+}
+
+fn read_domain(path: &Path) -> Result<Vec<Disk>, String> {
+    let mut text = String::new();
+    let file = File::open(path).map_err(|error| reason(&error))?;
+    file.take(DOMAIN_XML_MAX + 1).read_to_string(&mut text).map_err(|error| reason(&error))?;
+    if text.len() as u64 > DOMAIN_XML_MAX {
+        return Err(format!("larger than {DOMAIN_XML_MAX} bytes"));
+    }
+    xml::disks(&text)
 }

@@ -48,6 +48,7 @@ fn serve_has_its_defaults() {
     let expected = ServeOptions {
         guest: "g1".to_owned(),
         disks: vec![Disk::parse("vda,file=/d/g1.raw").expect("a disk")],
+        domain_xml: None,
         state: PathBuf::from("/var/lib/blockferry/g1"),
         volatile_state: false,
         nbd: vec![unix("/run/blockferry/g1/nbd.sock")],
@@ -99,7 +100,8 @@ fn every_wrong_serve_says_what_is_wrong() {
         ("serve g1 --disk a --vmm qmp:/q", "serve: --vmm: 'qmp:/q' is not built yet; use none".to_owned()),
         ("serve g1 --disk a --vmm hook:/h", "serve: --vmm: 'hook:/h' is not built yet; use none".to_owned()),
         ("serve g1 --disk a --vmm xen", "serve: --vmm: 'xen' is not known; use none".to_owned()),
-        ("serve g1 --domain-xml f", "serve: --domain-xml: not built yet".to_owned()),
+        ("serve g1 --disk a --domain-xml f", "serve: --domain-xml: it stands instead of --disk".to_owned()),
+        ("serve g1 --domain-xml f --domain-xml f", "serve: --domain-xml: given twice".to_owned()),
         ("serve g1 --disk a --tls-dir d", "serve: --tls-dir: not built yet".to_owned()),
         ("serve g1 --disk a --key f", "serve: --key: not built yet".to_owned()),
         ("serve g1 --disk a --peers f", "serve: --peers: not built yet".to_owned()),

@@ -104,6 +104,13 @@ impl Host {
     /// The same for a guest of another name.
     #[must_use]
     pub(crate) fn start_guest(folder: &Path, name: &'static str, guest: &str, disks: &[&str]) -> Self {
+        let disks: Vec<&str> = disks.iter().flat_map(|disk| ["--disk", disk]).collect();
+        Self::start_with(folder, name, guest, &disks)
+    }
+
+    /// The same with any options that say which disks there are.
+    #[must_use]
+    pub(crate) fn start_with(folder: &Path, name: &'static str, guest: &str, disks: &[&str]) -> Self {
         let place = |what: &str| folder.join(format!("{name}.{what}"));
         let unix = |what: &str| format!("unix://{}", place(what).display());
         let log = place("log");
@@ -113,7 +120,7 @@ impl Host {
         command.arg(place("state")).args(["--nbd", &unix("nbd"), "--control", &unix("control")]);
         // Two doors for the guest, so that a relay can stand before one of them.
         command.args(["--nbd", "tcp://127.0.0.1:0"]);
-        command.args(disks.iter().flat_map(|disk| ["--disk", disk]));
+        command.args(disks);
         command.env("BLOCKFERRY_LOG", "info").stderr(stderr);
         let (program, ready) = Program::start_until_line(&mut command, ": ready: ");
         let listen = word(&ready, "listen=").to_owned();

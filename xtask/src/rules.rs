@@ -116,6 +116,8 @@ const WORDS: &[Rule] = &[
             "src/init.rs",
             "src/attach.rs",
             "src/listener.rs",
+            // --domain-xml
+            "src/cli/serve.rs",
             "src/control/",
         ],
         tests: false,

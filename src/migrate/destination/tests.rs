@@ -32,6 +32,7 @@ impl Bench {
         let options = ServeOptions {
             guest: "g1".to_owned(),
             disks: vec![disk],
+            domain_xml: None,
             state: dir.path().join("state"),
             volatile_state: true,
             nbd: Vec::new(),

@@ -130,7 +130,8 @@ impl Assembler {
     /// Takes the next whole message; `None` when more bytes are needed.
     ///
     /// # Errors
-    /// [`FrameError`]; the frame at fault is gone: a socket should be closed now, a byte pipe is good for what comes next.
+    /// [`FrameError`]; the frame at fault is gone: a socket should be closed now, a byte pipe is good for what comes
+    /// next.
     pub fn take<T: Message>(&mut self) -> Result<Option<T>, FrameError> {
         while let Some(length) = self.bytes[self.start..self.end].iter().position(|&b| b == DELIMITER) {
             let frame = self.start..self.start + length;

@@ -208,7 +208,9 @@ fn another_version_is_said_and_gets_nothing_else() {
     let (ours, theirs) = pair();
     let server = thread::spawn(move || {
         let mut link = Link::new(theirs);
-        let Ok(Some(Request::Hello { session, .. })) = link.receive(Some(Instant::now() + WAIT)) else { panic!("none") };
+        let Ok(Some(Request::Hello { session, .. })) = link.receive(Some(Instant::now() + WAIT)) else {
+            panic!("none")
+        };
         let hello = Reply::Hello { version: VERSION + 1, guest: text("g1"), session };
         link.send(&hello, Instant::now() + WAIT).expect("sends");
     });

@@ -162,7 +162,7 @@ fn nothing_is_done_for_who_did_not_say_hello() {
     manager.greet(1);
     drop(manager);
     // The session ended with the host's end: whoever comes says hello.
-    thread::sleep(PORT_LOOK * 2);
+    thread::sleep(PORT_LOOK * 8);
     let mut manager = door.manager();
     assert!(matches!(manager.ask(&Request::Switch), Reply::Refused(_)));
     assert!(door.desk.calls().is_empty());
@@ -176,7 +176,7 @@ fn a_migration_goes_on_when_the_host_end_blinks() {
     assert!(matches!(manager.reply(), Reply::Progress(_)));
     drop(manager);
     // Long enough to be seen.
-    thread::sleep(PORT_LOOK * 2);
+    thread::sleep(PORT_LOOK * 8);
     let mut manager = door.greeted(2);
     let Reply::Status(status) = manager.ask(&Request::Status) else { panic!("no status") };
     assert_eq!(status.migration, Migration::Running);

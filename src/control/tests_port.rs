@@ -57,6 +57,8 @@ impl Door {
         let fd = rustix::fs::open(std::ffi::OsStr::from_bytes(&self.far_end), flags, Mode::empty()).expect("opens");
         let mut raw = tcgetattr(&fd).expect("its modes");
         raw.make_raw();
+        // What is echoed is echoed as it is.
+        raw.local_modes -= LocalModes::ECHOCTL;
         raw.local_modes |= modes;
         tcsetattr(&fd, OptionalActions::Now, &raw).expect("raw");
         fd
@@ -256,7 +258,7 @@ fn a_line_that_echoes_asks_for_nothing() {
         manager.greet(session);
         manager.send(&Request::Follow);
         // A refusal; what comes back of it must not be a claim.
-        let _ = manager.link.receive::<Reply>(Some(Instant::now() + WAIT));
+        let _ = manager.link.receive::<Reply>(Some(Instant::now() + PORT_LOOK * 2));
     }
     manager.greet(9);
     assert!(door.desk.calls().is_empty(), "{:?}", door.desk.calls());

@@ -3,6 +3,7 @@
 mod bad_clients;
 mod bad_input;
 mod client;
+mod control;
 mod domain_xml;
 mod export_cli;
 mod exported;

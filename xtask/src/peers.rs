@@ -10,6 +10,7 @@ const PEERS: &[(&str, &[&str])] = &[
     ("nbdinfo", &["libnbd-bin"]),
     ("nbdcopy", &["libnbd-bin"]),
     ("nbdsh", &["python3-libnbd"]),
+    ("python3", &["python3"]),
     ("nbd-server", &["nbd-server"]),
     ("nbd-client", &["nbd-client"]),
     ("fio", &["fio"]),
@@ -57,7 +58,7 @@ mod tests {
     fn each_missing_package_is_named_once() {
         assert_eq!(packages(0, |_| true), Vec::<&str>::new());
         assert_eq!(packages(0, |program| program != "qemu-io"), ["qemu-utils"]);
-        let all = "nbdkit libnbd-bin python3-libnbd nbd-server nbd-client fio qemu-utils";
+        let all = "nbdkit libnbd-bin python3-libnbd python3 nbd-server nbd-client fio qemu-utils";
         assert_eq!(packages(0, |_| false).join(" "), all);
     }
 

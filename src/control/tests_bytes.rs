@@ -70,6 +70,7 @@ fn a_progress() -> Progress {
         .into_iter()
         .collect(),
         lost_ms: Some(13),
+        lost_cause: text("c"),
     }
 }
 
@@ -172,7 +173,8 @@ fn every_reply_has_its_number_and_bytes() {
     pinned(&Reply::Refused(refusal), &[2, 1, 1, b'o', 1, b'b', 1, b'c']);
     let status = [3, 1, b'g', 3, 1, 2, 3, 1, b'p', 1, 1, b'h', 1, 1, b'a', 0x80, 4, 1, 2, 1, 3];
     pinned(&Reply::Status(a_status()), &status);
-    let progress = [4, 5, 2, 6, 3, 9, 8, 1, 7, 10, 11, 1, 1, 1, b'a', 1, 2, 3, 4, 5, 6, 7, 1, 8, 9, 10, 11, 12, 1, 13];
+    let progress =
+        [4, 5, 2, 6, 3, 9, 8, 1, 7, 10, 11, 1, 1, 1, b'a', 1, 2, 3, 4, 5, 6, 7, 1, 8, 9, 10, 11, 12, 1, 13, 1, b'c'];
     pinned(&Reply::Progress(a_progress()), &progress);
     let done = [&[5, 1, 3, 1, b'x', 1, 1, b'd', 4, 5, 6, 7, 1, 8, 9, 10, 1, 1, 11][..], &[12; 32], &[13, 14]].concat();
     pinned(&Reply::Done(a_done()), &done);
@@ -248,6 +250,7 @@ fn the_largest_messages_fit_a_frame() {
         downtime_limit_ms: u32::MAX,
         bandwidth_bytes: most,
         disks: (0..DISKS_MAX).map(|_| disk.clone()).collect(),
+        lost_cause: full(),
         ..a_progress()
     };
     let disk = DiskStatus { name: full(), size_bytes: most, stays: Some(Stays::Shared), gate: Some(Gate::Fenced) };

@@ -5,6 +5,7 @@
 
 mod faults;
 mod load;
+mod outages;
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};

@@ -30,8 +30,6 @@ pub const DISKS_MAX: usize = 32;
 
 /// Longest file of an ownership record, in bytes; a test says that the longest record fits.
 pub const RECORD_FILE_MAX: usize = 4 * KIB;
-/// Longest wait for somebody who only looks into a state directory.
-pub const STATE_LOCK_TIMEOUT: Duration = Duration::from_millis(200);
 /// Longest text that shows a record to its operator, in bytes.
 pub const RECORD_TEXT_MAX: usize = 512;
 /// Most things that `recover` says to type, each in its place.
@@ -222,6 +220,11 @@ pub const UNIX_PATH_MAX: usize = 107;
 pub const LISTEN_BACKLOG: i32 = 128;
 /// Longest wait for another process that is binding a socket in the same directory.
 pub const BIND_LOCK_TIMEOUT: Duration = Duration::from_secs(2);
+/// A process that starts waits so long for the doors, the disks and the record of one that is ending: it may have been
+/// killed a moment ago, in the middle of a sync.
+pub const RESTART_PATIENCE: Duration = Duration::from_secs(3);
+/// Pause between two looks at them.
+pub const RESTART_LOOK: Duration = Duration::from_millis(50);
 /// Pause between two looks at something that cannot be waited for.
 pub const RETRY_PAUSE: Duration = Duration::from_millis(20);
 /// Pause of a door that cannot accept because the process or the host is out of descriptors or memory.

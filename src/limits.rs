@@ -276,8 +276,8 @@ pub const TICK: Duration = Duration::from_millis(5);
 /// A source asks this often whether the destination is still there.
 pub const PING_PERIOD: Duration = Duration::from_secs(1);
 /// A source whose PING, or anything else that wants an answer, is followed by nothing at all for so long gives the
-/// phase connection up and dials again. A destination that is busy says so every [`PING_PERIOD`], whatever its disks do;
-/// five losses of one packet in a row are too little to mean a dead link.
+/// phase connection up and dials again. A destination that is busy says so every [`PING_PERIOD`], whatever its disks
+/// do; four losses of one packet in a row (3 s of TCP's patience) are no dead link yet.
 pub const LINK_SILENCE_MAX: Duration = Duration::from_secs(5);
 /// A destination gives up a phase connection on which nothing has come for so long. Nothing depends on it: the source
 /// does not ask anything while it waits for a final pass.
@@ -295,11 +295,11 @@ pub const DIAL_MAX: Duration = Duration::from_secs(30);
 /// How long a destination that is out of reach is dialled again before the attempt is aborted. A switch that is
 /// restarted takes a minute or two; the guest is not disturbed meanwhile, and what has been copied took longer.
 pub const RECONNECT_MAX: Duration = Duration::from_secs(300);
-/// The same where the network is there and somebody answers that the destination is not: its process has ended, and the
-/// attempt with it (D12). Long enough for a proxy or a firewall that comes up before the way behind it does.
+/// The same where the network is there and somebody answers that the destination is not: its process has ended, and
+/// the attempt with it (D12). Long enough for a proxy or a firewall that comes up before the way behind it does.
 pub const ABSENT_MAX: Duration = Duration::from_secs(30);
-/// Longest single dial of a lost destination: the next one has a fresh start, and finds a link that is back within about
-/// three seconds, because the kernel repeats the first packet of a dial after 1, 3 and 7 s.
+/// Longest single dial of a lost destination: the next one has a fresh start, and finds a link that is back within
+/// about three seconds, because the kernel repeats the first packet of a dial after 1, 3 and 7 s.
 pub const REDIAL_MAX: Duration = Duration::from_secs(5);
 /// First and longest pause between two dials.
 pub const RECONNECT_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));

@@ -1,8 +1,8 @@
 //! The data connections of a migration: opened together, ended together.
 //!
 //! They belong to one epoch. When one is lost all are ended here and joined, the destination is asked for a fence, and
-//! a new set is opened (D4). [`connect`] opens a set and may take as long as the network pleases, so that the driver has
-//! it done aside; nothing has been sent over it, and who no longer wants it drops it. [`Lanes::start`] copies over it.
+//! a new set is opened (D4). [`connect`] opens a set and may take as long as the network pleases, so that the driver
+//! has it done aside; nothing has been sent over it, and who no longer wants it drops it. [`Lanes::start`] copies.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;

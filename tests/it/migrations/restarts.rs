@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{MIB, Pair, assert_same, file};
-use crate::harness::{peer, scratch, until_within};
+use crate::harness::{peer, scratch, throughout, until_within};
 use crate::host::{Host, PATIENCE};
 
 /// QEMU's own block layer, as a guest's disk is attached: it waits for the door and sends again what was not answered.
@@ -48,7 +48,7 @@ fn a_qemu_client_sees_no_error_when_its_server_is_killed_and_started_again() {
             pair.a.ask(&words).well();
             until_within(PATIENCE, "a migration", || (pair.b.state() == "receiving").then_some(()));
         } else {
-            thread::sleep(Duration::from_millis(20));
+            throughout(Duration::from_millis(20), || assert_eq!(client.try_wait().expect("its child"), None));
         }
         pair.a.program.kill();
         let began = Instant::now();
@@ -86,8 +86,7 @@ fn a_server_waits_for_the_one_before_it_to_be_gone() {
     let mut old = Host::owner(folder.path(), "a", &[&file("vda", &image)]);
     thread::scope(|scope| {
         let new = scope.spawn(|| Host::start(folder.path(), "a", &[&file("vda", &image)]));
-        thread::sleep(Duration::from_millis(700));
-        assert!(!new.is_finished(), "two processes serve one guest");
+        throughout(Duration::from_millis(700), || assert!(!new.is_finished(), "two processes serve one guest"));
         old.program.kill();
         let new = new.join().expect("it waits");
         assert_eq!(new.state(), "owner");

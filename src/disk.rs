@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use rustix::fs::{
     Advice, AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, Stat, StatxFlags, StatxTimestamp,
@@ -17,7 +18,7 @@ use rustix::fs::{
 use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::error::reason;
-use crate::limits::{DIRECT_ALIGN, PROBE_BYTES, PROBES, SECTOR, ZERO_STEP, ZERO_WRITE};
+use crate::limits::{DIRECT_ALIGN, PROBE_BYTES, PROBES, RESTART_LOOK, RESTART_PATIENCE, SECTOR, ZERO_STEP, ZERO_WRITE};
 
 /// How the host's page cache is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -616,13 +617,19 @@ fn lock(file: &OwnedFd, access: Access) -> std::result::Result<(), OpenError> {
         Access::ReadOnly => FlockOperation::NonBlockingLockShared,
         Access::Shared => return Ok(()),
     };
-    for result in [rustix::fs::flock(file, operation), rustix::fs::fcntl_lock(file, operation)] {
+    let deadline = Instant::now() + RESTART_PATIENCE;
+    loop {
+        let results = [rustix::fs::flock(file, operation), rustix::fs::fcntl_lock(file, operation)];
         // Any other error is a file system without locks (some network ones): the operator's own care.
-        if let Err(Errno::AGAIN | Errno::ACCESS) = result {
+        if !results.iter().any(|result| matches!(result, Err(Errno::AGAIN | Errno::ACCESS))) {
+            return Ok(());
+        }
+        // A process that was killed a moment ago keeps them until its last request has left the kernel.
+        if Instant::now() >= deadline {
             return Err(OpenError::InUse);
         }
+        std::thread::sleep(RESTART_LOOK);
     }
-    Ok(())
 }
 
 /// Whether every byte is zero.

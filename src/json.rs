@@ -252,6 +252,7 @@ struct ProgressLine<'a> {
     held: bool,
     disks: &'a [ProgressDisk<'a>],
     lost_ms: Option<u64>,
+    lost_cause: Option<&'a str>,
 }
 
 #[derive(Serialize)]
@@ -312,6 +313,7 @@ pub fn progress(guest: &str, progress: &Progress) -> String {
         held: progress.held,
         disks: &disks,
         lost_ms: progress.lost_ms,
+        lost_cause: progress.lost_ms.map(|_| progress.lost_cause.as_str()),
     })
 }
 
@@ -468,7 +470,7 @@ mod tests {
              \"predicted_final_ms\":3,\"downtime_limit_ms\":0,\"bandwidth_bytes\":0,\"held\":false,\"disks\":[\
              {\"name\":\"a\",\"size_bytes\":9,\"left_bytes\":0,\"sent_bytes\":0,\"zero_bytes\":0,\"rate_bytes\":0,\
              \"dirty_rate_bytes\":0,\"passes\":0,\"estimate_s\":8,\"resent_bytes\":0,\"equal_bytes\":0,\
-             \"verified_bytes\":0,\"unverified_bytes\":0}],\"lost_ms\":null}\n"
+             \"verified_bytes\":0,\"unverified_bytes\":0}],\"lost_ms\":null,\"lost_cause\":null}\n"
         );
         let ended = Done { attempt: 1, owner: Owner::Destination, destination: text("d"), ..Done::default() };
         assert_eq!(

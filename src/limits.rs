@@ -30,8 +30,6 @@ pub const DISKS_MAX: usize = 32;
 
 /// Longest file of an ownership record, in bytes; a test says that the longest record fits.
 pub const RECORD_FILE_MAX: usize = 4 * KIB;
-/// Longest wait for somebody who only looks into a state directory.
-pub const STATE_LOCK_TIMEOUT: Duration = Duration::from_millis(200);
 /// Longest text that shows a record to its operator, in bytes.
 pub const RECORD_TEXT_MAX: usize = 512;
 /// Most things that `recover` says to type, each in its place.
@@ -187,7 +185,8 @@ pub const REGION_REQUESTS_MAX: usize = 16;
 pub const PASS_PERIOD: Duration = Duration::from_millis(20);
 /// How long a connection of the mirror waits for a reply before it looks for orders again.
 pub const LANE_LOOK: Duration = Duration::from_millis(5);
-/// The mirror counts as stuck when a request has not been answered for this long: the connection is given up.
+/// A data connection on which a request has not been answered for this long is given up, although the phase connection
+/// says that the destination is there: one silence is the flush of a slow disk, and a fence would wait for it too.
 pub const LANE_SILENCE_MAX: Duration = Duration::from_secs(60);
 /// Time over which the rates that are shown and predicted with are averaged.
 pub const RATE_WINDOW: Duration = Duration::from_secs(1);
@@ -228,6 +227,11 @@ pub const UNIX_PATH_MAX: usize = 107;
 pub const LISTEN_BACKLOG: i32 = 128;
 /// Longest wait for another process that is binding a socket in the same directory.
 pub const BIND_LOCK_TIMEOUT: Duration = Duration::from_secs(2);
+/// A process that starts waits so long for the doors, the disks and the record of one that is ending: it may have been
+/// killed a moment ago, in the middle of a sync.
+pub const RESTART_PATIENCE: Duration = Duration::from_secs(3);
+/// Pause between two looks at them.
+pub const RESTART_LOOK: Duration = Duration::from_millis(50);
 /// Pause between two looks at something that cannot be waited for.
 pub const RETRY_PAUSE: Duration = Duration::from_millis(20);
 /// Pause of a door that cannot accept because the process or the host is out of descriptors or memory.
@@ -283,8 +287,13 @@ pub const LINK_LOOK: Duration = Duration::from_millis(50);
 pub const TICK: Duration = Duration::from_millis(5);
 /// A source asks this often whether the destination is still there.
 pub const PING_PERIOD: Duration = Duration::from_secs(1);
-/// A phase connection on which nothing has come for so long is given up.
-pub const LINK_SILENCE_MAX: Duration = Duration::from_secs(15);
+/// A source whose PING, or anything else that wants an answer, is followed by nothing at all for so long gives the
+/// phase connection up and dials again. A destination that is busy says so every [`PING_PERIOD`], whatever its disks
+/// do; four losses of one packet in a row (3 s of TCP's patience) are no dead link yet.
+pub const LINK_SILENCE_MAX: Duration = Duration::from_secs(5);
+/// A destination gives up a phase connection on which nothing has come for so long. Nothing depends on it: the source
+/// does not ask anything while it waits for a final pass.
+pub const LINK_IDLE_MAX: Duration = Duration::from_secs(15);
 /// Longest wait for a message to leave, or for an answer that needs no disk.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest PREPARE: the destination looks through its disks.
@@ -295,8 +304,15 @@ pub const FENCE_MAX: Duration = Duration::from_secs(75);
 pub const SEAL_MAX: Duration = Duration::from_secs(10);
 /// Longest dial: connection, NBD handshake and hellos, each within its own time.
 pub const DIAL_MAX: Duration = Duration::from_secs(30);
-/// How long a lost destination is dialled again before the attempt is aborted.
-pub const RECONNECT_MAX: Duration = Duration::from_secs(30);
+/// How long a destination that is out of reach is dialled again before the attempt is aborted. A switch that is
+/// restarted takes a minute or two; the guest is not disturbed meanwhile, and what has been copied took longer.
+pub const RECONNECT_MAX: Duration = Duration::from_secs(300);
+/// The same where the network is there and somebody answers that the destination is not: its process has ended, and
+/// the attempt with it (D12). Long enough for a proxy or a firewall that comes up before the way behind it does.
+pub const ABSENT_MAX: Duration = Duration::from_secs(30);
+/// Longest single dial of a lost destination: the next one has a fresh start, and finds a link that is back within
+/// about three seconds, because the kernel repeats the first packet of a dial after 1, 3 and 7 s.
+pub const REDIAL_MAX: Duration = Duration::from_secs(5);
 /// First and longest pause between two dials.
 pub const RECONNECT_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// GO that was not answered for so long is said again over a new connection: the guest stands still meanwhile.
@@ -305,6 +321,8 @@ pub const GO_PATIENCE: Duration = Duration::from_secs(2);
 pub const RUNNING_PATIENCE: Duration = Duration::from_secs(15);
 /// How long an aborted migration waits for UNSEALED; the process goes on asking if it must know.
 pub const UNSEALED_PATIENCE: Duration = Duration::from_secs(5);
+/// The same where the destination was out of reach already.
+pub const LOST_PATIENCE: Duration = Duration::from_secs(1);
 /// A record that could not be made durable is written again after this.
 pub const REWRITE_PAUSE: Duration = Duration::from_secs(1);
 /// A sealed destination that hears nothing asks its source this often.
@@ -324,7 +342,10 @@ pub const LANES_DISTANT: usize = 4;
 /// Stack of the thread that drives a migration, in bytes.
 pub const DRIVER_STACK: usize = 256 * KIB;
 
-const _: () = assert!(QUIESCE_MAX.as_secs() < LINK_SILENCE_MAX.as_secs(), "a quiet link outlives a quiesce");
+const _: () = assert!(QUIESCE_MAX.as_secs() < LINK_IDLE_MAX.as_secs(), "a quiet link outlives a quiesce");
+const _: () = assert!(PING_PERIOD.as_secs() * 3 < LINK_SILENCE_MAX.as_secs(), "one late PONG is no dead link");
+const _: () = assert!(LINK_SILENCE_MAX.as_secs() < SEAL_MAX.as_secs(), "SEAL is said again over a new link");
+const _: () = assert!(ABSENT_MAX.as_secs() < RECONNECT_MAX.as_secs());
 const _: () = assert!(DRAIN_MAX.as_secs() < FENCE_MAX.as_secs(), "the destination gives up a fence first");
 const _: () = assert!(PROBLEMS_MAX * (DISK_NAME_MAX + CAUSE_MAX + 3) < FRAME_MAX, "a refusal must fit a frame");
 const _: () =

@@ -18,7 +18,7 @@
 //!
 //! What was in flight on it may still be in a buffer of the destination and be written at any later moment. Its regions
 //! therefore stay taken, in [`Mirror::lost`], and nobody copies them again, until the destination has fenced that set
-//! of connections (D4); then the driver drops them and they are dirty again.
+//! of connections (D4); then the driver gives them back and they are dirty again.
 //!
 //! An error *reply* is something else: the destination's disk has failed, or ours. It ends the migration (D8).
 
@@ -38,7 +38,7 @@ use std::time::{Duration, Instant};
 pub use budget::Budget;
 use lane::{Flight, Lane, LaneEnd, Orders};
 
-use crate::dirty::{DirtyMap, Outstanding, Region};
+use crate::dirty::{DirtyMap, Outstanding};
 use crate::disk::Disk;
 use crate::export::{Export, Quiesced};
 use crate::limits::{LANE_LOOK, PASS_PERIOD, PAYLOAD_MAX, REGION_MAX};
@@ -57,6 +57,7 @@ pub struct Mirror {
     sent: AtomicU64,
     zeroed: AtomicU64,
     acknowledged: AtomicU64,
+    resent: Arc<AtomicU64>,
 }
 
 #[derive(Debug)]
@@ -73,7 +74,7 @@ struct State {
     /// A pass is being walked.
     walking: bool,
     flush: Flush,
-    lost: Vec<Region>,
+    lost: Vec<Lost>,
     /// A lane ended because its connection did, since the driver last asked.
     lost_lanes: Option<String>,
     failure: Option<Failure>,
@@ -123,6 +124,8 @@ pub struct Counts {
     pub zeroed: u64,
     /// Bytes of regions acknowledged, data and zeroes.
     pub acknowledged: u64,
+    /// Bytes of data whose copies were lost with a connection and had to be given back: part of what was sent.
+    pub resent: u64,
     /// Bytes that guest writes have made dirty.
     pub marked: u64,
     /// Walks over the map that found something.
@@ -131,6 +134,22 @@ pub struct Counts {
     pub flush_took: Duration,
     /// Flushes answered.
     pub flushes: u64,
+}
+
+/// A region whose copy may or may not arrive: in flight until it is given back. Dropping it gives it back too, but
+/// counts nothing: for an attempt that has ended.
+#[derive(Debug)]
+#[must_use = "a region that is dropped is dirty again"]
+pub struct Lost {
+    flight: Flight,
+    resent: Arc<AtomicU64>,
+}
+
+impl Lost {
+    /// The destination has fenced the connection: the region is dirty again, and its data is sent again.
+    pub fn give_back(self) {
+        self.resent.fetch_add(self.flight.data_bytes, Ordering::Relaxed);
+    }
 }
 
 impl Mirror {
@@ -170,6 +189,7 @@ impl Mirror {
             sent: AtomicU64::new(0),
             zeroed: AtomicU64::new(0),
             acknowledged: AtomicU64::new(0),
+            resent: Arc::default(),
         }))
     }
 
@@ -224,6 +244,7 @@ impl Mirror {
             sent: self.sent.load(Ordering::Relaxed),
             zeroed: self.zeroed.load(Ordering::Relaxed),
             acknowledged: self.acknowledged.load(Ordering::Relaxed),
+            resent: self.resent.load(Ordering::Relaxed),
             marked: self.map.marked_bytes(),
             passes,
             flush_took,
@@ -261,9 +282,9 @@ impl Mirror {
         self.lock().lost_lanes.clone()
     }
 
-    /// The regions whose copies have an unknown outcome. Only when no lane runs any more; to be dropped only when the
-    /// destination has said FENCED (D4).
-    pub fn take_lost(&self) -> Vec<Region> {
+    /// The regions whose copies have an unknown outcome. Only when no lane runs any more; to be given back only when
+    /// the destination has said FENCED (D4).
+    pub fn take_lost(&self) -> Vec<Lost> {
         let mut state = self.lock();
         state.lost_lanes = None;
         std::mem::take(&mut state.lost)
@@ -337,8 +358,9 @@ impl Mirror {
         self.lock().lanes += 1;
         let mut lane = Lane::new(self);
         let end = lane.run(client);
+        let lost = lane.into_flights().map(|flight| Lost { flight, resent: Arc::clone(&self.resent) });
         let mut state = self.lock();
-        state.lost.extend(lane.into_regions());
+        state.lost.extend(lost);
         state.lanes -= 1;
         match end {
             LaneEnd::Stopped => {}

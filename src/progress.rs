@@ -30,8 +30,8 @@ pub struct Display<W> {
     guest: String,
     /// Lines of the last picture on a terminal.
     drawn: usize,
-    /// The last plain line: when, and what phase and convergence it told.
-    told: Option<(Instant, Phase, bool)>,
+    /// The last plain line: when, what phase, whether converged and whether the destination was out of reach.
+    told: Option<(Instant, Phase, bool, bool)>,
 }
 
 impl<W: Write> Display<W> {
@@ -72,11 +72,13 @@ impl<W: Write> Display<W> {
     /// Whether a plain line is due; remembers it.
     fn is_time(&mut self, progress: &Progress, now: Instant) -> bool {
         let converged = progress.convergence == Convergence::Converged;
-        let due = self.told.is_none_or(|(when, phase, before)| {
-            phase != progress.phase || before != converged || now.duration_since(when) >= PROGRESS_LINE_INTERVAL
+        let lost = progress.lost_ms.is_some();
+        let due = self.told.is_none_or(|(when, phase, was_converged, was_lost)| {
+            let turn = phase != progress.phase || was_converged != converged || was_lost != lost;
+            turn || now.duration_since(when) >= PROGRESS_LINE_INTERVAL
         });
         if due {
-            self.told = Some((now, progress.phase, converged));
+            self.told = Some((now, progress.phase, converged, lost));
         }
         due
     }
@@ -133,7 +135,11 @@ fn estimate(left_bytes: u64, estimate_s: Option<u32>) -> String {
 /// The line for the whole migration.
 fn whole_line(guest: &str, progress: &Progress) -> String {
     let head = format!("{}: {}: {}", OneLine(guest), progress.phase.word(), time_ms(progress.elapsed_ms));
-    let body = if progress.phase > Phase::Passes { String::new() } else { format!(": {}", convergence(progress)) };
+    let body = match progress.lost_ms {
+        Some(lost_ms) => format!(": reconnecting for {}: {}", time_ms(lost_ms), OneLine(&progress.lost_cause)),
+        None if progress.phase > Phase::Passes => String::new(),
+        None => format!(": {}", convergence(progress)),
+    };
     let held = progress.held && progress.convergence == Convergence::Converged && progress.phase <= Phase::Passes;
     let tail = if held { format!("; held: blockferry switch {guest}") } else { String::new() };
     format!("{head}{body}{tail}")
@@ -162,12 +168,25 @@ fn convergence(progress: &Progress) -> String {
 fn total_line(guest: &str, progress: &Progress) -> String {
     let sum = |of: fn(&DiskProgress) -> u64| progress.disks.iter().map(of).fold(0, u64::saturating_add);
     format!(
-        "{}; {} left, {}, dirty {}",
+        "{}; {} left, {}, dirty {}{}",
         whole_line(guest, progress),
         size(sum(|d| d.left_bytes)),
         rate(sum(|d| d.rate_bytes)),
         rate(sum(|d| d.dirty_rate_bytes)),
+        match sum(|d| d.resent_bytes) {
+            0 => String::new(),
+            resent => format!(", {} sent again", size(resent)),
+        },
     )
+}
+
+/// What of the data had to be sent again because a connection was lost, if anything had.
+fn again(resent_bytes: u64) -> String {
+    if resent_bytes == 0 {
+        String::new()
+    } else {
+        format!(" ({} of it again after a lost connection)", size(resent_bytes))
+    }
 }
 
 /// The last line of a migration that went well.
@@ -175,10 +194,11 @@ fn done_line(guest: &str, done: &Done) -> String {
     let switchover = done.switchover_us.map(|us| format!(", switchover {}", time_us(us))).unwrap_or_default();
     let note = if done.message.is_empty() { String::new() } else { format!(" ({})", OneLine(&done.message)) };
     format!(
-        "{}: migrated to {}: sent {} and {} of zeroes in {} pass{}, {}{switchover}{note}",
+        "{}: migrated to {}: sent {}{} and {} of zeroes in {} pass{}, {}{switchover}{note}",
         OneLine(guest),
         OneLine(&done.destination),
         size(done.sent_bytes),
+        again(done.resent_bytes),
         size(done.zero_bytes),
         done.passes,
         if done.passes == 1 { "" } else { "es" },
@@ -283,6 +303,24 @@ mod tests {
     }
 
     #[test]
+    fn a_lost_destination_is_shown_at_once_with_the_cause() {
+        let calm = a_progress();
+        let mut lost = Progress { lost_ms: Some(3_200), lost_cause: text("timed out"), ..a_progress() };
+        lost.disks[0].resent_bytes = 4 << 20;
+        let ms = Duration::from_millis;
+        let lines = shown(Form::Lines, &[(&calm, ms(0)), (&lost, ms(1)), (&lost, ms(2)), (&calm, ms(3))]);
+        let lines: Vec<_> = lines.lines().collect();
+        assert_eq!(lines.len(), 3, "each turn has its line: {lines:?}");
+        assert_eq!(
+            lines[1],
+            "g1: passes: 12.3 s: reconnecting for 3.2 s: timed out; \
+             1.0 GiB left, 236 MiB/s, dirty 6.0 MiB/s, 4.0 MiB sent again"
+        );
+        let picture = shown(Form::Terminal, &[(&Progress { phase: Phase::Give, ..lost }, ms(0))]);
+        assert!(picture.contains("\rg1: give: 12.3 s: reconnecting for 3.2 s: timed out\x1b[K"), "{picture:?}");
+    }
+
+    #[test]
     fn json_gets_every_frame() {
         let progress = a_progress();
         let lines = shown(Form::Json, &[(&progress, Duration::ZERO), (&progress, Duration::ZERO)]);
@@ -307,6 +345,8 @@ mod tests {
             String::from_utf8(out).expect("text"),
             "g1: migrated to tcp://b:1: sent 3.0 GiB and 1.0 MiB of zeroes in 3 passes, 32.1 s, switchover 8.3 ms\n"
         );
+        let again = Done { resent_bytes: 12 << 20, ..good.clone() };
+        assert!(done_line("g1", &again).contains(": sent 3.0 GiB (12.0 MiB of it again after a lost connection) and "));
         for (exit, owner, cause) in [
             (Exit::Refused, Owner::Here, "disk full; nothing has changed"),
             (Exit::Aborted, Owner::Here, "disk full; this source still owns and serves the guest"),

@@ -4,8 +4,9 @@
 //! doors, say that they are ready, and go on until they are killed: ending is as safe as a crash, and a crash is as
 //! safe as ending.
 
+use std::io::ErrorKind;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::address::Address;
 use crate::control::port_door;
@@ -20,6 +21,7 @@ use crate::doors::{self, GuestDirectory};
 use crate::error::{Problem, reason};
 use crate::export::{Door, Export, Gate};
 use crate::guest::Guest;
+use crate::limits::{LANE_SILENCE_MAX, RESTART_LOOK, RESTART_PATIENCE};
 use crate::listener::Listener;
 use crate::migrate::destination::{self, MigrationDirectory};
 use crate::migrate::{recover, settle};
@@ -83,9 +85,18 @@ fn bind_all(what: &'static str, addresses: &[Address]) -> Result<Vec<Arc<Listene
     addresses.iter().map(|address| bind(what, address)).collect()
 }
 
+/// Binds a door. A process that was killed a moment ago may still hold it, as long as the kernel is not done with it.
 fn bind(what: &'static str, address: &Address) -> Result<Arc<Listener>, Problem> {
-    let listener = Listener::bind(address).map_err(|error| Problem::fatal(what, address, reason(&error)))?;
-    Ok(Arc::new(listener))
+    let deadline = Instant::now() + RESTART_PATIENCE;
+    loop {
+        match Listener::bind(address) {
+            Ok(listener) => return Ok(Arc::new(listener)),
+            Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < deadline => {
+                std::thread::sleep(RESTART_LOOK);
+            }
+            Err(error) => return Err(Problem::fatal(what, address, reason(&error))),
+        }
+    }
 }
 
 fn open_guest_door(guest: &Arc<Guest>, listener: &Arc<Listener>) -> Result<(), Problem> {
@@ -102,6 +113,8 @@ fn open_guest_door(guest: &Arc<Guest>, listener: &Arc<Listener>) -> Result<(), P
 fn open_migration_door(guest: &Arc<Guest>, listener: &Arc<Listener>) -> Result<(), Problem> {
     let guest = Arc::clone(guest);
     let opened = doors::open("migration", Arc::clone(listener), move |socket| {
+        // A source that has vanished leaves nothing behind; a phase connection soon has shorter times.
+        socket.set_keep_alive(LANE_SILENCE_MAX / 2);
         let directory = MigrationDirectory { guest: &guest, socket: &socket };
         doors::serve_nbd("migration", &socket, &directory, |socket| destination::serve(&guest, socket));
     });

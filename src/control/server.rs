@@ -256,12 +256,12 @@ fn follow_present(link: &mut Link, desk: &dyn Desk) -> Result<Option<Request>> {
 /// Sends the news of an attempt until its end, or until a hello comes, which is given back; an error when the client is
 /// gone before.
 fn follow(link: &mut Link, desk: &dyn Desk, attempt: u128) -> Result<Option<Request>> {
-    let mut sent: Option<(Instant, Phase, Convergence)> = None;
+    let mut sent: Option<Told> = None;
     loop {
         match desk.news(Some(attempt), HANG_UP_POLL) {
             Some(News::Done(done)) => return send(link, &Reply::Done(done)).map(|()| None),
             Some(News::Progress(progress)) => {
-                let now = (Instant::now(), progress.phase, progress.convergence);
+                let now = (Instant::now(), progress.phase, progress.convergence, progress.lost_ms.is_some());
                 if sent.is_none_or(|before| is_news(before, now)) {
                     sent = Some(now);
                     link.offer(&Reply::Progress(progress))?;
@@ -300,10 +300,16 @@ fn answer_meanwhile(link: &mut Link, desk: &dyn Desk) -> Result<Option<Request>>
     }
 }
 
-/// Whether a follower should hear: a new phase, convergence won or lost, or it is time again.
-fn is_news(before: (Instant, Phase, Convergence), now: (Instant, Phase, Convergence)) -> bool {
+/// What a follower has been told: when, and whether the destination was out of reach.
+type Told = (Instant, Phase, Convergence, bool);
+
+/// Whether a follower should hear: a new phase, convergence or the destination won or lost, or it is time again.
+fn is_news(before: Told, now: Told) -> bool {
     let converged = |c| c == Convergence::Converged;
-    before.1 != now.1 || converged(before.2) != converged(now.2) || now.0.duration_since(before.0) >= PROGRESS_INTERVAL
+    before.1 != now.1
+        || converged(before.2) != converged(now.2)
+        || before.3 != now.3
+        || now.0.duration_since(before.0) >= PROGRESS_INTERVAL
 }
 
 fn report(link: &mut Link, result: std::result::Result<(), Problem>) -> Result<()> {

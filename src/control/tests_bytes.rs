@@ -92,6 +92,7 @@ fn a_progress() -> Progress {
         .into_iter()
         .collect(),
         lost_ms: Some(13),
+        lost_cause: text("c"),
     }
 }
 
@@ -299,6 +300,7 @@ fn the_largest_messages_fit_a_frame() {
         downtime_limit_ms: u32::MAX,
         bandwidth_bytes: most,
         disks: (0..DISKS_MAX).map(|_| disk.clone()).collect(),
+        lost_cause: full(),
         ..a_progress()
     };
     let disk = DiskStatus { name: full(), size_bytes: most, stays: Some(Stays::Shared), gate: Some(Gate::Fenced) };

@@ -436,6 +436,8 @@ pub struct Progress {
     pub disks: Vec<DiskProgress, DISKS_MAX>,
     /// How long the destination has been out of reach; `None`: it is not.
     pub lost_ms: Option<u64>,
+    /// Why it is out of reach; empty: it is not.
+    pub lost_cause: Cause,
 }
 
 /// One disk in [`Progress`].

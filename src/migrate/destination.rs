@@ -10,9 +10,10 @@
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Instant;
 
+use super::beat::while_working;
 use super::link::{Link, LinkError};
 use super::wire::{
     BootId, Capabilities, Challenge, DiskOffer, DiskReady, Epoch, ExportName, Hello, Message, Mode, Prepare, Prepared,
@@ -24,7 +25,7 @@ use crate::domain::{Source, Stays};
 use crate::export::{Door, Export, Gate, Visit};
 use crate::guest::Guest;
 use crate::limits::{
-    CONNECTION_STACK, CONNECTIONS_MAX, CONNECTIONS_PER_DISK_MAX, DISKS_MAX, HELLO_TIMEOUT, LINK_LOOK, LINK_SILENCE_MAX,
+    CONNECTION_STACK, CONNECTIONS_MAX, CONNECTIONS_PER_DISK_MAX, DISKS_MAX, HELLO_TIMEOUT, LINK_IDLE_MAX, LINK_LOOK,
     PHASE_CONNECTIONS_MAX, PROBLEMS_MAX, REPLY_TIMEOUT,
 };
 use crate::nbd::handshake::{Description, Directory, OpenError};
@@ -84,7 +85,7 @@ type Ready = heapless::Vec<DiskReady, DISKS_MAX>;
 
 /// Speaks the phase protocol on one connection until it ends.
 pub fn serve(guest: &Arc<Guest>, socket: &Arc<Socket>) {
-    socket.set_keep_alive(LINK_SILENCE_MAX);
+    socket.set_keep_alive(LINK_IDLE_MAX);
     let mut link = Link::new(Arc::clone(socket));
     if let Err(cause) = converse(guest, &mut link) {
         log::info!("migration door: phase connection closed: {cause}");
@@ -103,9 +104,13 @@ fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
     let mut heard = Instant::now();
     loop {
         match link.receive(Instant::now() + LINK_LOOK) {
+            Ok(Some(Message::Ping { number })) => {
+                heard = Instant::now();
+                link.send(&Message::Pong { number }, heard + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
+            }
             Ok(Some(message)) => {
                 log::debug!("migration door: received {}", message.name());
-                let answer = guest.destination.answer(guest, &mut session, message)?;
+                let answer = while_working(link, || guest.destination.answer(guest, &mut session, message))?;
                 heard = Instant::now();
                 let Some(answer) = answer else { continue };
                 log::debug!("migration door: answered {}", answer.name());
@@ -113,7 +118,7 @@ fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
                 // The answer may have taken long; the peer's silence begins now.
                 heard = Instant::now();
             }
-            Ok(None) if heard.elapsed() > LINK_SILENCE_MAX => return Err(LinkError::Late.to_string()),
+            Ok(None) if heard.elapsed() > LINK_IDLE_MAX => return Err(LinkError::Late.to_string()),
             Ok(None) => {
                 if let Some(news) = guest.destination.news(guest, &session) {
                     link.send(&news, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
@@ -173,7 +178,6 @@ impl Destination {
             Stage::Idle => false,
         };
         let answer = match (receiving, message) {
-            (_, Message::Ping { number }) => Ok(Message::Pong { number }),
             (_, Message::Prepare(offer)) => inner.prepare(guest, session, &offer),
             // Whatever the source asks of an attempt that this side has ended, it hears why.
             (false, Message::Fence { stamp, .. } | Message::Seal { stamp, .. })
@@ -276,9 +280,14 @@ impl Destination {
         matches!(self.lock().stage, Stage::Receiving(_))
     }
 
-    /// What the source must hear without having asked: this side has ended the attempt.
+    /// What the source must hear without having asked: this side has ended the attempt. While another connection has
+    /// something done under the lock, this one goes on answering PINGs and looks again later.
     fn news(&self, guest: &Guest, session: &Session) -> Option<Message> {
-        let mut inner = self.lock();
+        let mut inner = match self.inner.try_lock() {
+            Ok(inner) => inner,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
         if let Stage::Receiving(reception) = &inner.stage
             && refused_writes(guest) > reception.refused_before
         {

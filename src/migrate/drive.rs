@@ -9,25 +9,32 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::dial::dial;
-use super::lanes::Lanes;
+use super::dial::{aside, dial, dial_aside, wait_for};
+use super::lanes::{Lanes, connect, disk_of};
 use super::link::{Link, LinkError};
 use super::meter::{Meter, Verdict};
 use super::settle::{self, Trouble};
 use super::source::Job;
 use super::wire::{DiskOffer, Epoch, Hello, Message, Mode, Prepare, Prepared, Role, Verify, cut};
 use crate::control::wire::{Convergence, DiskProgress, Done, Owner, Phase, text};
-use crate::dirty::{DirtyMap, Region};
+use crate::dirty::DirtyMap;
 use crate::error::Exit;
 use crate::export::{Export, Quiesced, quiesce};
 use crate::guest::Guest;
 use crate::limits::{
-    CONNECTIONS_PER_DISK_MAX, DIAL_MAX, DISKS_MAX, DISTANT, FENCE_MAX, FLUSH_PERIOD, GO_PATIENCE, LANES_DISTANT,
-    LINK_SILENCE_MAX, PING_PERIOD, PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REPLY_TIMEOUT,
-    RUNNING_PATIENCE, SEAL_MAX, SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
+    ABSENT_MAX, CONNECTIONS_PER_DISK_MAX, DIAL_MAX, DISKS_MAX, DISTANT, FENCE_MAX, FLUSH_PERIOD, GO_PATIENCE,
+    LANES_DISTANT, LINK_LOOK, LINK_SILENCE_MAX, LOST_PATIENCE, PING_PERIOD, PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX,
+    RECONNECT_PAUSE, REDIAL_MAX, REPLY_TIMEOUT, RUNNING_PATIENCE, SEAL_MAX, SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK,
+    UNSEALED_PATIENCE,
 };
-use crate::mirror::{Counts, Mirror, NotReady};
+use crate::mirror::{Counts, Lost, Mirror, NotReady};
 use crate::ownership::{Event, KeepError, Peer, Record, Stamp};
+use outage::Outage;
+
+mod outage;
+
+/// What is said of a destination that does not say anything.
+const SILENT: &str = "the destination is silent";
 
 /// Why a migration does not go on. Which exit code that is depends on where it happens.
 #[derive(Debug)]
@@ -106,6 +113,7 @@ pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
     };
     done.sent_bytes = counts.iter().map(|c| c.sent).sum();
     done.zero_bytes = counts.iter().map(|c| c.zeroed).sum();
+    done.resent_bytes = counts.iter().map(|c| c.resent).sum();
     done.passes = counts.iter().map(|c| c.passes).max().unwrap_or(0);
     done
 }
@@ -140,8 +148,9 @@ fn done(job: &Job, exit: Exit, owner: Owner, cause: &str) -> Done {
 fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String> {
     // Before the destination waits for an answer: it may take a while on a large disk.
     let disks = job.exports.iter().map(offer).collect::<Result<_, _>>()?;
-    let (mut link, theirs) = dial(guest, &job.address, Role::Source, Instant::now() + DIAL_MAX)
-        .map_err(|cause| format!("{}: {cause}", job.address))?;
+    let dialled = dial_aside(guest, &job.address, Instant::now() + DIAL_MAX);
+    let (mut link, theirs) = wait_for(&dialled, TICK, || job.cancelled().map_or(Ok(()), Err))?
+        .map_err(|no_link| format!("{}: {no_link}", job.address))?;
     let record = guest.record().map_err(|error| error.to_string())?.ok_or("this host owns nothing")?;
     let stamp = Stamp {
         lineage: record.lineage,
@@ -184,8 +193,9 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
         unknown: Vec::new(),
         down: false,
         link_lost: round_trip.is_err(),
+        outage: Outage::default(),
         meter: Meter::new(job.exports.len()),
-        heard: Instant::now(),
+        owed: None,
         pinged: Instant::now(),
         flushed: Instant::now(),
     })
@@ -224,16 +234,23 @@ fn ask_to_prepare(
     let broken = |error: LinkError| NotPrepared::Unclear(error.to_string());
     link.send(message, Instant::now() + REPLY_TIMEOUT).map_err(broken)?;
     let deadline = Instant::now() + PREPARE_MAX;
+    let mut heard = Instant::now();
     let prepared = loop {
         if let Some(cause) = job.cancelled() {
             return Err(NotPrepared::Unclear(cause));
         }
-        match link.receive(Instant::now() + TICK).map_err(broken)? {
+        let received = link.receive(Instant::now() + TICK).map_err(broken)?;
+        if received.is_some() {
+            heard = Instant::now();
+        }
+        match received {
             Some(Message::Prepared(prepared)) if prepared.stamp.matches(stamp) => break prepared,
             Some(Message::Refused { stamp: about, problems }) if about.matches(stamp) => {
                 return Err(NotPrepared::Refused(report(&problems)));
             }
             None if Instant::now() >= deadline => return Err(unclear("the destination does not get ready")),
+            // While it works it says so.
+            None if heard.elapsed() > LINK_SILENCE_MAX => return Err(unclear(SILENT)),
             _ => {}
         }
     };
@@ -296,14 +313,16 @@ struct Drive<'a> {
     mirrors: Vec<Arc<Mirror>>,
     lanes: Lanes,
     /// Regions whose copies may still be in a buffer of the destination: in flight until it is fenced (D4).
-    unknown: Vec<Region>,
+    unknown: Vec<Lost>,
     /// The lanes are ended and not open again.
     down: bool,
     /// The phase connection is dead.
     link_lost: bool,
+    outage: Outage,
     meter: Meter,
-    /// When the destination was last heard, asked whether it is there, and asked for a flush.
-    heard: Instant,
+    /// Since when the destination owes an answer and has said nothing at all.
+    owed: Option<Instant>,
+    /// When it was last asked whether it is there, and for a flush.
     pinged: Instant,
     flushed: Instant,
 }
@@ -318,8 +337,9 @@ impl Drive<'_> {
             mirror.scan(ready.reads_as_zero).map_err(|error| fault(error.to_string()))?;
             self.mirrors.push(mirror);
         }
-        if let Err(cause) = self.open_lanes() {
-            self.recover(&cause, Instant::now() + RECONNECT_MAX)?;
+        match self.open_lanes() {
+            Err(NotYet::GoOn(cause)) => self.recover(&cause)?,
+            opened => opened?,
         }
         self.copy_until_converged()
     }
@@ -438,9 +458,9 @@ impl Drive<'_> {
         self.show_phase(Phase::Seal);
         let deadline = Instant::now() + SEAL_MAX;
         let message = Message::Seal { stamp: self.stamp, digests: heapless::Vec::new() };
-        let mut ask = Some(&message);
+        let mut said = self.say(&message);
         while Instant::now() < deadline {
-            match self.converse(ask.take()) {
+            match said.and_then(|()| self.listen()) {
                 Ok(Some(Message::Sealed { fsync_us, .. })) => {
                     log::info!("migration: sealed, the destination's last sync took {fsync_us} us");
                     return Ok(());
@@ -449,10 +469,10 @@ impl Drive<'_> {
                 Ok(Some(Message::Unsealed { .. } | Message::Record { .. })) => {
                     return Err("the destination cannot seal this attempt any more".into());
                 }
-                Ok(_) => {}
-                Err(_) => {
-                    self.redial(deadline)?;
-                    ask = Some(&message);
+                Ok(_) => said = Ok(()),
+                Err(cause) => {
+                    self.redial(&cause, deadline)?;
+                    said = self.say(&message);
                 }
             }
             if let Some(cause) = self.job.cancelled() {
@@ -474,7 +494,10 @@ impl Drive<'_> {
                 _ if !settle::is_needed(self.guest) => return Handed::Over(since.elapsed()),
                 Ok((answer, _)) => log::info!("migration: GO is answered by {}", answer.name()),
                 Err(Trouble::NotDurable(cause)) => return Handed::OverBut(cause),
-                Err(Trouble::Silent(cause)) => log::info!("migration: GO: {cause}"),
+                Err(Trouble::Silent(cause)) => {
+                    log::info!("migration: GO: {cause}");
+                    self.job.lose(Instant::now(), &cause);
+                }
             }
             if Instant::now() + pause >= deadline {
                 return Handed::Unheard;
@@ -482,8 +505,14 @@ impl Drive<'_> {
             std::thread::sleep(pause);
             pause = (pause * 2).min(RECONNECT_PAUSE.1);
             match dial(self.guest, &self.job.address, Role::Source, deadline) {
-                Ok((link, _)) => self.link = link,
-                Err(cause) => log::info!("migration: {cause}"),
+                Ok((link, _)) => {
+                    self.link = link;
+                    self.job.find();
+                }
+                Err(no_link) => {
+                    log::info!("migration: {no_link}");
+                    self.job.still_lost(&no_link.to_string());
+                }
             }
         }
     }
@@ -498,26 +527,39 @@ impl Drive<'_> {
         if let Some(failure) = self.mirrors.iter().find_map(|mirror| mirror.failure()) {
             return Err(failure.text.into());
         }
-        let until = Instant::now() + RECONNECT_MAX;
         if self.down {
-            return Ok(self.recover("the data connections are down", until)?);
+            return Ok(self.recover("the data connections are down")?);
         }
         if let Some(cause) = self.mirrors.iter().find_map(|mirror| mirror.lost()) {
-            return Ok(self.recover(&cause, until)?);
+            return Ok(self.recover(&cause)?);
         }
-        let ping = (self.pinged.elapsed() >= PING_PERIOD).then(|| {
-            self.pinged = Instant::now();
-            Message::Ping { number: 0 }
-        });
-        match self.converse(ping.as_ref()) {
+        match self.listen() {
             Ok(Some(Message::Failed { cause, .. })) => Err(format!("the destination: {cause}").into()),
-            Ok(_) if self.heard.elapsed() > LINK_SILENCE_MAX => {
-                self.link_lost = true;
-                Ok(self.recover("the destination is silent", until)?)
-            }
             Ok(_) => Ok(()),
-            Err(cause) => Ok(self.recover(&cause, until)?),
+            Err(cause) => Ok(self.recover(&cause)?),
         }
+    }
+
+    /// Waits a moment for a message about this attempt, and asks whether the destination is there when it is time.
+    ///
+    /// # Errors
+    /// The link is lost; one that is silent for too long counts as that.
+    fn listen(&mut self) -> Result<Option<Message>, String> {
+        let ping = (self.pinged.elapsed() >= PING_PERIOD).then_some(Message::Ping { number: 0 });
+        if ping.is_some() {
+            self.pinged = Instant::now();
+        }
+        let heard = self.converse(ping.as_ref())?;
+        if self.owed.is_some_and(|since| since.elapsed() > LINK_SILENCE_MAX) {
+            self.link_lost = true;
+            return Err(SILENT.to_owned());
+        }
+        Ok(heard)
+    }
+
+    /// Says what is to be answered.
+    fn say(&mut self, message: &Message) -> Result<(), String> {
+        self.send(message).map_err(|error| self.lost_link(error))
     }
 
     fn pause(&mut self, time: Duration) -> Result<(), Stop> {
@@ -530,19 +572,26 @@ impl Drive<'_> {
 
     /// Says `message`, if there is one, and waits a moment for one about this attempt.
     fn converse(&mut self, message: Option<&Message>) -> Result<Option<Message>, String> {
-        self.exchange(message).map_err(|error| {
-            self.link_lost = true;
-            error.to_string()
-        })
+        self.exchange(message).map_err(|error| self.lost_link(error))
+    }
+
+    fn lost_link(&mut self, error: LinkError) -> String {
+        self.link_lost = true;
+        error.to_string()
+    }
+
+    fn send(&mut self, message: &Message) -> Result<(), LinkError> {
+        self.owed.get_or_insert_with(Instant::now);
+        self.link.send(message, Instant::now() + LINK_SILENCE_MAX)
     }
 
     fn exchange(&mut self, message: Option<&Message>) -> Result<Option<Message>, LinkError> {
         if let Some(message) = message {
-            self.link.send(message, Instant::now() + REPLY_TIMEOUT)?;
+            self.send(message)?;
         }
         let look = Instant::now() + TICK;
         while let Some(message) = self.link.receive(look)? {
-            self.heard = Instant::now();
+            self.owed = None;
             if message.stamp().is_some_and(|stamp| stamp.matches(&self.stamp)) {
                 return Ok(Some(message));
             }
@@ -551,110 +600,6 @@ impl Drive<'_> {
             }
         }
         Ok(None)
-    }
-
-    /// D4: a connection was lost. Ends all data connections, has the destination fence their epoch, gives back what
-    /// was in flight on them, and opens a new set; dials again for as long as it takes.
-    fn recover(&mut self, cause: &str, deadline: Instant) -> Result<(), NotYet> {
-        log::warn!("migration: {cause}; reconnecting");
-        self.down = true;
-        self.unknown.append(&mut self.lanes.end());
-        let mut pause = RECONNECT_PAUSE.0;
-        while let Err(not_yet) = self.try_to_recover(deadline) {
-            let NotYet::GoOn(cause) = not_yet else { return Err(not_yet) };
-            log::info!("migration: {cause}");
-            self.rest(&mut pause, deadline, &cause)?;
-        }
-        self.down = false;
-        Ok(())
-    }
-
-    fn try_to_recover(&mut self, deadline: Instant) -> Result<(), NotYet> {
-        if self.link_lost {
-            self.dial_again(deadline)?;
-        }
-        self.fence()?;
-        // FENCED: now, and not before, they may be copied again.
-        self.unknown.clear();
-        self.mirrors.iter().for_each(|mirror| mirror.resume());
-        self.open_lanes().map_err(|cause| {
-            // Those that did open belong to an epoch that must end before another set is opened.
-            self.unknown.append(&mut self.lanes.end());
-            NotYet::GoOn(cause)
-        })
-    }
-
-    fn fence(&mut self) -> Result<(), NotYet> {
-        let deadline = Instant::now() + FENCE_MAX;
-        let message = Message::Fence { stamp: self.stamp, epoch: self.epoch };
-        let mut ask = Some(&message);
-        while Instant::now() < deadline {
-            match self.converse(ask.take()).map_err(NotYet::GoOn)? {
-                Some(Message::Fenced { instance, epoch, .. })
-                    if instance == self.prepared.instance && epoch > self.epoch =>
-                {
-                    self.epoch = epoch;
-                    return Ok(());
-                }
-                Some(Message::Fenced { .. }) => return stop("the destination's fence is not for this process"),
-                Some(Message::Failed { cause, .. }) => return stop(&format!("the destination: {cause}")),
-                Some(Message::Record { .. }) => return stop("the destination has ended this attempt"),
-                _ => {}
-            }
-            if let Some(cause) = self.job.cancelled() {
-                return stop(&cause);
-            }
-        }
-        stop("the destination does not answer to a fence")
-    }
-
-    /// Opens a new phase connection to the same process of the destination.
-    fn dial_again(&mut self, deadline: Instant) -> Result<(), NotYet> {
-        let (link, theirs): (Link, Hello) =
-            dial(self.guest, &self.job.address, Role::Source, deadline).map_err(NotYet::GoOn)?;
-        if theirs.instance != self.prepared.instance {
-            // D12: what it had been sent, it may have forgotten.
-            return stop("the destination has been restarted");
-        }
-        self.link = link;
-        self.link_lost = false;
-        self.heard = Instant::now();
-        Ok(())
-    }
-
-    /// Dials until somebody answers or `deadline` passes.
-    fn redial(&mut self, deadline: Instant) -> Result<(), NotYet> {
-        let mut pause = RECONNECT_PAUSE.0;
-        while let Err(not_yet) = self.dial_again(deadline) {
-            let NotYet::GoOn(cause) = not_yet else { return Err(not_yet) };
-            self.rest(&mut pause, deadline, &cause)?;
-        }
-        Ok(())
-    }
-
-    /// A pause before something is tried again, each longer than the one before.
-    fn rest(&self, pause: &mut Duration, deadline: Instant, cause: &str) -> Result<(), NotYet> {
-        if let Some(cause) = self.job.cancelled() {
-            return stop(&cause);
-        }
-        if Instant::now() + *pause >= deadline {
-            return Err(NotYet::GoOn(format!("the destination is lost: {cause}")));
-        }
-        std::thread::sleep(*pause);
-        *pause = (*pause * 2).min(RECONNECT_PAUSE.1);
-        Ok(())
-    }
-
-    /// Opens the lanes of the current epoch. The mirrors may run.
-    fn open_lanes(&mut self) -> Result<(), String> {
-        let most = self.prepared.disks.iter().map(|disk| disk.connections).min().unwrap_or(1).max(1);
-        let most = most.min(u8::try_from(CONNECTIONS_PER_DISK_MAX).unwrap_or(u8::MAX));
-        let wanted = match self.job.request.connections {
-            0 if self.round_trip < DISTANT => 1,
-            0 => u8::try_from(LANES_DISTANT / self.mirrors.len().max(1)).unwrap_or(1).max(1),
-            some => some,
-        };
-        self.lanes.open(&self.job.address, &self.prepared, self.epoch, &self.mirrors, wanted.min(most))
     }
 
     fn record(&self, event: &Event) -> Result<(), Stop> {
@@ -714,6 +659,7 @@ impl Drive<'_> {
                 size_bytes: mirror.size(),
                 left_bytes: left,
                 sent_bytes: counts.sent,
+                resent_bytes: counts.resent,
                 zero_bytes: counts.zeroed,
                 rate_bytes: rates.copied,
                 dirty_rate_bytes: rates.dirtied,
@@ -727,10 +673,6 @@ impl Drive<'_> {
     }
 }
 
-fn stop(cause: &str) -> Result<(), NotYet> {
-    Err(NotYet::Stop(Stop::Abort(cause.to_owned())))
-}
-
 // ---- the failure path --------------------------------------------------------------------------------------------
 
 /// Ends an attempt that is not given: for good first, then the destination is told (M3), and UNSEALED is waited for a
@@ -738,6 +680,7 @@ fn stop(cause: &str) -> Result<(), NotYet> {
 fn abort(mut drive: Drive<'_>, cause: &str) -> Result<(), String> {
     log::warn!("migration: aborted: {cause}");
     drive.show_phase(Phase::Abort);
+    drive.job.find();
     // Somebody may have cancelled already: that is what is happening.
     let _ = drive.job.close_decision("the migration is being aborted");
     if let Err(Stop::Abort(cause) | Stop::Unknown(cause)) = drive.record(&Event::End { attempt: drive.stamp.attempt }) {
@@ -747,7 +690,8 @@ fn abort(mut drive: Drive<'_>, cause: &str) -> Result<(), String> {
     drop(drive.lanes.end());
     drive.unknown.clear();
     drive.mirrors.clear();
-    let deadline = Instant::now() + UNSEALED_PATIENCE;
+    // Who was out of reach is not waited for: the source has ended the attempt, and asks on by itself if it must know.
+    let deadline = Instant::now() + if drive.link_lost { LOST_PATIENCE } else { UNSEALED_PATIENCE };
     let message = Message::Abort { stamp: drive.stamp, cause: cut(cause) };
     let mut ask = Some(&message);
     while Instant::now() < deadline {
@@ -764,10 +708,12 @@ fn abort(mut drive: Drive<'_>, cause: &str) -> Result<(), String> {
             Ok(_) => {}
             Err(lost) => {
                 log::info!("migration: {lost}");
-                if drive.dial_again(deadline).is_err() {
-                    return Ok(());
+                // Not aside: an attempt that is being ended is not cancelled.
+                let dialled = dial(drive.guest, &drive.job.address, Role::Source, deadline);
+                match dialled.map(|(link, theirs)| drive.take_link(link, &theirs)) {
+                    Ok(Ok(())) => ask = Some(&message),
+                    _ => return Ok(()),
                 }
-                ask = Some(&message);
             }
         }
     }

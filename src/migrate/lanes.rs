@@ -1,17 +1,17 @@
 //! The data connections of a migration: opened together, ended together.
 //!
 //! They belong to one epoch. When one is lost all are ended here and joined, the destination is asked for a fence, and
-//! a new set is opened (D4).
+//! a new set is opened (D4). [`connect`] opens a set and may take as long as the network pleases, so that the driver
+//! has it done aside; nothing has been sent over it, and who no longer wants it drops it. [`Lanes::start`] copies.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use super::wire::{Epoch, Prepared, export_name};
 use crate::address::Address;
-use crate::dirty::Region;
 use crate::error::reason;
 use crate::limits::{CONNECT_TIMEOUT, CONNECTION_STACK, LANE_SILENCE_MAX};
-use crate::mirror::Mirror;
+use crate::mirror::{Lost, Mirror};
 use crate::nbd::client::{Client, Wants};
 use crate::nbd::wire;
 use crate::socket::Socket;
@@ -29,67 +29,96 @@ struct Lane {
     thread: Option<JoinHandle<()>>,
 }
 
+/// An open data connection, over which nothing has been sent.
+#[derive(Debug)]
+pub(super) struct Opened {
+    /// Which of the mirrors it is for.
+    mirror: usize,
+    socket: Arc<Socket>,
+    client: Client,
+}
+
+/// The name and size in bytes of a mirror's disk.
+pub(super) fn disk_of(mirror: &Arc<Mirror>) -> (String, u64) {
+    (mirror.name().to_owned(), mirror.size())
+}
+
+/// Opens `connections` data connections for each of the mirrors' disks, or one where the destination does not say that
+/// several see each other's writes.
+///
+/// # Errors
+/// One line.
+pub(super) fn connect(
+    address: &Address,
+    prepared: &Prepared,
+    epoch: Epoch,
+    disks: &[(String, u64)],
+    connections: u8,
+) -> Result<Vec<Opened>, String> {
+    let mut all = Vec::new();
+    for (mirror, (disk, size)) in disks.iter().enumerate() {
+        let name = export_name(prepared.stamp.attempt, prepared.instance, epoch, prepared.token, disk);
+        let one = || {
+            let (socket, client) = connect_one(address, disk, *size, name.as_str())?;
+            Ok::<_, String>(Opened { mirror, socket, client })
+        };
+        let first = one()?;
+        let several = first.client.info().has(wire::FLAG_CAN_MULTI_CONN);
+        all.push(first);
+        for _ in 1..if several { connections } else { 1 } {
+            all.push(one()?);
+        }
+    }
+    Ok(all)
+}
+
+fn connect_one(address: &Address, disk: &str, size: u64, name: &str) -> Result<(Arc<Socket>, Client), String> {
+    let socket = Arc::new(address.connect(CONNECT_TIMEOUT).map_err(|error| reason(&error))?);
+    let mut client = Client::connect(Arc::clone(&socket), name, Wants::default())
+        .map_err(|error| format!("disk {disk}: data connection: {error}"))?;
+    if client.info().size != size {
+        return Err(format!("disk {disk}: the destination's size has changed"));
+    }
+    socket.set_keep_alive(LANE_SILENCE_MAX / 2);
+    client.set_silence_max(LANE_SILENCE_MAX);
+    Ok((socket, client))
+}
+
 impl Lanes {
-    /// Opens `connections` lanes for each mirror, or one where the destination does not say that several see each
-    /// other's writes.
+    /// Copies over these connections, one thread for each. The mirrors stand in the order of the disks that they were
+    /// opened for.
     ///
     /// # Errors
-    /// One line. What was opened runs already and stays: the caller ends it and keeps what was in flight.
-    pub(super) fn open(
-        &mut self,
-        address: &Address,
-        prepared: &Prepared,
-        epoch: Epoch,
-        mirrors: &[Arc<Mirror>],
-        connections: u8,
-    ) -> Result<(), String> {
-        mirrors.iter().try_for_each(|mirror| {
-            let attempt = prepared.stamp.attempt;
-            let name = export_name(attempt, prepared.instance, epoch, prepared.token, mirror.name());
-            let several = self.open_one(address, mirror, name.as_str())?;
-            (1..if several { connections } else { 1 }).try_for_each(|_| {
-                self.open_one(address, mirror, name.as_str())?;
-                Ok(())
-            })
+    /// One line. What has been started runs and stays: the caller ends it and keeps what was in flight.
+    pub(super) fn start(&mut self, mirrors: &[Arc<Mirror>], opened: Vec<Opened>) -> Result<(), String> {
+        opened.into_iter().try_for_each(|Opened { mirror, socket, mut client }| {
+            let mirror = mirrors.get(mirror).ok_or("a data connection for no disk")?;
+            let runner = Arc::clone(mirror);
+            let thread = std::thread::Builder::new()
+                .name(format!("lane {}", mirror.name()))
+                .stack_size(CONNECTION_STACK)
+                .spawn(move || runner.run_lane(&mut client))
+                .map_err(|error| format!("no thread for a data connection: {error}"))?;
+            self.lanes.push(Lane { mirror: Arc::clone(mirror), socket, thread: Some(thread) });
+            Ok(())
         })
     }
 
-    /// Opens one lane and starts its thread. Returns whether there may be more.
-    fn open_one(&mut self, address: &Address, mirror: &Arc<Mirror>, name: &str) -> Result<bool, String> {
-        let socket = Arc::new(address.connect(CONNECT_TIMEOUT).map_err(|error| reason(&error))?);
-        let mut client = Client::connect(Arc::clone(&socket), name, Wants::default())
-            .map_err(|error| format!("disk {}: data connection: {error}", mirror.name()))?;
-        if client.info().size != mirror.size() {
-            return Err(format!("disk {}: the destination's size has changed", mirror.name()));
-        }
-        socket.set_keep_alive(LANE_SILENCE_MAX / 2);
-        client.set_silence_max(LANE_SILENCE_MAX);
-        let several = client.info().has(wire::FLAG_CAN_MULTI_CONN);
-        let runner = Arc::clone(mirror);
-        let thread = std::thread::Builder::new()
-            .name(format!("lane {}", mirror.name()))
-            .stack_size(CONNECTION_STACK)
-            .spawn(move || runner.run_lane(&mut client))
-            .map_err(|error| format!("no thread for a data connection: {error}"))?;
-        self.lanes.push(Lane { mirror: Arc::clone(mirror), socket, thread: Some(thread) });
-        Ok(several)
-    }
-
-    /// Ends all lanes and joins their threads. Returns the regions whose copies have an unknown outcome: they stay in
-    /// flight as long as the caller holds them.
-    pub(super) fn end(&mut self) -> Vec<Region> {
+    /// Ends all lanes and joins their threads. Returns what was in flight, with an unknown outcome: it stays in flight
+    /// as long as the caller holds it.
+    pub(super) fn end(&mut self) -> Vec<Lost> {
         for lane in &self.lanes {
             lane.mirror.stop();
             lane.socket.shutdown();
         }
-        let mut regions = Vec::new();
+        let mut lost = Vec::new();
         for mut lane in self.lanes.drain(..) {
             if let Some(thread) = lane.thread.take() {
                 let _ = thread.join();
             }
-            regions.extend(lane.mirror.take_lost());
+            lost.extend(lane.mirror.take_lost());
         }
-        regions
+        lost
     }
 }
 

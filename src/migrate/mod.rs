@@ -1,9 +1,11 @@
 //! Everything that knows the phases of a migration.
 //!
-//! `wire` is bytes, `link` one phase connection, `dial` opens one. `destination` is the receiving side. On the sending
-//! side `source` is what the user talks to, `drive` the phases in their order, `lanes` the data connections, `meter`
-//! the rates. On both, `settle` says what is left to be said after an attempt, and `recover` lets the operator decide.
+//! `wire` is bytes, `link` one phase connection, `dial` opens one. `destination` is the receiving side, `beat` its
+//! signs of life. On the sending side `source` is what the user talks to, `drive` the phases in their order, `lanes`
+//! the data connections, `meter` the rates. On both, `settle` says what is left to be said after an attempt, and
+//! `recover` lets the operator decide.
 
+mod beat;
 pub mod destination;
 mod dial;
 mod drive;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::drive;
 use crate::address::Address;
 use crate::control::server::News;
-use crate::control::wire::{Done, MigrateRequest, Progress, SetRequest};
+use crate::control::wire::{Done, MigrateRequest, Progress, SetRequest, text};
 use crate::domain;
 use crate::error::Problem;
 use crate::export::Export;
@@ -64,6 +64,8 @@ enum Decision {
 struct Board {
     progress: Progress,
     done: Option<Done>,
+    /// The destination is out of reach: since when, and why.
+    lost: Option<(Instant, String)>,
 }
 
 impl Source {
@@ -105,7 +107,7 @@ impl Source {
             downtime_limit_ms: AtomicU32::new(request.downtime_limit_ms),
             switch: AtomicBool::new(false),
             decision: Mutex::new(Decision::Open),
-            board: Mutex::new(Board { progress, done: None }),
+            board: Mutex::new(Board { progress, done: None, lost: None }),
             changed: Condvar::new(),
         });
         let (driver, passenger) = (Arc::clone(&job), Arc::clone(guest));
@@ -252,10 +254,31 @@ impl Job {
         let mut board = self.board();
         let before = (board.progress.phase, board.progress.convergence, board.progress.held);
         change(&mut board.progress);
-        board.progress.elapsed_ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         if before != (board.progress.phase, board.progress.convergence, board.progress.held) {
             self.changed.notify_all();
         }
+    }
+
+    /// The destination is out of reach, `since` then; followers hear of it at once. Said again, it changes nothing but
+    /// the cause.
+    pub fn lose(&self, since: Instant, cause: &str) {
+        let mut board = self.board();
+        let since = board.lost.as_ref().map_or(since, |(since, _)| *since);
+        board.lost = Some((since, cause.to_owned()));
+        self.changed.notify_all();
+    }
+
+    /// The destination is still out of reach, if it was, for this reason now.
+    pub fn still_lost(&self, cause: &str) {
+        if let Some((_, why)) = &mut self.board().lost {
+            cause.clone_into(why);
+        }
+    }
+
+    /// The destination is there again.
+    pub fn find(&self) {
+        self.board().lost = None;
+        self.changed.notify_all();
     }
 
     fn finish(&self, done: Done) {
@@ -275,10 +298,25 @@ impl Job {
         } else {
             self.changed.wait_timeout(board, timeout).unwrap_or_else(PoisonError::into_inner).0
         };
-        board.done.clone().map_or_else(|| News::Progress(board.progress.clone()), News::Done)
+        board.done.clone().map_or_else(|| News::Progress(self.progress(&board)), News::Done)
+    }
+
+    /// What is shown, as of now: times go on while the driver waits for something.
+    fn progress(&self, board: &Board) -> Progress {
+        let mut progress = board.progress.clone();
+        progress.elapsed_ms = milliseconds(self.began);
+        if let Some((since, cause)) = &board.lost {
+            progress.lost_ms = Some(milliseconds(*since));
+            progress.lost_cause = text(cause);
+        }
+        progress
     }
 
     fn board(&self) -> MutexGuard<'_, Board> {
         self.board.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn milliseconds(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
 }

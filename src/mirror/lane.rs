@@ -36,9 +36,12 @@ pub(super) enum LaneEnd {
 }
 
 /// A region on its way, and how many of its requests are not answered.
+#[derive(Debug)]
 pub(super) struct Flight {
     pub(super) region: Region,
     requests: usize,
+    /// Bytes of data that have been sent of it; the rest are zeroes, or has not been sent.
+    pub(super) data_bytes: u64,
 }
 
 /// One connection's thread.
@@ -69,8 +72,8 @@ impl<'a> Lane<'a> {
     }
 
     /// What was in flight when it ended.
-    pub(super) fn into_regions(self) -> impl Iterator<Item = Region> {
-        self.flights.into_iter().flatten().map(|flight| flight.region)
+    pub(super) fn into_flights(self) -> impl Iterator<Item = Flight> {
+        self.flights.into_iter().flatten()
     }
 
     pub(super) fn run(&mut self, client: &mut Client) -> LaneEnd {
@@ -122,7 +125,7 @@ impl<'a> Lane<'a> {
         let Some(place) = self.flights.iter().position(Option::is_none) else {
             return Ok(());
         };
-        let flight = self.flights[place].insert(Flight { region, requests: 0 });
+        let flight = self.flights[place].insert(Flight { region, requests: 0, data_bytes: 0 });
         self.flying += 1;
         if client.in_flight() == 0 {
             self.heard = Instant::now();
@@ -140,6 +143,7 @@ impl<'a> Lane<'a> {
                 let bytes = &self.buffer[run.start..run.start + run.length];
                 taken(client.submit_write(cookie, at, bytes, false))?;
                 self.mirror.sent.fetch_add(run.length as u64, Ordering::Relaxed);
+                flight.data_bytes += run.length as u64;
             }
         }
         Ok(())

@@ -27,7 +27,7 @@ use super::images::ImageList;
 use super::volatile::is_volatile;
 use super::{Attempt, Host, Images, Offer, Record, State, Write, host};
 use crate::error::reason;
-use crate::limits::{RECORD_FILE_MAX, RETRY_PAUSE, STATE_LOCK_TIMEOUT};
+use crate::limits::{RECORD_FILE_MAX, RESTART_PATIENCE, RETRY_PAUSE};
 
 const LOCK: &str = "lock";
 const ID: &str = "id";
@@ -84,11 +84,11 @@ impl Store {
         let said = |error: io::Error| reason(&error);
         make(directory).map_err(said)?;
         let lock = open_lock(&directory.join(LOCK)).map_err(said)?;
-        let deadline = Instant::now() + STATE_LOCK_TIMEOUT;
+        let deadline = Instant::now() + RESTART_PATIENCE;
         loop {
             match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => break,
-                // Whoever only looks holds it for a moment.
+                // Whoever only looks holds it for a moment, a process that was killed until the kernel is done with it.
                 Err(Errno::AGAIN) if Instant::now() < deadline => thread::sleep(RETRY_PAUSE),
                 Err(Errno::AGAIN) => return Err("in use: another process serves the guest from it".to_owned()),
                 Err(error) => return Err(said(error.into())),

@@ -21,7 +21,7 @@ REPLIES = [
     ("hello", "version:u guest:t session:u"), ("ok", ""), ("refused", "exit:b operation:t object:t cause:t"),
     ("status", "guest:t state:state term:u generation:u lineage:u peer:t migration:migration hint:t disks:*disk"),
     ("progress", "attempt:u phase:phase elapsed_ms:u convergence:convergence predicted_ms:?u downtime_limit_ms:u "
-     "bandwidth:u held:b disks:*moving lost_ms:?u"), ("done", "attempt:u exit:b message:t owner:owner destination:t "
+     "bandwidth:u held:b disks:*moving lost_ms:?u lost_cause:t"), ("done", "attempt:u exit:b message:t owner:owner destination:t "
      "sent:u zeroes:u passes:u total_ms:u switchover_us:?u resent:u equal:u receipt:?receipt")]
 
 def crc32c(data):

@@ -368,8 +368,17 @@ impl Migration {
 
     /// Waits for a line of which `wanted` is true. Panics when the migration ends before.
     pub(crate) fn until_line(&self, what: &str, wanted: impl Fn(&Json) -> bool) -> Json {
+        self.until_line_from(0, what, wanted)
+    }
+
+    /// The same for a line that has not come yet.
+    pub(crate) fn until_turn(&self, what: &str, wanted: impl Fn(&Json) -> bool) -> Json {
+        let seen = self.lines.0.lock().expect("no panic").lines.len();
+        self.until_line_from(seen, what, wanted)
+    }
+
+    fn until_line_from(&self, mut seen: usize, what: &str, wanted: impl Fn(&Json) -> bool) -> Json {
         let deadline = Instant::now() + PATIENCE;
-        let mut seen = 0;
         let mut lines = self.lines.0.lock().expect("no panic");
         loop {
             for line in &lines.lines[seen..] {

@@ -5,6 +5,8 @@
 
 mod faults;
 mod load;
+mod outages;
+mod restarts;
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};

@@ -22,6 +22,7 @@ const QUEUE: usize = 256 * 1024;
 /// Messages of the phase protocol by number, which never changes.
 pub(crate) mod message {
     pub(crate) const PREPARED: u8 = 1;
+    pub(crate) const FENCE: u8 = 3;
     pub(crate) const FENCED: u8 = 4;
     pub(crate) const SEAL: u8 = 5;
     pub(crate) const SEALED: u8 = 6;

@@ -6,10 +6,11 @@ use std::thread;
 use std::time::Duration;
 
 use super::*;
-use crate::disk::Cache;
+use crate::disk::{Cache, Disk};
 use crate::domain;
-use crate::export::{Fault, Patience, quiesce};
-use crate::migrate::wire::{Verify, export_name};
+use crate::export::{Export, Fault, Patience, Visit, quiesce};
+use crate::migrate::wire::{DiskOffer, Mode, Prepare, Prepared, Token, Verify, export_name};
+use crate::nbd::handshake::OpenError;
 use crate::options::ServeOptions;
 use crate::ownership::{Host, Lineage, Order, Word};
 

@@ -105,6 +105,12 @@ pub struct Identity {
 }
 
 impl Identity {
+    /// The number of the file system's device, of a file.
+    #[must_use]
+    pub fn device(self) -> u64 {
+        self.device
+    }
+
     fn of(stat: &Stat, block_device: bool) -> Self {
         if block_device {
             // Two nodes of one device are one disk.

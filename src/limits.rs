@@ -30,6 +30,10 @@ pub const DISKS_MAX: usize = 32;
 
 /// Longest file of an ownership record, in bytes; a test says that the longest record fits.
 pub const RECORD_FILE_MAX: usize = 4 * KIB;
+/// Longest file that lists what a migration made, in bytes: every disk with the longest path that the kernel takes.
+pub const JOURNAL_FILE_MAX: usize = KIB + DISKS_MAX * (DISK_NAME_MAX + PATH_MAX + 128);
+/// Longest path, in bytes.
+pub const PATH_MAX: usize = 4 * KIB;
 /// Longest wait for somebody who only looks into a state directory.
 pub const STATE_LOCK_TIMEOUT: Duration = Duration::from_millis(200);
 /// Longest text that shows a record to its operator, in bytes.

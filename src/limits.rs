@@ -23,6 +23,8 @@ pub const DISK_NAME_MAX: usize = 64;
 pub const ADDRESS_MAX: usize = 128;
 /// Longest cause that travels to the peer or to the command line, in bytes; longer ones are cut.
 pub const CAUSE_MAX: usize = 192;
+/// Longest list of all that a refusal names, in bytes.
+pub const REPORT_MAX: usize = 4 * KIB + KIB / 2;
 /// Most disks of one guest.
 pub const DISKS_MAX: usize = 32;
 
@@ -154,6 +156,11 @@ pub const INLINE_READ_MAX: usize = 64 * KIB;
 pub const PROBES: u64 = 1024;
 /// Bytes read at each probe.
 pub const PROBE_BYTES: usize = 64 * KIB;
+
+/// What a file system must have free beyond what disks will need of it, to keep its books: this part of it ...
+pub const FREE_MARGIN_PART: u64 = 64;
+/// ... and no less than this, in bytes.
+pub const FREE_MARGIN_MIN: u64 = MIB as u64;
 
 // ---- the gate ----------------------------------------------------------------------------------------------------
 
@@ -319,6 +326,7 @@ pub const DRIVER_STACK: usize = 256 * KIB;
 const _: () = assert!(QUIESCE_MAX.as_secs() < LINK_SILENCE_MAX.as_secs(), "a quiet link outlives a quiesce");
 const _: () = assert!(DRAIN_MAX.as_secs() < FENCE_MAX.as_secs(), "the destination gives up a fence first");
 const _: () = assert!(PROBLEMS_MAX * (DISK_NAME_MAX + CAUSE_MAX + 3) < FRAME_MAX, "a refusal must fit a frame");
+const _: () = assert!(PROBLEMS_MAX * (DISK_NAME_MAX + CAUSE_MAX + 9) + 32 < REPORT_MAX, "and what is shown of it");
 const _: () =
     assert!(DIAL_MAX.as_secs() >= CONNECT_TIMEOUT.as_secs() + HANDSHAKE_TIMEOUT.as_secs() + HELLO_TIMEOUT.as_secs());
 const _: () = assert!(GO_PATIENCE.as_secs() < RUNNING_PATIENCE.as_secs(), "GO is repeated while migrate waits");

@@ -1,16 +1,18 @@
 //! The destination of a migration: receives, seals, owns.
 //!
 //! One match over (stage x message), in [`Destination::answer`]. The record says what this host is to the guest; the
-//! [`Stage`] beside it holds what only lives as long as the process: who may open data connections, which files were
-//! made, who writes back. A phase connection is nothing but a way for messages: when it is lost nothing changes here,
+//! [`Stage`] beside it holds what only lives as long as the process: who may open data connections, who
+//! writes back; what was made and received is in the journal beside the record. A phase connection is nothing but a way for messages: when it is lost nothing changes here,
 //! and the source may go on over another one (M2, M10).
 //!
 //! Everything that must not happen at once happens under the stage's lock: a data connection is checked and entered
 //! under it, and a fence ends all connections and waits for their writers under it (D4).
 
+mod check;
 mod directory;
 mod prepare;
 mod reception;
+mod remains;
 
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,6 +20,7 @@ use std::time::Instant;
 
 pub use directory::MigrationDirectory;
 use reception::Reception;
+use remains::Fate;
 
 use super::link::{Link, LinkError};
 use super::wire::{BootId, Capabilities, Challenge, Epoch, Hello, Message, Role, VERSION_HIGHEST, VERSION_LOWEST, cut};
@@ -38,9 +41,6 @@ struct Inner {
     stage: Stage,
     /// The attempt that this side ended last: the source is told why.
     ended: Option<Ended>,
-    /// Disks that hold the remains of an attempt that ended here and had found them empty: our own, to be emptied for
-    /// the next one (D10).
-    remains: Vec<String>,
 }
 
 /// An attempt that this side has ended.
@@ -161,16 +161,15 @@ impl Destination {
             }
             (true, Message::Fence { stamp, epoch }) => Ok(inner.fence(guest, stamp, epoch)),
             (true, Message::Seal { stamp, .. }) => inner.seal(guest, stamp),
-            (true, Message::Abort { stamp, cause }) => {
+            (true, Message::Abort { stamp, cause, keep }) => {
                 log::info!("migration: attempt {:.8} aborted by the source: {}", stamp.attempt, cause.escape_debug());
                 if !inner.stop_receiving() {
                     // "Unsealed" says that no writer lives. The source asks again.
                     return Err("requests in flight do not end".to_owned());
                 }
                 shut_guest_doors(guest, &stamp);
-                let answer = settle(guest, &Event::Abort(stamp), stamp);
-                inner.clean_up();
-                answer
+                inner.clean_up(guest, if keep { Fate::Keep } else { Fate::Remove });
+                settle(guest, &Event::Abort(stamp), stamp)
             }
             // Said again by who is sealed; what this process does not receive, it cannot seal.
             (false, Message::Seal { stamp, .. }) if !is_receiving(guest)? => {
@@ -239,14 +238,27 @@ impl Destination {
     /// # Errors
     /// As [`Guest::apply`].
     pub(super) fn forget(&self, guest: &Guest, event: &Event) -> Result<Answer, KeepError> {
-        let _inner = self.lock();
+        let mut inner = self.lock();
+        inner.give_up(guest, "given up by the user", Fate::Remove);
         let record = guest.record()?;
-        if let Some(stamp) = record.as_ref().and_then(Record::stamp)
-            && next(guest.host, record.as_ref(), event).is_ok()
-        {
-            shut_guest_doors(guest, &stamp);
+        if next(guest.host, record.as_ref(), event).is_ok() {
+            if let Some(stamp) = record.as_ref().and_then(Record::stamp) {
+                shut_guest_doors(guest, &stamp);
+            }
+            // An attempt that ended here and was never sealed (M2, M6): the files that were made for it go too.
+            if record.is_some_and(|record| matches!(record.state, State::Void { .. })) {
+                remains::give_up(guest);
+            }
         }
-        guest.apply(event)
+        let answer = guest.apply(event)?;
+        guest.tidy_journal();
+        Ok(answer)
+    }
+
+    /// Forgets a journal that is history. Not while a PREPARE is about to make it count.
+    pub(super) fn tidy(&self, guest: &Guest) {
+        let _inner = self.lock();
+        guest.tidy_journal();
     }
 
     /// Whether an attempt is received.
@@ -261,7 +273,7 @@ impl Destination {
             && refused_writes(guest) > reception.refused_before
         {
             // M11: whoever writes here before it may has read stale data.
-            inner.give_up(guest, "a client of the destination's guest door wrote before the hand-over");
+            inner.give_up(guest, "a client of the destination's guest door wrote before the hand-over", Fate::Remove);
         }
         let ended = inner.ended.as_mut().filter(|ended| !ended.told && session.stamp == Some(ended.stamp))?;
         ended.told = true;
@@ -276,7 +288,7 @@ impl Destination {
         let mut inner = self.lock();
         match inner.stage {
             Stage::Receiving(_) => {
-                inner.give_up(guest, cause);
+                inner.give_up(guest, cause, Fate::Remove);
                 Ok(())
             }
             Stage::Idle => Err(match guest.record() {
@@ -317,22 +329,23 @@ impl Inner {
         let Stage::Receiving(reception) = &mut self.stage else { return record(guest, stamp) };
         let began = Instant::now();
         let images = guest.images();
+        let journal = guest.journal();
         let durable = if !reception.end_writers() {
             Err("requests in flight do not end".to_owned())
         } else if refused_writes(guest) > reception.refused_before {
             Err("a client of the destination's guest door wrote before the hand-over".to_owned())
         } else {
-            reception.make_durable()
+            // M2: from here on nothing of this attempt is cleaned up, whatever becomes of it.
+            reception.make_durable().and_then(|()| guest.write_journal(journal.map(|journal| journal.retired())))
         };
         let images = match durable.and(images) {
             Ok(images) => images,
             Err(cause) => {
-                self.give_up(guest, &cause);
+                self.give_up(guest, &cause, Fate::Remove);
                 return Ok(failed(stamp, &cause));
             }
         };
         let fsync_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-        // M2: from here on nothing of this attempt is cleaned up.
         self.stage = Stage::Idle;
         match guest.apply(&Event::Seal { stamp, images }) {
             Ok(Answer::Sealed) => Ok(Message::Sealed { stamp, fsync_us }),
@@ -342,15 +355,15 @@ impl Inner {
     }
 
     /// This side ends the attempt that it receives (M6): VOID, then the source is told.
-    fn give_up(&mut self, guest: &Guest, cause: &str) {
+    fn give_up(&mut self, guest: &Guest, cause: &str, fate: Fate) {
         let Stage::Receiving(reception) = &self.stage else { return };
         let stamp = reception.stamp;
         log::warn!("migration: attempt {:.8} ended here: {cause}", stamp.attempt);
         self.stop_receiving();
+        self.clean_up(guest, fate);
         if let Err(error) = guest.apply(&Event::AbortReceiving { attempt: stamp.attempt }) {
             log::error!("migration: {error}");
         }
-        self.clean_up();
         self.ended = Some(Ended { stamp, cause: cause.to_owned(), told: false });
     }
 
@@ -367,14 +380,15 @@ impl Inner {
         }
     }
 
-    /// Removes what the attempt made, and remembers what it leaves behind. Only for an attempt that is not sealed.
-    fn clean_up(&mut self) {
-        if let Stage::Receiving(mut reception) = std::mem::take(&mut self.stage) {
+    /// Removes or keeps what the attempt brought. In RECEIVING of that attempt, before the record says that it ended:
+    /// a process that dies in between finds the journal, and the record that it counts with.
+    fn clean_up(&mut self, guest: &Guest, fate: Fate) {
+        if let Stage::Receiving(reception) = std::mem::take(&mut self.stage) {
             for export in &reception.exports {
                 export.set_gate(Gate::Incoming);
             }
-            self.remains.append(&mut reception.were_empty);
-            reception.remove_created();
+            let fate = if reception.keep_partial { Fate::Keep } else { fate };
+            remains::end(guest, &reception, fate);
         }
     }
 }

@@ -183,7 +183,7 @@ fn a_destination_without_room_refuses_before_the_first_byte() {
     let refused = pair.a.migrate(&pair.b.listen, &[]);
     assert_eq!(refused.code, Some(1), "{refused:?}");
     assert!(
-        refused.stderr.starts_with("blockferry: migrate: g1: refused by the destination: the disks need "),
+        refused.stderr.starts_with("blockferry: migrate: g1: refused by the destination: the disks vda need "),
         "{refused:?}"
     );
     assert!(refused.stderr.contains(" bytes, their file system has "), "{refused:?}");
@@ -542,7 +542,7 @@ fn messages_of_an_unknown_attempt_change_nothing() {
     for host in [&pair.a, &pair.b] {
         for message in [
             Message::Go { stamp },
-            Message::Abort { stamp, cause: cut("a stranger") },
+            Message::Abort { stamp, cause: cut("a stranger"), keep: false },
             Message::Seal { stamp, digests: heapless::Vec::new() },
             Message::Fence { stamp, epoch: Epoch(0) },
             Message::Unsealed { stamp },

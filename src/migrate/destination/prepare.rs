@@ -1,33 +1,46 @@
 //! PREPARE: all that is wrong, said at once and before anything is touched; then record, files, PREPARED.
 //!
-//! Called by the destination's match, under the stage's lock. It never writes into a disk.
+//! Called by the destination's match, under the stage's lock. It never writes into a disk. The order is: look
+//! (`check.rs`); end what is received from an earlier attempt (D4); list what will be made (`remains.rs`); record
+//! RECEIVING; make it; complete the list; answer. Whatever fails on the way takes back what it has made.
 
 use std::fmt::Display;
-use std::path::PathBuf;
 use std::sync::Arc;
 
+pub(super) use super::check::{Found, Problems, Target};
 use super::reception::{Reception, end_writers};
-use super::{Inner, Session, Stage, refused_writes};
-use crate::disk::Content;
-use crate::domain::{Source, Stays};
-use crate::export::Export;
+use super::remains::{self, Fate};
+use super::{Inner, Session, Stage, check, refused_writes};
+use crate::disk::{Disk, sync_directory_of};
 use crate::guest::Guest;
-use crate::limits::PROBLEMS_MAX;
-use crate::migrate::wire::{DiskOffer, Epoch, Message, Mode, Prepare, Prepared, Problem, Token, cut};
-use crate::ownership::{Event, Peer, Stamp, next};
+use crate::migrate::wire::{Epoch, Message, Prepare, Prepared, Token};
+use crate::ownership::{Event, Journal, Peer, Stamp, next};
 
 impl Inner {
     pub(super) fn prepare(&mut self, guest: &Guest, session: &mut Session, offer: &Prepare) -> Result<Message, String> {
         let stamp = offer.stamp;
         let fresh = session.challenge.take_if(|ours| *ours == offer.challenge).is_some();
         let from = Peer { host: session.theirs.host, address: session.theirs.address.clone() };
-        let event = Event::Prepare { stamp, from, fresh };
-        let refused = |problems: Problems| Ok(Message::Refused { stamp, problems: problems.0 });
+        let event = Event::Prepare { stamp, from: from.clone(), fresh };
+        let refused = |problems: Problems| Ok(Message::Refused { stamp, problems: problems.list() });
 
         let mut problems = Problems::default();
         let current = guest.record().map_err(|error| error.to_string())?;
-        if let Err(refusal) = next(guest.host, current.as_ref(), &event) {
-            problems.add("", &refusal);
+        let may = next(guest.host, current.as_ref(), &event);
+        if let Err(refusal) = &may {
+            problems.add("", refusal);
+        }
+        let known = guest.journal().filter(|journal| journal.lineage == stamp.lineage);
+        let targets = check::targets(guest, offer, known.as_ref(), may.is_ok(), &mut problems);
+        if may.is_ok()
+            && let Err(cause) = guest.write_ahead(&[&[event.clone(), Event::Abort(stamp)]])
+        {
+            problems.add("", &cause);
+        }
+        if !problems.is_empty() {
+            if may.is_ok() {
+                self.renew_ahead(guest);
+            }
             return refused(problems);
         }
         // D4: whatever any earlier attempt still has on its way is over before this one is answered.
@@ -35,52 +48,49 @@ impl Inner {
             problems.add("", &"requests of an earlier attempt do not end");
             return refused(problems);
         }
-        self.give_up(guest, "another attempt has begun");
-        let found = self.check(guest, offer, &mut problems);
-        if !problems.0.is_empty() {
-            return refused(problems);
-        }
+        self.give_up(guest, "another attempt has begun", Fate::Keep);
         let mut reception = Reception {
             stamp,
             epoch: Epoch(0),
             token: Token::random().map_err(|error| error.to_string())?,
-            exports: found.iter().map(|(export, _)| Arc::clone(export)).collect(),
-            created: Vec::new(),
-            were_empty: Vec::new(),
+            exports: targets.iter().map(|target| Arc::clone(&target.export)).collect(),
+            keep_partial: offer.keep_partial,
             refused_before: refused_writes(guest),
         };
-        if let Err(cause) = guest.write_ahead(&[&[event.clone(), Event::Abort(stamp)]]) {
+        // What was received until now is remains now.
+        let before = guest.journal().filter(|journal| journal.lineage == stamp.lineage);
+        let journal = remains::list(&stamp, &from, offer.mode, before.as_ref(), &targets);
+        if let Err(cause) = guest.write_journal(Some(journal.clone())) {
             problems.add("", &cause);
+            remains::go_back(guest, &stamp, before);
             return refused(problems);
         }
-        // The record first: from here on nobody claims what is being made.
+        // The record before the files: from here on nobody claims what is being made.
         if let Err(error) = guest.apply(&event) {
             problems.add("", &error);
+            remains::go_back(guest, &stamp, before);
             return refused(problems);
         }
-        for ((export, path), disk) in found.iter().zip(&offer.disks) {
-            if let Err(error) = reception.create_missing(guest, export, path, disk) {
-                problems.add(&disk.name, &error);
-            }
-        }
-        if problems.0.is_empty()
+        let mut made = Made::default();
+        made.make(guest, targets, journal, &mut problems);
+        if problems.is_empty()
             && let Err(cause) = write_ahead(guest, stamp)
         {
             problems.add("", &cause);
         }
-        let begun = if problems.0.is_empty() {
-            reception.begin(&self.remains, offer).map_err(|error| problems.add("", &error))
+        let begun = if problems.is_empty() {
+            reception.begin(&made.targets, offer.mode).map_err(|error| problems.add("", &error))
         } else {
             Err(())
         };
         let Ok(disks) = begun else {
+            made.take_back();
+            remains::go_back(guest, &stamp, before);
             if let Err(error) = guest.apply(&Event::AbortReceiving { attempt: stamp.attempt }) {
                 log::error!("migration: {error}");
             }
-            reception.remove_created();
             return refused(problems);
         };
-        self.remains.retain(|name| !reception.exports.iter().any(|export| export.name() == name));
         let answer =
             Prepared { stamp, instance: guest.instance, epoch: reception.epoch, token: reception.token, disks };
         log::info!("migration: attempt {:.8} is received from host {:.8}", stamp.attempt, session.theirs.host);
@@ -89,78 +99,73 @@ impl Inner {
         Ok(Message::Prepared(answer))
     }
 
-    /// Looks at every offered disk and collects all that is wrong. Returns the exports and their files.
-    fn check(&self, guest: &Guest, offer: &Prepare, problems: &mut Problems) -> Vec<(Arc<Export>, PathBuf)> {
-        let mut found: Vec<(Arc<Export>, PathBuf)> = Vec::new();
-        let mut needed: Vec<(u64, u64, u64)> = Vec::new();
-        for disk in &offer.disks {
-            let twice = found.iter().any(|(export, _)| export.name() == disk.name);
-            let checked = if twice {
-                Err("is offered twice".to_owned())
-            } else {
-                self.check_disk(guest, disk, offer.mode, &mut needed)
-            };
-            match checked {
-                Ok(export) => found.push(export),
-                Err(cause) => problems.add(&disk.name, &cause),
-            }
-        }
-        if offer.disks.is_empty() {
-            problems.add("", &"no disk is offered");
-        }
-        for (_, needs, has) in needed.iter().filter(|(_, needs, has)| needs > has) {
-            problems.add("", &format_args!("the disks need {needs} bytes, their file system has {has} free"));
-        }
-        found
-    }
-
-    fn check_disk(
-        &self,
-        guest: &Guest,
-        offer: &DiskOffer,
-        mode: Mode,
-        needed: &mut Vec<(u64, u64, u64)>,
-    ) -> Result<(Arc<Export>, PathBuf), String> {
-        let disk = guest.disk(&offer.name).ok_or("the destination has no disk of this name")?;
-        let (Some(export), Source::File { path, .. }) = (&disk.export, &disk.spec.source) else {
-            let why = disk.spec.stays().unwrap_or(Stays::Empty);
-            return Err(format!("is {why} at the destination"));
+    /// A PREPARE that is refused leaves nothing behind, and what is received goes on with all that was written ahead
+    /// for it.
+    fn renew_ahead(&self, guest: &Guest) {
+        let renewed = match &self.stage {
+            Stage::Receiving(reception) => write_ahead(guest, reception.stamp),
+            Stage::Idle => guest.forget_ahead(),
         };
-        if let Some(why @ (Stays::ReadOnly | Stays::Shared)) = disk.spec.stays() {
-            return Err(format!("is {why} at the destination"));
+        if let Err(cause) = renewed {
+            log::info!("migration: {cause}");
         }
-        let free = match export.disk() {
-            None => crate::disk::free_space_beside(path).map_err(|error| error.to_string())?,
-            Some(target) => {
-                if target.size() != offer.size_bytes {
-                    let (there, here) = (target.size(), offer.size_bytes);
-                    return Err(format!("has {there} bytes at the destination and {here} at the source"));
-                }
-                let ours = self.remains.iter().any(|name| name.as_str() == offer.name);
-                let content = target.content().map_err(|error| format!("cannot be read: {error}"))?;
-                if content == Content::Data && mode == Mode::CopyAll && !ours {
-                    return Err(format!("{} is not empty (--overwrite overwrites it)", path.display()));
-                }
-                target.free_space().map_err(|error| error.to_string())?
-            }
-        };
-        if let Some((file_system, bytes)) = free {
-            match needed.iter_mut().find(|(known, ..)| *known == file_system) {
-                Some((_, needs, _)) => *needs = needs.saturating_add(offer.data_bytes),
-                None => needed.push((file_system, offer.data_bytes, bytes)),
-            }
-        }
-        Ok((Arc::clone(export), path.clone()))
     }
 }
 
-/// All that is wrong, as far as it fits a message.
+/// What a PREPARE makes.
 #[derive(Default)]
-struct Problems(heapless::Vec<Problem, PROBLEMS_MAX>);
+struct Made {
+    targets: Vec<Target>,
+    /// The places among them of the files that are new.
+    new: Vec<usize>,
+}
 
-impl Problems {
-    fn add(&mut self, disk: &str, cause: &dyn Display) {
-        let _ = self.0.push(Problem { disk: cut(disk), cause: cut(&cause.to_string()) });
+impl Made {
+    /// Makes the files that are missing, has their names durable, and completes the journal: only then may data come.
+    fn make(&mut self, guest: &Guest, targets: Vec<Target>, journal: Journal, problems: &mut Problems) {
+        self.targets = targets;
+        for (place, target) in self.targets.iter_mut().enumerate() {
+            let fault = |cause: &dyn Display| format!("cannot create {}: {cause}", target.path.display());
+            let made = match target.disk.take() {
+                Some(disk) => Ok(disk),
+                None if target.found != Found::Nothing => continue,
+                None => Disk::create(&target.path, target.size_bytes, target.cache).map(|disk| {
+                    self.new.push(place);
+                    Arc::new(disk)
+                }),
+            };
+            match made {
+                Ok(disk) => target.export.set_disk(disk),
+                Err(error) => problems.add(target.export.name(), &fault(&error)),
+            }
+        }
+        for target in self.new.iter().map(|&place| &self.targets[place]) {
+            if let Err(error) = sync_directory_of(&target.path) {
+                problems.add(target.export.name(), &error);
+            }
+        }
+        if !problems.is_empty() {
+            return;
+        }
+        let complete = remains::complete(journal, &self.targets).and_then(|journal| {
+            guest.write_journal(Some(journal.clone()))?;
+            // Before SEALED it needs no room any more, and little time.
+            guest.write_journal_ahead(&journal.retired())
+        });
+        if let Err(cause) = complete {
+            problems.add("", &cause);
+        }
+    }
+
+    /// Removes the files that were made just now, unless somebody put others in their place.
+    fn take_back(&self) {
+        for target in self.new.iter().map(|&place| &self.targets[place]) {
+            // Whoever still uses it would go on writing into a file without a name.
+            let ours = target.export.take_disk().map(|disk| disk.identity());
+            if ours.is_some() && Disk::identify(&target.path) == ours {
+                let _ = std::fs::remove_file(&target.path);
+            }
+        }
     }
 }
 

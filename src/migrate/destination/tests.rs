@@ -76,6 +76,7 @@ impl Bench {
             disks: std::iter::once(offer).collect(),
             connections: 0,
             verify: Verify::None,
+            keep_partial: false,
         }))
     }
 
@@ -97,7 +98,7 @@ impl Bench {
     }
 
     fn abort(&self, attempt: u8) -> Message {
-        self.say(Message::Abort { stamp: self.stamp(attempt), cause: cut("a test") })
+        self.say(Message::Abort { stamp: self.stamp(attempt), cause: cut("a test"), keep: false })
     }
 
     fn claim(&self) -> Result<Answer, KeepError> {

@@ -1,5 +1,7 @@
 //! What a destination answers when things happen in the wrong order, twice, or by the wrong hand.
 
+mod left;
+
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
@@ -25,24 +27,27 @@ impl Bench {
     /// A destination with one disk of 1 MiB, there already or made at PREPARE.
     fn new(exists: bool) -> Self {
         let dir = tempfile::tempdir().expect("a scratch directory");
-        let path = dir.path().join("vda");
         if exists {
-            drop(Disk::create(&path, 1 << 20, Cache::Writeback).expect("created"));
+            drop(Disk::create(&dir.path().join("vda"), 1 << 20, Cache::Writeback).expect("created"));
         }
-        let disk = domain::Disk::parse(&format!("vda,file={}", path.display())).expect("parsed");
+        let guest = Self::open_guest(dir.path(), &["vda"], true);
+        Self { dir, guest }
+    }
+
+    fn open_guest(dir: &std::path::Path, disks: &[&str], volatile_state: bool) -> Arc<Guest> {
+        let disk = |name: &&str| domain::Disk::parse(&format!("{name},file={}", dir.join(name).display()));
         let options = ServeOptions {
             guest: "g1".to_owned(),
-            disks: vec![disk],
-            state: dir.path().join("state"),
-            volatile_state: true,
+            disks: disks.iter().map(|name| disk(name).expect("parsed")).collect(),
+            state: dir.join("state"),
+            volatile_state,
             nbd: Vec::new(),
             listen: None,
             control: Vec::new(),
             insecure_plaintext: true,
             json: false,
         };
-        let guest = Guest::open(&options, None).expect("opened");
-        Self { dir, guest: Arc::new(guest) }
+        Arc::new(Guest::open(&options, None).expect("opened"))
     }
 
     fn export(&self) -> Arc<Export> {
@@ -68,16 +73,25 @@ impl Bench {
     }
 
     fn prepare(&self, attempt: u8) -> Message {
-        let offer = DiskOffer { name: cut("vda"), size_bytes: 1 << 20, data_bytes: 0, granularity_bytes: 4096 };
-        self.say(Message::Prepare(Prepare {
+        self.say(Message::Prepare(self.offer(attempt, &[("vda", 1 << 20)])))
+    }
+
+    fn offer(&self, attempt: u8, disks: &[(&str, u64)]) -> Prepare {
+        let offer = |&(name, size_bytes): &(&str, u64)| DiskOffer {
+            name: cut(name),
+            size_bytes,
+            data_bytes: 0,
+            granularity_bytes: 4096,
+        };
+        Prepare {
             stamp: self.stamp(attempt),
             challenge: Challenge([1; 16]),
             mode: Mode::CopyAll,
-            disks: std::iter::once(offer).collect(),
+            disks: disks.iter().map(offer).collect(),
             connections: 0,
             verify: Verify::None,
             keep_partial: false,
-        }))
+        }
     }
 
     fn prepared(&self, attempt: u8) -> Prepared {

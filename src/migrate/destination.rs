@@ -1,9 +1,9 @@
 //! The destination of a migration: receives, seals, owns.
 //!
 //! One match over (stage x message), in [`Destination::answer`]. The record says what this host is to the guest; the
-//! [`Stage`] beside it holds what only lives as long as the process: who may open data connections, who
-//! writes back; what was made and received is in the journal beside the record. A phase connection is nothing but a way for messages: when it is lost nothing changes here,
-//! and the source may go on over another one (M2, M10).
+//! [`Stage`] beside it holds what only lives as long as the process: who may open data connections, who writes back.
+//! What was made and received is in the journal beside the record. A phase connection is nothing but a way for
+//! messages: when it is lost nothing changes here, and the source may go on over another one (M2, M10).
 //!
 //! Everything that must not happen at once happens under the stage's lock: a data connection is checked and entered
 //! under it, and a fence ends all connections and waits for their writers under it (D4).

@@ -7,7 +7,7 @@
 //! | `id` | the directory's random number, one half of the [`Host`] (see `host.rs`) |
 //! | `record` | the record, in the form of `file.rs`; missing: there is none |
 //! | `journal` | what migrations have put on the disks, in the form of `journal.rs`; missing: nothing |
-//! | `record.ATTEMPT.N.tmp`, `journal.ATTEMPT.N.tmp` | one on its way. Never read as one; deleted at start, and when its attempt ends |
+//! | `record.ATTEMPT.N.tmp`, `journal.ATTEMPT.N.tmp` | on its way. Never read; deleted at start, and with its attempt |
 //!
 //! A commit writes a temporary file, syncs it, reads it back, renames it and syncs the directory. The first three can
 //! be done ahead for records that will be wanted when there is no time or perhaps no room left ([`Write::Ahead`]): then

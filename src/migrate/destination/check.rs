@@ -104,8 +104,8 @@ impl Space {
 /// Where a file will be made.
 type Place = (Identity, OsString);
 
-/// Looks at all of them. `ours` is what earlier attempts of this guest have left; `inside`: whether what is on the disks
-/// matters, which it does not where the record refuses.
+/// Looks at all of them. `ours` is what earlier attempts of this guest have left; `inside`: whether what is on the
+/// disks matters, which it does not where the record refuses.
 pub(super) fn targets(
     guest: &Guest,
     offer: &Prepare,

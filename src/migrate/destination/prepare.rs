@@ -14,7 +14,7 @@ use super::{Inner, Session, Stage, check, refused_writes};
 use crate::disk::{Disk, sync_directory_of};
 use crate::guest::Guest;
 use crate::migrate::wire::{Epoch, Message, Prepare, Prepared, Token};
-use crate::ownership::{Event, Journal, Peer, Stamp, next};
+use crate::ownership::{Event, Journal, Peer, Refusal, Stamp, Why, next};
 
 impl Inner {
     pub(super) fn prepare(&mut self, guest: &Guest, session: &mut Session, offer: &Prepare) -> Result<Message, String> {
@@ -29,6 +29,11 @@ impl Inner {
         let may = next(guest.host, current.as_ref(), &event);
         if let Err(refusal) = &may {
             problems.add("", refusal);
+        }
+        // Of a host that owns, or is sealed, nobody wants to know more. Whoever only cannot prove that it owns the
+        // guest hears all of it: the disks are the next thing that its user has to see to.
+        if let Err(Refusal { why: Why::Busy | Why::Sealed | Why::Ended | Why::Repeated, .. }) = &may {
+            return refused(problems);
         }
         let known = guest.journal().filter(|journal| journal.lineage == stamp.lineage);
         let targets = check::targets(guest, offer, known.as_ref(), may.is_ok(), &mut problems);

@@ -288,8 +288,8 @@ impl Guest {
 }
 
 /// Reads the journal, and clears away the files that were being made when the process that wrote it died: nothing has
-/// come into them (see [`Journal`]'s file). It happens in RECEIVING of that attempt, and before the images are opened: a
-/// file that has no size yet could not be.
+/// come into them (see [`Journal`]'s file). It happens in RECEIVING of that attempt, and before the images are opened:
+/// a file that has no size yet could not be.
 fn load_journal(store: &mut Store, found: &Found) {
     let record = match found {
         Found::Record(content) => Some(&content.record),

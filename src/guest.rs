@@ -204,6 +204,11 @@ impl Guest {
         written.map_err(|error| format!("the state directory cannot take the journal: {}", reason(&error)))
     }
 
+    /// The journal that was written ahead is not wanted any more.
+    pub fn forget_journal_ahead(&self) {
+        self.store().remove_journal_ahead();
+    }
+
     /// Forgets a journal that counts with the record no more. Only order: it would count for nothing anyway.
     pub fn tidy_journal(&self) {
         if self.record().is_ok()

@@ -102,7 +102,10 @@ pub(super) fn end(guest: &Guest, reception: &Reception, fate: Fate) {
     for entry in journal.remains().filter(|entry| own(entry)) {
         log::warn!("disk {}: what was received stays in {}, and the next migration may use it", entry.disk, entry.path);
     }
-    if journal != before {
+    if journal == before {
+        // What was written ahead for SEALED goes with the attempt (M4).
+        guest.forget_journal_ahead();
+    } else {
         keep(guest, Some(journal));
     }
 }

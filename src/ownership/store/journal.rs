@@ -77,7 +77,8 @@ impl Store {
         Ok(())
     }
 
-    fn remove_journal_ahead(&mut self) {
+    /// What was written ahead is not wanted any more.
+    pub fn remove_journal_ahead(&mut self) {
         if let Some((name, _)) = self.journal_ahead.take() {
             let _ = fs::remove_file(self.directory.join(name));
         }

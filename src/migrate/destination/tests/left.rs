@@ -155,6 +155,7 @@ fn a_refusal_takes_nothing_from_what_an_earlier_attempt_has_left() {
     bench.send(bench.offer(2, &[("vda", SIZE), ("vdx", SIZE)])).expect_err("no such disk");
     bench.send(bench.offer(3, &[("vda", SIZE), ("vdb", (1 << 63) - 512)])).expect_err("no room");
     assert!(!bench.at("vdb").exists());
+    assert_eq!(bench.state("journal"), ["journal"], "M4: nothing that was written ahead outlives its attempt");
     assert_eq!(bench.told(bench.one(4)), (false, true));
     // A disk that an attempt does not offer is not its business.
     bench.end(4, true);

@@ -4,6 +4,7 @@
 //! kernel, remembered here for good), and what the file system turned out not to support. Nobody but `export.rs` calls
 //! the functions that change a disk.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io::{Error, ErrorKind, IoSlice, IoSliceMut, Result};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -13,7 +14,8 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use rustix::fs::{
-    Advice, AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, Stat, StatxFlags, StatxTimestamp,
+    Access as WriteOk, Advice, AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, Stat,
+    StatxFlags, StatxTimestamp,
 };
 use rustix::io::{Errno, ReadWriteFlags};
 
@@ -66,6 +68,8 @@ pub enum OpenError {
     OddSize(u64),
     /// Another process has it locked.
     InUse,
+    /// A block device that is mounted, or claimed by another driver or process.
+    Busy,
     /// Something is there already where a new file was to be created.
     Exists,
     /// The system's word.
@@ -80,6 +84,7 @@ impl fmt::Display for OpenError {
             Self::OddSize(0) => f.write_str("is empty"),
             Self::OddSize(size) => write!(f, "its size of {size} bytes is not a multiple of {SECTOR}"),
             Self::InUse => f.write_str("in use by another process"),
+            Self::Busy => f.write_str("is mounted, or in use by the system or another process"),
             Self::Exists => f.write_str("exists already"),
             Self::System(error) => f.write_str(&reason(error)),
         }
@@ -93,6 +98,7 @@ impl From<Errno> for OpenError {
         match errno {
             Errno::NOENT => Self::Missing,
             Errno::EXIST => Self::Exists,
+            Errno::BUSY => Self::Busy,
             other => Self::System(other.into()),
         }
     }
@@ -106,6 +112,12 @@ pub struct Identity {
 }
 
 impl Identity {
+    /// The number of the file system's device, of a file.
+    #[must_use]
+    pub fn device(self) -> u64 {
+        self.device
+    }
+
     fn of(stat: &Stat, block_device: bool) -> Self {
         if block_device {
             // Two nodes of one device are one disk.
@@ -195,7 +207,9 @@ impl Disk {
             _ => return Err(OpenError::NotADisk("something else")),
         };
         let mode = if access == Access::ReadOnly { OFlags::RDONLY } else { OFlags::RDWR };
-        let file = rustix::fs::open(path, mode | OFlags::CLOEXEC, Mode::empty())?;
+        // Of a block device the kernel then says whether it is mounted, or part of something that is.
+        let sole = if block_device && access == Access::ReadWrite { OFlags::EXCL } else { OFlags::empty() };
+        let file = rustix::fs::open(path, mode | sole | OFlags::CLOEXEC, Mode::empty())?;
         Self::from_file(path, file, block_device, access, cache)
     }
 
@@ -253,6 +267,53 @@ impl Disk {
             poisoned: AtomicBool::new(false),
             nowait: AtomicBool::new(true),
         })
+    }
+
+    /// Removes the file at `path` if it is one that was being created with `size` bytes and nothing more: all hole, of
+    /// that size or still of none, and nobody's. Returns whether it did.
+    ///
+    /// # Errors
+    /// The system's word.
+    pub fn remove_unfinished(path: &Path, size: u64) -> Result<bool> {
+        let file = match rustix::fs::open(path, OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty()) {
+            Ok(file) => file,
+            Err(Errno::NOENT) => return Ok(false),
+            Err(e) => return Err(e.into()),
+        };
+        let stat = rustix::fs::fstat(&file)?;
+        let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+        let ours = is_file && (stat.st_size == 0 || u64::try_from(stat.st_size) == Ok(size));
+        // Nothing but a hole: looking for data finds the end.
+        let empty = ours && matches!(rustix::fs::seek(&file, SeekFrom::Data(0)), Err(Errno::NXIO));
+        if !empty || lock(&file, Access::ReadWrite).is_err() {
+            return Ok(false);
+        }
+        if Self::identify(path) == Some(Identity::of(&stat, false)) {
+            rustix::fs::unlink(path)?;
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    /// Whether the image is still what it was when it was opened, and can be read; how it is not, otherwise. Reads its
+    /// first and its last sector.
+    ///
+    /// # Errors
+    /// One line.
+    pub fn check(&self) -> std::result::Result<(), String> {
+        let said = |error: Error| format!("cannot be read: {}", reason(&error));
+        let stat = rustix::fs::fstat(&self.file).map_err(|errno| said(errno.into()))?;
+        if self.is_poisoned() {
+            return Err("a sync has failed: what was written since the last good one may be lost".to_owned());
+        }
+        if !self.block_device && stat.st_nlink == 0 {
+            return Err("its file has been removed".to_owned());
+        }
+        if !self.block_device && u64::try_from(stat.st_size).unwrap_or(0) < self.size {
+            return Err(format!("its file has become shorter: {} bytes of {}", stat.st_size, self.size));
+        }
+        let mut sector = AlignedBuffer::new(usize::try_from(SECTOR).unwrap_or(DIRECT_ALIGN));
+        [0, self.size - SECTOR].into_iter().try_for_each(|at| self.read(&mut sector, at)).map_err(said)
     }
 
     /// Which image is at `path`, without opening it; `None` if there is none.
@@ -514,6 +575,18 @@ impl Disk {
         Ok(data)
     }
 
+    /// Bytes that the file system has allocated for the image; of a block device all of them.
+    ///
+    /// # Errors
+    /// The system's error.
+    pub fn allocated(&self) -> Result<u64> {
+        if self.block_device {
+            return Ok(self.size);
+        }
+        let blocks = rustix::fs::fstat(&self.file)?.st_blocks;
+        Ok(u64::try_from(blocks).unwrap_or(0).saturating_mul(SECTOR))
+    }
+
     /// Looks whether anything is on the disk. A file tells its holes; allocated runs and block devices are probed at
     /// the beginning, at the end, and at a bounded number of places between.
     ///
@@ -602,6 +675,25 @@ pub fn sync_directory_of(path: &Path) -> Result<()> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = rustix::fs::open(directory_of(path), flags, Mode::empty())?;
     Ok(rustix::fs::fsync(&directory)?)
+}
+
+/// Where a file at `path` would be made: its directory and its name there. Two paths that would make one file are one
+/// place.
+///
+/// # Errors
+/// Why none can be made there.
+pub fn place_beside(path: &Path) -> std::result::Result<(Identity, OsString), String> {
+    let directory = directory_of(path);
+    let named = |errno: Errno| format!("{}: {}", directory.display(), reason(&errno.into()));
+    if rustix::fs::lstat(path).is_ok() {
+        return Err(format!("{} is a link to nothing", path.display()));
+    }
+    let stat = rustix::fs::stat(directory).map_err(named)?;
+    // For a root that may write anywhere this still tells of a read-only file system.
+    let way = AtFlags::EACCESS;
+    rustix::fs::accessat(rustix::fs::CWD, directory, WriteOk::WRITE_OK | WriteOk::EXEC_OK, way).map_err(named)?;
+    let name = path.file_name().ok_or_else(|| format!("{} names no file", path.display()))?;
+    Ok((Identity::of(&stat, false), name.to_owned()))
 }
 
 fn directory_of(path: &Path) -> &Path {

@@ -18,8 +18,8 @@ use crate::migrate::settle::Settle;
 use crate::migrate::source::Source as Sending;
 use crate::options::ServeOptions;
 use crate::ownership::{
-    Answer, Content, Door, Event, Found, Host, ImageList, Images, Instance, KeepError, Keeper, Kind, Order, Promise,
-    Record, Stamp, State, Store, show,
+    Answer, Content, Door, Event, Found, Host, How, ImageList, Images, Instance, Journal, KeepError, Keeper, Kind,
+    Order, Promise, Record, Stamp, State, Store, show,
 };
 
 /// One disk of the guest.
@@ -72,6 +72,7 @@ impl Guest {
         let mut store = Store::open(&options.state, options.volatile_state).map_err(|cause| state(&cause))?;
         let found = store.load().map_err(|error| state(&reason(&error)))?;
         let instance = Instance::random().map_err(|error| Problem::fatal("serve", &options.guest, error))?;
+        load_journal(&mut store, &found);
         let mut created = Vec::new();
         let opened = open_disks(&options.disks, &found, &mut created).and_then(|disks| {
             let here = images_of(&disks).map_err(|cause| Problem::fatal("serve", &options.guest, cause))?;
@@ -170,6 +171,55 @@ impl Guest {
         written.map_err(|error| format!("the state directory cannot take the next record: {}", reason(&error)))
     }
 
+    /// What was written ahead is not wanted any more.
+    ///
+    /// # Errors
+    /// One line. Nothing has changed.
+    pub fn forget_ahead(&self) -> Result<(), String> {
+        self.keeper().forget_ahead().map_err(|error| reason(&error))
+    }
+
+    /// What migrations have put on the disks, if it counts with the record as it is.
+    #[must_use]
+    pub fn journal(&self) -> Option<Journal> {
+        let record = self.record().ok().flatten();
+        self.store().journal().filter(|journal| journal.fits(record.as_ref())).cloned()
+    }
+
+    /// Makes this the journal, or none, durably.
+    ///
+    /// # Errors
+    /// One line: the state directory cannot take it. A restart finds this one or the one before.
+    pub fn write_journal(&self, journal: Option<Journal>) -> Result<(), String> {
+        let written = self.store().write_journal(journal);
+        written.map_err(|error| format!("the state directory cannot take the journal: {}", reason(&error)))
+    }
+
+    /// Writes a journal ahead: see [`Store::write_journal_ahead`].
+    ///
+    /// # Errors
+    /// One line: the state directory cannot take it. Nothing has changed.
+    pub fn write_journal_ahead(&self, journal: &Journal) -> Result<(), String> {
+        let written = self.store().write_journal_ahead(journal);
+        written.map_err(|error| format!("the state directory cannot take the journal: {}", reason(&error)))
+    }
+
+    /// The journal that was written ahead is not wanted any more.
+    pub fn forget_journal_ahead(&self) {
+        self.store().remove_journal_ahead();
+    }
+
+    /// Forgets a journal that counts with the record no more. Only order: it would count for nothing anyway.
+    pub fn tidy_journal(&self) {
+        if self.record().is_ok()
+            && self.journal().is_none()
+            && self.store().journal().is_some()
+            && let Err(cause) = self.write_journal(None)
+        {
+            log::info!("{cause}");
+        }
+    }
+
     /// Lets `event` change the record; once that is durable the gates follow, and then the answer may be sent.
     ///
     /// # Errors
@@ -239,6 +289,43 @@ impl Guest {
 
     fn keeper(&self) -> MutexGuard<'_, Keeper> {
         self.keeper.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Reads the journal, and clears away the files that were being made when the process that wrote it died: nothing has
+/// come into them (see [`Journal`]'s file). It happens in RECEIVING of that attempt, and before the images are opened:
+/// a file that has no size yet could not be.
+fn load_journal(store: &mut Store, found: &Found) {
+    let record = match found {
+        Found::Record(content) => Some(&content.record),
+        Found::Nothing => None,
+        // It may be thrown away by name; until then what is beside it is left alone.
+        Found::Rejected { .. } => return,
+    };
+    let journal = match store.load_journal() {
+        Ok(None) => return,
+        Ok(Some(journal)) => journal.clone(),
+        Err(broken) => {
+            log::warn!("the journal of what a migration left here is broken: {broken}: nothing of it is removed");
+            return;
+        }
+    };
+    if !journal.fits(record) {
+        log::info!("the journal of attempt {:.8} is over", journal.attempt);
+        if let Err(error) = store.write_journal(None) {
+            log::warn!("journal: {}", reason(&error));
+        }
+        return;
+    }
+    for entry in journal.entries.iter().filter(|entry| entry.image.is_none() && entry.how == How::Created) {
+        match Disk::remove_unfinished(Path::new(&entry.path), entry.size_bytes) {
+            Ok(true) => log::warn!("disk {}: {} was being made, and is removed", entry.disk, entry.path),
+            Ok(false) => {}
+            Err(error) => log::warn!("disk {}: {}: {}", entry.disk, entry.path, reason(&error)),
+        }
+    }
+    for entry in journal.remains() {
+        log::warn!("disk {}: attempt {:.8} has left its remains in {}", entry.disk, journal.attempt, entry.path);
     }
 }
 

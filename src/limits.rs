@@ -23,6 +23,8 @@ pub const DISK_NAME_MAX: usize = 64;
 pub const ADDRESS_MAX: usize = 128;
 /// Longest cause that travels to the peer or to the command line, in bytes; longer ones are cut.
 pub const CAUSE_MAX: usize = 192;
+/// Longest list of all that a refusal names, in bytes.
+pub const REPORT_MAX: usize = 4 * KIB + KIB / 2;
 /// Most disks of one guest.
 pub const DISKS_MAX: usize = 32;
 
@@ -30,6 +32,10 @@ pub const DISKS_MAX: usize = 32;
 
 /// Longest file of an ownership record, in bytes; a test says that the longest record fits.
 pub const RECORD_FILE_MAX: usize = 4 * KIB;
+/// Longest file that lists what a migration made, in bytes: every disk with the longest path that the kernel takes.
+pub const JOURNAL_FILE_MAX: usize = KIB + DISKS_MAX * (DISK_NAME_MAX + PATH_MAX + 128);
+/// Longest path, in bytes.
+pub const PATH_MAX: usize = 4 * KIB;
 /// Longest text that shows a record to its operator, in bytes.
 pub const RECORD_TEXT_MAX: usize = 512;
 /// Most things that `recover` says to type, each in its place.
@@ -148,6 +154,11 @@ pub const INLINE_READ_MAX: usize = 64 * KIB;
 pub const PROBES: u64 = 1024;
 /// Bytes read at each probe.
 pub const PROBE_BYTES: usize = 64 * KIB;
+
+/// What a file system must have free beyond what disks will need of it, to keep its books: this part of it ...
+pub const FREE_MARGIN_PART: u64 = 64;
+/// ... and no less than this, in bytes.
+pub const FREE_MARGIN_MIN: u64 = MIB as u64;
 
 // ---- the gate ----------------------------------------------------------------------------------------------------
 
@@ -348,6 +359,7 @@ const _: () = assert!(LINK_SILENCE_MAX.as_secs() < SEAL_MAX.as_secs(), "SEAL is 
 const _: () = assert!(ABSENT_MAX.as_secs() < RECONNECT_MAX.as_secs());
 const _: () = assert!(DRAIN_MAX.as_secs() < FENCE_MAX.as_secs(), "the destination gives up a fence first");
 const _: () = assert!(PROBLEMS_MAX * (DISK_NAME_MAX + CAUSE_MAX + 3) < FRAME_MAX, "a refusal must fit a frame");
+const _: () = assert!(PROBLEMS_MAX * (DISK_NAME_MAX + CAUSE_MAX + 9) + 32 < REPORT_MAX, "and what is shown of it");
 const _: () =
     assert!(DIAL_MAX.as_secs() >= CONNECT_TIMEOUT.as_secs() + HANDSHAKE_TIMEOUT.as_secs() + HELLO_TIMEOUT.as_secs());
 const _: () = assert!(GO_PATIENCE.as_secs() < RUNNING_PATIENCE.as_secs(), "GO is repeated while migrate waits");

@@ -15,6 +15,7 @@ mod file;
 mod host;
 mod id;
 mod images;
+mod journal;
 mod keeper;
 mod store;
 #[cfg(test)]
@@ -30,6 +31,7 @@ pub use event::{Answer, Change, Event, Heard, Promise, Refusal, Step, Why};
 pub use file::Content;
 pub use id::{Attempt, Host, ID_BYTES, ID_DIGITS, Images, Instance, Lineage, Word};
 pub use images::ImageList;
+pub use journal::{Entry, How, Image, Journal};
 pub use keeper::{KeepError, Keeper, Save, Write};
 pub use store::{Found, Look, Store, look, show};
 pub use transition::{heard_promise, heard_record, next, promise};

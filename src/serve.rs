@@ -26,7 +26,7 @@ use crate::listener::Listener;
 use crate::migrate::destination::{self, MigrationDirectory};
 use crate::migrate::{recover, settle};
 use crate::options::{ExportOptions, Lifetime, ServeOptions};
-use crate::ownership::{Event, KeepError, Lineage, Word};
+use crate::ownership::{Event, Journal, KeepError, Lineage, State, Word};
 use crate::ready::{self, Ready};
 use crate::standing::Standing;
 
@@ -186,8 +186,11 @@ impl Desk for ControlDesk {
         let record = guest.record();
         let ownership = Standing { guest: &guest.name, record: &record, rejected: guest.rejected() }.ownership();
         let known = record.as_ref().ok().and_then(Option::as_ref);
-        let hint = match ownership.next.as_str() {
-            "" if ownership.owner != Owner::Here => ownership.text,
+        let void = known.is_some_and(|record| matches!(record.state, State::Void { .. }));
+        let left = if void { guest.journal() } else { None };
+        let hint = match (left, ownership.next.as_str()) {
+            (Some(left), _) if left.remains().count() > 0 => text(&kept(&guest.name, &left)),
+            (_, "") if ownership.owner != Owner::Here => ownership.text,
             _ => ownership.next,
         };
         Status {
@@ -282,6 +285,18 @@ impl Desk for ControlDesk {
     fn news(&self, attempt: Option<u128>, timeout: Duration) -> Option<News> {
         self.guest.source.news(attempt, timeout)
     }
+}
+
+/// What to type where an attempt has left something.
+fn kept(guest: &str, journal: &Journal) -> String {
+    let disks = match journal.remains().count() {
+        1 => "1 disk".to_owned(),
+        disks => format!("{disks} disks"),
+    };
+    format!(
+        "the next migration goes on from what an earlier one left on {disks}; blockferry recover {guest} --forget \
+         gives it up"
+    )
 }
 
 fn shown(gate: Gate) -> ShownGate {

@@ -35,6 +35,8 @@ pub struct MigrateOptions {
     pub connections: u8,
     /// Return once the migration has started.
     pub detach: bool,
+    /// What has been sent stays at the destination, however the migration ends.
+    pub keep_partial: bool,
 }
 
 pub(super) const SPEC: Spec = Spec {
@@ -53,6 +55,11 @@ pub(super) const SPEC: Spec = Spec {
         opt("downtime-limit", Takes::One("MS"), "longest final pass that counts as converged [300]"),
         opt("hold", Takes::Nothing, "when converged, wait for: blockferry switch GUEST"),
         opt("detach", Takes::Nothing, "return once it has started; see: blockferry status GUEST"),
+        opt(
+            "keep-partial",
+            Takes::Nothing,
+            "what has been sent stays there even if this is cancelled; the next\nmigration goes on from it",
+        ),
         opt("connections", Takes::One("N"), "data connections of one disk, 1 to 8 [1, more to a distant host]"),
         opt("synchronous", Takes::One("never"), "guest writes never wait for the mirror [never]"),
         opt("transport", Takes::One("MODE"), "nbd, or auto: today the same [auto]"),
@@ -60,7 +67,6 @@ pub(super) const SPEC: Spec = Spec {
         CONTROL,
         PLAINTEXT,
         later("copy-storage-inc", Takes::Nothing),
-        later("keep-partial", Takes::Nothing),
         later("unsafe", Takes::Nothing),
         later("plain", Takes::Nothing),
         later("tls-dir", Takes::One("DIR")),
@@ -100,6 +106,7 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
         hold: matches.flag("hold"),
         connections: matches.number("connections", 1, most)?.unwrap_or(0),
         detach: matches.flag("detach"),
+        keep_partial: matches.flag("keep-partial"),
     }))
 }
 
@@ -130,6 +137,7 @@ impl MigrateOptions {
             connections: self.connections,
             detach: self.detach,
             insecure_plaintext: self.door.insecure_plaintext,
+            keep_partial: self.keep_partial,
             verify: Verify::None,
             ..MigrateRequest::default()
         }

@@ -63,8 +63,8 @@ pub(super) const RECOVER: Spec = Spec {
         opt(
             "forget",
             Takes::Nothing,
-            "give up what is here: a half-written reception, a sealed copy, the\n\
-             record of a guest that is gone",
+            "give up what is here: a half-written reception, with the files that were\n\
+             made for it, a sealed copy, the record of a guest that is gone",
         ),
         CONTROL,
         PLAINTEXT,

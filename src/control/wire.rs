@@ -17,6 +17,7 @@ use crate::domain::Stays;
 use crate::error::{Dies, Exit, Problem};
 use crate::limits::{
     ADDRESS_MAX, CAUSE_MAX, DISK_NAME_MAX, DISKS_MAX, GUEST_NAME_MAX, NEXT_STEPS_MAX, OPERATION_MAX, RECORD_TEXT_MAX,
+    REPORT_MAX,
 };
 
 /// The version of these messages. Both ends are the same executable as a rule, so there is no older one to speak.
@@ -515,8 +516,8 @@ pub struct Done {
     pub attempt: u128,
     /// [`Exit::code`] of the command.
     pub exit: u8,
-    /// The cause when it failed; may be empty when it did not.
-    pub message: Cause,
+    /// The cause when it failed; may be empty when it did not. A refusal lists all that is wrong.
+    pub message: String<REPORT_MAX>,
     /// Who owns the guest now.
     pub owner: Owner,
     /// The destination.

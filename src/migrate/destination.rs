@@ -1,35 +1,33 @@
 //! The destination of a migration: receives, seals, owns.
 //!
 //! One match over (stage x message), in [`Destination::answer`]. The record says what this host is to the guest; the
-//! [`Stage`] beside it holds what only lives as long as the process: who may open data connections, which files were
-//! made, who writes back. A phase connection is nothing but a way for messages: when it is lost nothing changes here,
-//! and the source may go on over another one (M2, M10).
+//! [`Stage`] beside it holds what only lives as long as the process: who may open data connections, who writes back.
+//! What was made and received is in the journal beside the record. A phase connection is nothing but a way for
+//! messages: when it is lost nothing changes here, and the source may go on over another one (M2, M10).
 //!
 //! Everything that must not happen at once happens under the stage's lock: a data connection is checked and entered
 //! under it, and a fence ends all connections and waits for their writers under it (D4).
 
+mod check;
+mod directory;
+mod prepare;
+mod reception;
+mod remains;
+
 use std::fmt::Display;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Instant;
 
+pub use directory::MigrationDirectory;
+use reception::Reception;
+use remains::Fate;
+
 use super::beat::while_working;
 use super::link::{Link, LinkError};
-use super::wire::{
-    BootId, Capabilities, Challenge, DiskOffer, DiskReady, Epoch, ExportName, Hello, Message, Mode, Prepare, Prepared,
-    Problem, Role, Token, VERSION_HIGHEST, VERSION_LOWEST, cut,
-};
-use crate::cause::Cause;
-use crate::disk::{Content, Disk};
-use crate::domain::{Source, Stays};
-use crate::export::{Door, Export, Gate, Visit};
+use super::wire::{BootId, Capabilities, Challenge, Epoch, Hello, Message, Role, VERSION_HIGHEST, VERSION_LOWEST, cut};
+use crate::export::{Door, Gate};
 use crate::guest::Guest;
-use crate::limits::{
-    CONNECTION_STACK, CONNECTIONS_MAX, CONNECTIONS_PER_DISK_MAX, DISKS_MAX, HELLO_TIMEOUT, LINK_IDLE_MAX, LINK_LOOK,
-    PHASE_CONNECTIONS_MAX, PROBLEMS_MAX, REPLY_TIMEOUT,
-};
-use crate::nbd::handshake::{Description, Directory, OpenError};
-use crate::nbd::server;
+use crate::limits::{HELLO_TIMEOUT, LINK_IDLE_MAX, LINK_LOOK, REPLY_TIMEOUT};
 use crate::ownership::{Answer, Attempt, Event, Images, KeepError, Peer, Promise, Record, Stamp, State, next};
 use crate::socket::Socket;
 
@@ -44,9 +42,6 @@ struct Inner {
     stage: Stage,
     /// The attempt that this side ended last: the source is told why.
     ended: Option<Ended>,
-    /// Disks that hold the remains of an attempt that ended here and had found them empty: our own, to be emptied for
-    /// the next one (D10).
-    remains: Vec<String>,
 }
 
 /// An attempt that this side has ended.
@@ -65,23 +60,6 @@ enum Stage {
     Idle,
     Receiving(Box<Reception>),
 }
-
-#[derive(Debug)]
-struct Reception {
-    stamp: Stamp,
-    epoch: Epoch,
-    token: Token,
-    exports: Vec<Arc<Export>>,
-    /// Files that this attempt made, and the exports that they are behind.
-    created: Vec<(Arc<Export>, PathBuf)>,
-    /// Disks that were empty when it began.
-    were_empty: Vec<String>,
-    /// Guest writes refused before it began (M11).
-    refused_before: u64,
-}
-
-/// What the source is told of each disk.
-type Ready = heapless::Vec<DiskReady, DISKS_MAX>;
 
 /// Speaks the phase protocol on one connection until it ends.
 pub fn serve(guest: &Arc<Guest>, socket: &Arc<Socket>) {
@@ -187,16 +165,15 @@ impl Destination {
             }
             (true, Message::Fence { stamp, epoch }) => Ok(inner.fence(guest, stamp, epoch)),
             (true, Message::Seal { stamp, .. }) => inner.seal(guest, stamp),
-            (true, Message::Abort { stamp, cause }) => {
+            (true, Message::Abort { stamp, cause, keep }) => {
                 log::info!("migration: attempt {:.8} aborted by the source: {}", stamp.attempt, cause.escape_debug());
                 if !inner.stop_receiving() {
                     // "Unsealed" says that no writer lives. The source asks again.
                     return Err("requests in flight do not end".to_owned());
                 }
                 shut_guest_doors(guest, &stamp);
-                let answer = settle(guest, &Event::Abort(stamp), stamp);
-                inner.clean_up();
-                answer
+                inner.clean_up(guest, if keep { Fate::Keep } else { Fate::Remove });
+                settle(guest, &Event::Abort(stamp), stamp)
             }
             // Said again by who is sealed; what this process does not receive, it cannot seal.
             (false, Message::Seal { stamp, .. }) if !is_receiving(guest)? => {
@@ -265,14 +242,27 @@ impl Destination {
     /// # Errors
     /// As [`Guest::apply`].
     pub(super) fn forget(&self, guest: &Guest, event: &Event) -> Result<Answer, KeepError> {
-        let _inner = self.lock();
+        let mut inner = self.lock();
+        inner.give_up(guest, "given up by the user", Fate::Remove);
         let record = guest.record()?;
-        if let Some(stamp) = record.as_ref().and_then(Record::stamp)
-            && next(guest.host, record.as_ref(), event).is_ok()
-        {
-            shut_guest_doors(guest, &stamp);
+        if next(guest.host, record.as_ref(), event).is_ok() {
+            if let Some(stamp) = record.as_ref().and_then(Record::stamp) {
+                shut_guest_doors(guest, &stamp);
+            }
+            // An attempt that ended here and was never sealed (M2, M6): the files that were made for it go too.
+            if record.is_some_and(|record| matches!(record.state, State::Void { .. })) {
+                remains::give_up(guest);
+            }
         }
-        guest.apply(event)
+        let answer = guest.apply(event)?;
+        guest.tidy_journal();
+        Ok(answer)
+    }
+
+    /// Forgets a journal that is history. Not while a PREPARE is about to make it count.
+    pub(super) fn tidy(&self, guest: &Guest) {
+        let _inner = self.lock();
+        guest.tidy_journal();
     }
 
     /// Whether an attempt is received.
@@ -292,7 +282,7 @@ impl Destination {
             && refused_writes(guest) > reception.refused_before
         {
             // M11: whoever writes here before it may has read stale data.
-            inner.give_up(guest, "a client of the destination's guest door wrote before the hand-over");
+            inner.give_up(guest, "a client of the destination's guest door wrote before the hand-over", Fate::Remove);
         }
         let ended = inner.ended.as_mut().filter(|ended| !ended.told && session.stamp == Some(ended.stamp))?;
         ended.told = true;
@@ -307,7 +297,7 @@ impl Destination {
         let mut inner = self.lock();
         match inner.stage {
             Stage::Receiving(_) => {
-                inner.give_up(guest, cause);
+                inner.give_up(guest, cause, Fate::Remove);
                 Ok(())
             }
             Stage::Idle => Err(match guest.record() {
@@ -319,167 +309,12 @@ impl Destination {
         }
     }
 
-    /// Opens a data connection for who knows a current name (D4): checked and entered under the lock that a fence
-    /// takes. Whatever is wrong with a name, there is no such export.
-    fn open(&self, guest: &Guest, name: &str, socket: &Arc<Socket>) -> Result<(Description, Visit), OpenError> {
-        let inner = self.lock();
-        let export = inner.find(guest, name).ok_or(OpenError::Unknown)?;
-        let visit = export.enter(Door::Migration, socket).map_err(|why| OpenError::Refused(Cause::new(why)))?;
-        Ok((server::description(visit.disk().size(), false), visit))
-    }
-
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Inner {
-    fn find(&self, guest: &Guest, name: &str) -> Option<&Arc<Export>> {
-        let Stage::Receiving(reception) = &self.stage else { return None };
-        let name = ExportName::parse(name)?;
-        let current = name.attempt == reception.stamp.attempt
-            && name.instance == guest.instance
-            && name.epoch == reception.epoch
-            && name.token.matches(&reception.token);
-        reception.exports.iter().find(|export| current && export.name() == name.disk)
-    }
-
-    fn prepare(&mut self, guest: &Guest, session: &mut Session, offer: &Prepare) -> Result<Message, String> {
-        let stamp = offer.stamp;
-        let fresh = session.challenge.take_if(|ours| *ours == offer.challenge).is_some();
-        let from = Peer { host: session.theirs.host, address: session.theirs.address.clone() };
-        let event = Event::Prepare { stamp, from, fresh };
-        let refused = |problems: Problems| Ok(Message::Refused { stamp, problems: problems.0 });
-
-        let mut problems = Problems::default();
-        let current = guest.record().map_err(|error| error.to_string())?;
-        if let Err(refusal) = next(guest.host, current.as_ref(), &event) {
-            problems.add("", &refusal);
-            return refused(problems);
-        }
-        // D4: whatever any earlier attempt still has on its way is over before this one is answered.
-        if !end_writers(guest.exports()) {
-            problems.add("", &"requests of an earlier attempt do not end");
-            return refused(problems);
-        }
-        self.give_up(guest, "another attempt has begun");
-        let found = self.check(guest, offer, &mut problems);
-        if !problems.0.is_empty() {
-            return refused(problems);
-        }
-        let mut reception = Reception {
-            stamp,
-            epoch: Epoch(0),
-            token: Token::random().map_err(|error| error.to_string())?,
-            exports: found.iter().map(|(export, _)| Arc::clone(export)).collect(),
-            created: Vec::new(),
-            were_empty: Vec::new(),
-            refused_before: refused_writes(guest),
-        };
-        if let Err(cause) = guest.write_ahead(&[&[event.clone(), Event::Abort(stamp)]]) {
-            problems.add("", &cause);
-            return refused(problems);
-        }
-        // The record first: from here on nobody claims what is being made.
-        if let Err(error) = guest.apply(&event) {
-            problems.add("", &error);
-            return refused(problems);
-        }
-        for ((export, path), disk) in found.iter().zip(&offer.disks) {
-            if let Err(error) = reception.create_missing(guest, export, path, disk) {
-                problems.add(&disk.name, &error);
-            }
-        }
-        if problems.0.is_empty()
-            && let Err(cause) = write_ahead(guest, stamp)
-        {
-            problems.add("", &cause);
-        }
-        let begun = if problems.0.is_empty() {
-            reception.begin(&self.remains, offer).map_err(|error| problems.add("", &error))
-        } else {
-            Err(())
-        };
-        let Ok(disks) = begun else {
-            if let Err(error) = guest.apply(&Event::AbortReceiving { attempt: stamp.attempt }) {
-                log::error!("migration: {error}");
-            }
-            reception.remove_created();
-            return refused(problems);
-        };
-        self.remains.retain(|name| !reception.exports.iter().any(|export| export.name() == name));
-        let answer =
-            Prepared { stamp, instance: guest.instance, epoch: reception.epoch, token: reception.token, disks };
-        log::info!("migration: attempt {:.8} is received from host {:.8}", stamp.attempt, session.theirs.host);
-        self.ended = None;
-        self.stage = Stage::Receiving(Box::new(reception));
-        Ok(Message::Prepared(answer))
-    }
-
-    /// Looks at every offered disk and collects all that is wrong. Returns the exports and their files.
-    fn check(&self, guest: &Guest, offer: &Prepare, problems: &mut Problems) -> Vec<(Arc<Export>, PathBuf)> {
-        let mut found: Vec<(Arc<Export>, PathBuf)> = Vec::new();
-        let mut needed: Vec<(u64, u64, u64)> = Vec::new();
-        for disk in &offer.disks {
-            let twice = found.iter().any(|(export, _)| export.name() == disk.name);
-            let checked = if twice {
-                Err("is offered twice".to_owned())
-            } else {
-                self.check_disk(guest, disk, offer.mode, &mut needed)
-            };
-            match checked {
-                Ok(export) => found.push(export),
-                Err(cause) => problems.add(&disk.name, &cause),
-            }
-        }
-        if offer.disks.is_empty() {
-            problems.add("", &"no disk is offered");
-        }
-        for (_, needs, has) in needed.iter().filter(|(_, needs, has)| needs > has) {
-            problems.add("", &format_args!("the disks need {needs} bytes, their file system has {has} free"));
-        }
-        found
-    }
-
-    fn check_disk(
-        &self,
-        guest: &Guest,
-        offer: &DiskOffer,
-        mode: Mode,
-        needed: &mut Vec<(u64, u64, u64)>,
-    ) -> Result<(Arc<Export>, PathBuf), String> {
-        let disk = guest.disk(&offer.name).ok_or("the destination has no disk of this name")?;
-        let (Some(export), Source::File { path, .. }) = (&disk.export, &disk.spec.source) else {
-            let why = disk.spec.stays().unwrap_or(Stays::Empty);
-            return Err(format!("is {why} at the destination"));
-        };
-        if let Some(why @ (Stays::ReadOnly | Stays::Shared)) = disk.spec.stays() {
-            return Err(format!("is {why} at the destination"));
-        }
-        let free = match export.disk() {
-            None => crate::disk::free_space_beside(path).map_err(|error| error.to_string())?,
-            Some(target) => {
-                if target.size() != offer.size_bytes {
-                    let (there, here) = (target.size(), offer.size_bytes);
-                    return Err(format!("has {there} bytes at the destination and {here} at the source"));
-                }
-                let ours = self.remains.iter().any(|name| name.as_str() == offer.name);
-                let content = target.content().map_err(|error| format!("cannot be read: {error}"))?;
-                if content == Content::Data && mode == Mode::CopyAll && !ours {
-                    return Err(format!("{} is not empty (--overwrite overwrites it)", path.display()));
-                }
-                target.free_space().map_err(|error| error.to_string())?
-            }
-        };
-        if let Some((file_system, bytes)) = free {
-            match needed.iter_mut().find(|(known, ..)| *known == file_system) {
-                Some((_, needs, _)) => *needs = needs.saturating_add(offer.data_bytes),
-                None => needed.push((file_system, offer.data_bytes, bytes)),
-            }
-        }
-        Ok((Arc::clone(export), path.clone()))
-    }
-
     /// D4. A repeated fence is answered again, and only when no writer lives: the first may not have ended them.
     fn fence(&mut self, guest: &Guest, stamp: Stamp, epoch: Epoch) -> Message {
         let Stage::Receiving(reception) = &mut self.stage else {
@@ -503,22 +338,23 @@ impl Inner {
         let Stage::Receiving(reception) = &mut self.stage else { return record(guest, stamp) };
         let began = Instant::now();
         let images = guest.images();
+        let journal = guest.journal();
         let durable = if !reception.end_writers() {
             Err("requests in flight do not end".to_owned())
         } else if refused_writes(guest) > reception.refused_before {
             Err("a client of the destination's guest door wrote before the hand-over".to_owned())
         } else {
-            reception.make_durable()
+            // M2: from here on nothing of this attempt is cleaned up, whatever becomes of it.
+            reception.make_durable().and_then(|()| guest.write_journal(journal.map(|journal| journal.retired())))
         };
         let images = match durable.and(images) {
             Ok(images) => images,
             Err(cause) => {
-                self.give_up(guest, &cause);
+                self.give_up(guest, &cause, Fate::Remove);
                 return Ok(failed(stamp, &cause));
             }
         };
         let fsync_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-        // M2: from here on nothing of this attempt is cleaned up.
         self.stage = Stage::Idle;
         match guest.apply(&Event::Seal { stamp, images }) {
             Ok(Answer::Sealed) => Ok(Message::Sealed { stamp, fsync_us }),
@@ -528,15 +364,15 @@ impl Inner {
     }
 
     /// This side ends the attempt that it receives (M6): VOID, then the source is told.
-    fn give_up(&mut self, guest: &Guest, cause: &str) {
+    fn give_up(&mut self, guest: &Guest, cause: &str, fate: Fate) {
         let Stage::Receiving(reception) = &self.stage else { return };
         let stamp = reception.stamp;
         log::warn!("migration: attempt {:.8} ended here: {cause}", stamp.attempt);
         self.stop_receiving();
+        self.clean_up(guest, fate);
         if let Err(error) = guest.apply(&Event::AbortReceiving { attempt: stamp.attempt }) {
             log::error!("migration: {error}");
         }
-        self.clean_up();
         self.ended = Some(Ended { stamp, cause: cause.to_owned(), told: false });
     }
 
@@ -553,111 +389,16 @@ impl Inner {
         }
     }
 
-    /// Removes what the attempt made, and remembers what it leaves behind. Only for an attempt that is not sealed.
-    fn clean_up(&mut self) {
-        if let Stage::Receiving(mut reception) = std::mem::take(&mut self.stage) {
+    /// Removes or keeps what the attempt brought. In RECEIVING of that attempt, before the record says that it ended:
+    /// a process that dies in between finds the journal, and the record that it counts with.
+    fn clean_up(&mut self, guest: &Guest, fate: Fate) {
+        if let Stage::Receiving(reception) = std::mem::take(&mut self.stage) {
             for export in &reception.exports {
                 export.set_gate(Gate::Incoming);
             }
-            self.remains.append(&mut reception.were_empty);
-            reception.remove_created();
+            let fate = if reception.keep_partial { Fate::Keep } else { fate };
+            remains::end(guest, &reception, fate);
         }
-    }
-}
-
-impl Reception {
-    fn create_missing(
-        &mut self,
-        guest: &Guest,
-        export: &Arc<Export>,
-        path: &Path,
-        offer: &DiskOffer,
-    ) -> Result<(), String> {
-        if export.disk().is_some() {
-            return Ok(());
-        }
-        let cache = guest.disk(&offer.name).map(|disk| disk.spec.cache).unwrap_or_default();
-        let disk = Disk::create(path, offer.size_bytes, cache)
-            .map_err(|error| format!("cannot create {}: {error}", path.display()))?;
-        export.set_disk(Arc::new(disk));
-        self.created.push((Arc::clone(export), path.to_owned()));
-        Ok(())
-    }
-
-    /// Empties what may be emptied, and starts writing back. The gates are at Receiving already.
-    fn begin(&mut self, remains: &[String], offer: &Prepare) -> std::io::Result<Ready> {
-        // The door has room for all of them, and for the phases.
-        let room = (CONNECTIONS_MAX - PHASE_CONNECTIONS_MAX) / self.exports.len().max(1);
-        let connections = u8::try_from(room.clamp(1, CONNECTIONS_PER_DISK_MAX)).unwrap_or(u8::MAX);
-        let mut ready = heapless::Vec::new();
-        for export in &self.exports {
-            let ours = remains.iter().any(|name| name == export.name());
-            if (ours || offer.mode == Mode::Overwrite)
-                && let Err(error) = export.discard_all()
-            {
-                log::info!("migration: disk {} cannot be emptied, all of it is sent: {error}", export.name());
-            }
-            // D10: looked at here, before anything is sent.
-            let content = export.disk().map(|disk| disk.content());
-            let reads_as_zero = matches!(content, Some(Ok(Content::Hole)));
-            if ours || offer.mode == Mode::CopyAll {
-                self.were_empty.push(export.name().to_owned());
-            }
-            // As many as there are offers, which fit.
-            let _ = ready.push(DiskReady { reads_as_zero, connections, compare: false });
-            let writer = Arc::clone(export);
-            let thread = std::thread::Builder::new().name("write back".to_owned()).stack_size(CONNECTION_STACK);
-            // Ends by itself when the gate is no longer at Receiving.
-            thread.spawn(move || writer.write_back())?;
-        }
-        Ok(ready)
-    }
-
-    /// Ends every data connection and waits for what they had admitted.
-    fn end_writers(&self) -> bool {
-        end_writers(self.exports.iter())
-    }
-
-    fn make_durable(&mut self) -> Result<(), String> {
-        for export in &self.exports {
-            export.set_gate(Gate::Sealed);
-        }
-        for export in &self.exports {
-            let disk = export.disk().ok_or_else(|| format!("disk {}: has gone", export.name()))?;
-            disk.flush().map_err(|error| format!("flush: disk {}: {error}", export.name()))?;
-        }
-        for (export, path) in &self.created {
-            crate::disk::sync_directory_of(path).map_err(|error| format!("sync: disk {}: {error}", export.name()))?;
-        }
-        Ok(())
-    }
-
-    /// Removes the files that this attempt made, unless somebody put others in their place.
-    fn remove_created(&mut self) {
-        for (export, path) in self.created.drain(..) {
-            // Whoever still uses it would go on writing into a file without a name.
-            let ours = export.take_disk().map(|disk| disk.identity());
-            if ours.is_some() && Disk::identify(&path) == ours {
-                let _ = std::fs::remove_file(&path);
-            }
-        }
-    }
-}
-
-/// Ends every data connection of `exports`, all of them before the first is waited for. `false`: some writer lives on.
-fn end_writers<'a>(exports: impl Iterator<Item = &'a Arc<Export>>) -> bool {
-    let exports: Vec<_> = exports.collect();
-    exports.iter().for_each(|export| export.shut_connections(Door::Migration));
-    exports.iter().filter(|export| !export.end_connections(Door::Migration)).count() == 0
-}
-
-/// All that is wrong, as far as it fits a message.
-#[derive(Default)]
-struct Problems(heapless::Vec<Problem, PROBLEMS_MAX>);
-
-impl Problems {
-    fn add(&mut self, disk: &str, cause: &dyn Display) {
-        let _ = self.0.push(Problem { disk: cut(disk), cause: cut(&cause.to_string()) });
     }
 }
 
@@ -682,12 +423,6 @@ fn record(guest: &Guest, stamp: Stamp) -> Result<Message, String> {
         summary.peer = None;
     }
     Ok(Message::Record { stamp, record: summary })
-}
-
-/// What an attempt that begins will need: a full disk is noticed now, and not while the guest waits for SEALED.
-fn write_ahead(guest: &Guest, stamp: Stamp) -> Result<(), String> {
-    let seal = Event::Seal { stamp, images: guest.images()? };
-    guest.write_ahead(&[&[seal, Event::Go(stamp)], &[Event::Abort(stamp)]])
 }
 
 fn is_receiving(guest: &Guest) -> Result<bool, String> {
@@ -719,34 +454,6 @@ fn forget_shared(guest: &Guest) {
     let shared = guest.disks.iter().filter(|disk| disk.spec.shared);
     for disk in shared.filter_map(|disk| disk.export.as_ref()?.disk()) {
         disk.forget_cache();
-    }
-}
-
-/// What the migration door offers to one connection: nothing that could be listed.
-pub struct MigrationDirectory<'a> {
-    /// The guest.
-    pub guest: &'a Guest,
-    /// The connection that asks.
-    pub socket: &'a Arc<Socket>,
-}
-
-impl Directory for MigrationDirectory<'_> {
-    type Opened = Visit;
-
-    fn list(&self, _: &mut dyn FnMut(&str, &str)) {}
-
-    fn describe(&self, name: &str) -> Result<Description, OpenError> {
-        let inner = self.guest.destination.lock();
-        let disk = inner.find(self.guest, name).and_then(|export| export.disk()).ok_or(OpenError::Unknown)?;
-        Ok(server::description(disk.size(), false))
-    }
-
-    fn open(&self, name: &str) -> Result<(Description, Visit), OpenError> {
-        self.guest.destination.open(self.guest, name, self.socket)
-    }
-
-    fn takes_phases(&self) -> bool {
-        true
     }
 }
 

@@ -13,13 +13,13 @@ use super::dial::{aside, dial, dial_aside, wait_for};
 use super::lanes::{Lanes, connect, disk_of};
 use super::link::{Link, LinkError};
 use super::meter::{Meter, Verdict};
+use super::preflight;
 use super::settle::{self, Trouble};
 use super::source::Job;
-use super::wire::{DiskOffer, Epoch, Hello, Message, Mode, Prepare, Prepared, Role, Verify, cut};
+use super::wire::{Epoch, Hello, Message, Mode, Prepare, Prepared, Role, Verify, cut};
 use crate::control::wire::{Convergence, DiskProgress, Done, Owner, Phase, text};
-use crate::dirty::DirtyMap;
 use crate::error::Exit;
-use crate::export::{Export, Quiesced, quiesce};
+use crate::export::{Quiesced, quiesce};
 use crate::guest::Guest;
 use crate::limits::{
     ABSENT_MAX, CONNECTIONS_PER_DISK_MAX, DIAL_MAX, DISKS_MAX, DISTANT, FENCE_MAX, FLUSH_PERIOD, GO_PATIENCE,
@@ -147,7 +147,7 @@ fn done(job: &Job, exit: Exit, owner: Owner, cause: &str) -> Done {
 /// has changed nothing.
 fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String> {
     // Before the destination waits for an answer: it may take a while on a large disk.
-    let disks = job.exports.iter().map(offer).collect::<Result<_, _>>()?;
+    let disks = preflight::offers(&job.exports)?;
     let dialled = dial_aside(guest, &job.address, Instant::now() + DIAL_MAX);
     let (mut link, theirs) = wait_for(&dialled, TICK, || job.cancelled().map_or(Ok(()), Err))?
         .map_err(|no_link| format!("{}: {no_link}", job.address))?;
@@ -167,13 +167,14 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
         disks,
         connections: job.request.connections,
         verify: Verify::None,
+        keep_partial: job.request.keep_partial,
     });
     let prepared = match ask_to_prepare(job, &mut link, &message, &stamp, &theirs) {
         Ok(prepared) => prepared,
         Err(NotPrepared::Refused(cause)) => return Err(cause),
         Err(NotPrepared::Unclear(cause)) => {
             // It may be prepared, or become so yet: nothing of that is to stay.
-            withdraw(&mut link, stamp, &cause);
+            withdraw(&mut link, stamp, &cause, job.cancelled().is_none());
             return Err(cause);
         }
     };
@@ -246,7 +247,7 @@ fn ask_to_prepare(
         match received {
             Some(Message::Prepared(prepared)) if prepared.stamp.matches(stamp) => break prepared,
             Some(Message::Refused { stamp: about, problems }) if about.matches(stamp) => {
-                return Err(NotPrepared::Refused(report(&problems)));
+                return Err(NotPrepared::Refused(preflight::report("refused by the destination", &problems)));
             }
             None if Instant::now() >= deadline => return Err(unclear("the destination does not get ready")),
             // While it works it says so.
@@ -261,9 +262,9 @@ fn ask_to_prepare(
 }
 
 /// Ends an attempt that has not begun here: tells the destination, and gives it a moment to say that it has heard.
-fn withdraw(link: &mut Link, stamp: Stamp, cause: &str) {
+fn withdraw(link: &mut Link, stamp: Stamp, cause: &str, keep: bool) {
     let deadline = Instant::now() + UNSEALED_PATIENCE;
-    let mut sent = link.send(&Message::Abort { stamp, cause: cut(cause) }, deadline);
+    let mut sent = link.send(&Message::Abort { stamp, cause: cut(cause), keep }, deadline);
     while sent.is_ok() && Instant::now() < deadline {
         match link.receive(deadline) {
             Ok(Some(Message::Unsealed { .. } | Message::Record { .. })) => return,
@@ -271,30 +272,6 @@ fn withdraw(link: &mut Link, stamp: Stamp, cause: &str) {
             Err(error) => sent = Err(error),
         }
     }
-}
-
-fn offer(export: &Arc<Export>) -> Result<DiskOffer, String> {
-    let fault = |cause: &dyn std::fmt::Display| format!("disk {}: {cause}", export.name());
-    let disk = export.disk().ok_or_else(|| fault(&"does not exist"))?;
-    Ok(DiskOffer {
-        name: cut(export.name()),
-        size_bytes: disk.size(),
-        data_bytes: disk.data_bytes().map_err(|error| fault(&error))?,
-        granularity_bytes: DirtyMap::granularity_for(disk.size()),
-    })
-}
-
-/// One line with all that the destination found wrong.
-fn report(problems: &[super::wire::Problem]) -> String {
-    let mut report = String::from("refused by the destination");
-    for problem in problems {
-        report.push_str("; ");
-        if !problem.disk.is_empty() {
-            report.push_str(&format!("disk {}: ", problem.disk));
-        }
-        report.push_str(&problem.cause);
-    }
-    report.replacen("; ", ": ", 1)
 }
 
 // ---- PERFORM and FINISH ------------------------------------------------------------------------------------------
@@ -692,7 +669,9 @@ fn abort(mut drive: Drive<'_>, cause: &str) -> Result<(), String> {
     drive.mirrors.clear();
     // Who was out of reach is not waited for: the source has ended the attempt, and asks on by itself if it must know.
     let deadline = Instant::now() + if drive.link_lost { LOST_PATIENCE } else { UNSEALED_PATIENCE };
-    let message = Message::Abort { stamp: drive.stamp, cause: cut(cause) };
+    // What was sent is worth keeping when it was a connection that was lost, and not anybody's wish or a disk's error.
+    let keep = (drive.down || drive.link_lost) && drive.job.cancelled().is_none();
+    let message = Message::Abort { stamp: drive.stamp, cause: cut(cause), keep };
     let mut ask = Some(&message);
     while Instant::now() < deadline {
         match drive.converse(ask.take()) {

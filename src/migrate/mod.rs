@@ -2,8 +2,8 @@
 //!
 //! `wire` is bytes, `link` one phase connection, `dial` opens one. `destination` is the receiving side, `beat` its
 //! signs of life. On the sending side `source` is what the user talks to, `drive` the phases in their order, `lanes`
-//! the data connections, `meter` the rates. On both, `settle` says what is left to be said after an attempt, and
-//! `recover` lets the operator decide.
+//! the data connections, `meter` the rates, `preflight` what it looks at first. On both, `settle` says what is left to
+//! be said after an attempt, and `recover` lets the operator decide.
 
 mod beat;
 pub mod destination;
@@ -12,6 +12,7 @@ mod drive;
 mod lanes;
 pub mod link;
 mod meter;
+mod preflight;
 pub mod recover;
 pub mod settle;
 pub mod source;

@@ -117,6 +117,7 @@ fn settle(guest: &Guest) {
         let Some(now) = business(guest) else {
             doing = None;
             patience = ASK_PERIOD;
+            guest.destination.tidy(guest);
             guest.settle.wait(None);
             continue;
         };
@@ -208,7 +209,8 @@ fn saying(record: &Record) -> Option<(Message, Peer)> {
     let message = match &record.state {
         State::Given { arrived: false, .. } => Message::Go { stamp: stamp? },
         State::Offered { offer: Offer::Ended | Offer::Closed, .. } => {
-            Message::Abort { stamp: stamp?, cause: cut("the attempt has ended") }
+            // Said by who has lost the peer: a cancel was said before, if there was one.
+            Message::Abort { stamp: stamp?, cause: cut("the attempt has ended"), keep: true }
         }
         State::Sealed { .. } | State::Given { arrived: true, .. } => Message::Question { stamp: stamp? },
         State::Superseded { .. } => Message::Question { stamp: nobodys(record.title()) },

@@ -85,6 +85,8 @@ pub struct Prepare {
     pub connections: u8,
     /// What will be verified.
     pub verify: Verify,
+    /// What has been sent stays, however the attempt ends: another one will go on from it.
+    pub keep_partial: bool,
 }
 
 /// What the destination says of one offered disk.
@@ -198,6 +200,8 @@ pub enum Message {
         stamp: Stamp,
         /// Why, for the destination's user.
         cause: Cause,
+        /// Nobody wanted it to end: a connection or a process was lost. What has been sent stays for another attempt.
+        keep: bool,
     },
     /// D to S: VOID is durable; this attempt will never be sealed (rule M6).
     Unsealed {

@@ -1,4 +1,5 @@
-//! The bytes of a record's file. Pure: bytes in, records out; nothing of what is wrong with bytes makes a record.
+//! The bytes of a record's file, and what the files of a state directory have in common. Pure: bytes in, records out;
+//! nothing of what is wrong with bytes makes a record.
 //!
 //! | offset | bytes | field |
 //! |---|---|---|
@@ -17,8 +18,19 @@ use crate::limits::RECORD_FILE_MAX;
 
 const MAGIC: [u8; 8] = *b"BFRECORD";
 const VERSION: u16 = 1;
+const FORM: Form = Form { magic: MAGIC, version: VERSION, bytes_max: RECORD_FILE_MAX };
 const HEAD: usize = MAGIC.len() + size_of::<u16>();
 const CHECKSUM: usize = size_of::<u32>();
+
+/// What the files of a state directory have around their content: a magic, a version, a checksum.
+pub(super) struct Form {
+    /// The first eight bytes.
+    pub(super) magic: [u8; 8],
+    /// The version of the content.
+    pub(super) version: u16,
+    /// The longest file.
+    pub(super) bytes_max: usize,
+}
 
 /// What a file says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,7 +60,7 @@ impl fmt::Display for Broken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Length(0) => write!(f, "it is empty"),
-            Self::Length(bytes) => write!(f, "{bytes} bytes are no record's length"),
+            Self::Length(bytes) => write!(f, "{bytes} bytes are no such file's length"),
             Self::Magic => write!(f, "it is not blockferry's"),
             Self::Checksum => write!(f, "its checksum is wrong"),
             Self::Version(version) => write!(f, "it has format version {version}, this program knows {VERSION}"),
@@ -57,17 +69,47 @@ impl fmt::Display for Broken {
     }
 }
 
+impl Form {
+    /// The file of this content; `None` when it is too long.
+    pub(super) fn wrap(&self, body: &[u8]) -> Option<Vec<u8>> {
+        if HEAD + body.len() + CHECKSUM > self.bytes_max {
+            return None;
+        }
+        let mut bytes = [&self.magic, &self.version.to_le_bytes()[..], body].concat();
+        bytes.extend_from_slice(&crc32c::crc32c(&bytes).to_le_bytes());
+        Some(bytes)
+    }
+
+    /// The content of a file.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(super) fn unwrap<'a>(&self, bytes: &'a [u8]) -> Result<&'a [u8], Broken> {
+        if bytes.len() < HEAD + CHECKSUM || bytes.len() > self.bytes_max {
+            return Err(Broken::Length(bytes.len()));
+        }
+        let (head, body) = bytes.split_at(HEAD);
+        if head[..self.magic.len()] != self.magic {
+            return Err(Broken::Magic);
+        }
+        let (body, checksum) = body.split_last_chunk::<CHECKSUM>().ok_or(Broken::Length(bytes.len()))?;
+        if crc32c::crc32c(&bytes[..bytes.len() - CHECKSUM]) != u32::from_le_bytes(*checksum) {
+            return Err(Broken::Checksum);
+        }
+        match u16::from_le_bytes([head[MAGIC.len()], head[MAGIC.len() + 1]]) {
+            version if version == self.version => Ok(body),
+            version => Err(Broken::Version(version)),
+        }
+    }
+}
+
 /// The file of `content`.
 #[must_use]
 pub(super) fn encode(content: &Content) -> Vec<u8> {
-    let mut bytes = vec![0; RECORD_FILE_MAX];
-    bytes[..MAGIC.len()].copy_from_slice(&MAGIC);
-    bytes[MAGIC.len()..HEAD].copy_from_slice(&VERSION.to_le_bytes());
+    let mut body = [0; RECORD_FILE_MAX - HEAD - CHECKSUM];
     // Everything in it has a fixed capacity, and a test says that all of it together fits.
-    let length = postcard::to_slice(content, &mut bytes[HEAD..RECORD_FILE_MAX - CHECKSUM]).map_or(0, |body| body.len());
-    bytes.truncate(HEAD + length);
-    bytes.extend_from_slice(&crc32c::crc32c(&bytes).to_le_bytes());
-    bytes
+    let body = postcard::to_slice(content, &mut body).map_or(&[][..], |body| body);
+    FORM.wrap(body).unwrap_or_default()
 }
 
 /// Reads a file.
@@ -75,22 +117,7 @@ pub(super) fn encode(content: &Content) -> Vec<u8> {
 /// # Errors
 /// What is wrong with it: it is no record.
 pub(super) fn decode(bytes: &[u8]) -> Result<Content, Broken> {
-    if bytes.len() < HEAD + CHECKSUM || bytes.len() > RECORD_FILE_MAX {
-        return Err(Broken::Length(bytes.len()));
-    }
-    let (head, body) = bytes.split_at(HEAD);
-    if head[..MAGIC.len()] != MAGIC {
-        return Err(Broken::Magic);
-    }
-    let (body, checksum) = body.split_last_chunk::<CHECKSUM>().ok_or(Broken::Length(bytes.len()))?;
-    if crc32c::crc32c(&bytes[..bytes.len() - CHECKSUM]) != u32::from_le_bytes(*checksum) {
-        return Err(Broken::Checksum);
-    }
-    match u16::from_le_bytes([head[MAGIC.len()], head[MAGIC.len() + 1]]) {
-        VERSION => {}
-        version => return Err(Broken::Version(version)),
-    }
-    match postcard::take_from_bytes::<Content>(body) {
+    match postcard::take_from_bytes::<Content>(FORM.unwrap(bytes)?) {
         Ok((content, [])) if is_whole(&content) => Ok(content),
         _ => Err(Broken::Content),
     }
@@ -192,7 +219,7 @@ mod tests {
                 "it has format version 2, this program knows 1",
                 "it is not blockferry's",
                 "it is empty",
-                "9 bytes are no record's length",
+                "9 bytes are no such file's length",
                 "its checksum is wrong",
             ]
         );

@@ -132,6 +132,14 @@ impl Keeper {
         if records.is_empty() { Ok(()) } else { (self.save)(Write::Ahead(&records)) }
     }
 
+    /// What was written ahead is not wanted any more.
+    ///
+    /// # Errors
+    /// The system's word. Nothing has changed.
+    pub fn forget_ahead(&mut self) -> io::Result<()> {
+        (self.save)(Write::Ahead(&[]))
+    }
+
     /// Writes the record whose commit failed once more. Does nothing when none did.
     ///
     /// # Errors

@@ -6,11 +6,14 @@
 //! | `lock` | locked by the process that serves the guest, as long as it lives |
 //! | `id` | the directory's random number, one half of the [`Host`] (see `host.rs`) |
 //! | `record` | the record, in the form of `file.rs`; missing: there is none |
-//! | `record.ATTEMPT.N.tmp` | a record on its way. Never read as one; deleted at start, and when its attempt ends |
+//! | `journal` | what migrations have put on the disks, in the form of `journal.rs`; missing: nothing |
+//! | `record.ATTEMPT.N.tmp`, `journal.ATTEMPT.N.tmp` | on its way. Never read; deleted at start, and with its attempt |
 //!
 //! A commit writes a temporary file, syncs it, reads it back, renames it and syncs the directory. The first three can
 //! be done ahead for records that will be wanted when there is no time or perhaps no room left ([`Write::Ahead`]): then
-//! the commit is a rename and a sync of the directory.
+//! the commit is a rename and a sync of the directory. The journal is committed in the same way (`store/journal.rs`).
+
+mod journal;
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind, Read as _, Seek as _, Write as _};
@@ -25,13 +28,14 @@ use rustix::io::Errno;
 use super::file::{self, Content};
 use super::images::ImageList;
 use super::volatile::is_volatile;
-use super::{Attempt, Host, Images, Offer, Record, State, Write, host};
+use super::{Attempt, Host, Images, Journal, Offer, Record, State, Write, host};
 use crate::error::reason;
 use crate::limits::{RECORD_FILE_MAX, RESTART_PATIENCE, RETRY_PAUSE};
 
 const LOCK: &str = "lock";
 const ID: &str = "id";
 const RECORD: &str = "record";
+const JOURNAL: &str = "journal";
 /// What ends the name of a file that is nothing yet.
 const TEMPORARY: &str = ".tmp";
 const DIRECTORY_MODE: u32 = 0o700;
@@ -46,6 +50,12 @@ pub struct Store {
     /// The images that records may speak of, found by their fingerprint.
     lists: Vec<ImageList>,
     ahead: Vec<Ahead>,
+    /// What this process knows of the journal.
+    journal: Option<Journal>,
+    /// A journal that is on the disk under a temporary name.
+    journal_ahead: Option<(String, Vec<u8>)>,
+    /// The journal lives as long as the process.
+    volatile: bool,
     /// Makes names of temporary files differ.
     serial: u64,
 }
@@ -107,7 +117,17 @@ impl Store {
         };
         let host = host::on_this_machine(id);
         let directory = directory.to_owned();
-        Ok(Self { directory, _lock: lock, host, lists: Vec::new(), ahead: Vec::new(), serial: 0 })
+        Ok(Self {
+            directory,
+            _lock: lock,
+            host,
+            lists: Vec::new(),
+            ahead: Vec::new(),
+            journal: None,
+            journal_ahead: None,
+            volatile,
+            serial: 0,
+        })
     }
 
     /// This host, as it stands in the records of this directory.
@@ -207,9 +227,12 @@ impl Store {
 
     /// Writes, syncs and reads back; what fails leaves no file behind.
     fn write_temporary(&mut self, record: &Record, bytes: &[u8]) -> io::Result<String> {
+        self.write_temporary_of(RECORD, record.attempt().unwrap_or(Attempt::NONE), bytes)
+    }
+
+    fn write_temporary_of(&mut self, what: &str, attempt: Attempt, bytes: &[u8]) -> io::Result<String> {
         self.serial += 1;
-        let attempt = record.attempt().unwrap_or(Attempt::NONE);
-        let name = format!("{RECORD}.{attempt}.{}{TEMPORARY}", self.serial);
+        let name = format!("{what}.{attempt}.{}{TEMPORARY}", self.serial);
         write_whole(&self.directory.join(&name), bytes)?;
         Ok(name)
     }
@@ -315,7 +338,7 @@ fn clear(directory: &Path) -> io::Result<()> {
         let entry = entry?;
         let name = entry.file_name();
         let ours = name.to_str().is_some_and(|name| {
-            let begins = name.starts_with(RECORD) || name.starts_with(ID);
+            let begins = [RECORD, JOURNAL, ID].iter().any(|what| name.starts_with(what));
             begins && name.ends_with(TEMPORARY)
         });
         if ours {
@@ -359,7 +382,7 @@ fn write_and_read_back(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.sync_all()?;
     file.rewind()?;
     let mut back = Vec::with_capacity(bytes.len());
-    file.take(RECORD_FILE_MAX as u64 + 1).read_to_end(&mut back)?;
+    file.take(bytes.len() as u64 + 1).read_to_end(&mut back)?;
     if back == bytes { Ok(()) } else { Err(io::Error::new(ErrorKind::InvalidData, "it reads back differently")) }
 }
 

@@ -183,7 +183,7 @@ fn a_destination_without_room_refuses_before_the_first_byte() {
     let refused = pair.a.migrate(&pair.b.listen, &[]);
     assert_eq!(refused.code, Some(1), "{refused:?}");
     assert!(
-        refused.stderr.starts_with("blockferry: migrate: g1: refused by the destination: the disks need "),
+        refused.stderr.starts_with("blockferry: migrate: g1: refused by the destination: the disks vda need "),
         "{refused:?}"
     );
     assert!(refused.stderr.contains(" bytes, their file system has "), "{refused:?}");
@@ -235,10 +235,12 @@ fn a_source_device_that_fails_ends_the_migration() {
     let Some(device) = LoopDevice::over(&backing) else { return };
     let a = Host::owner(folder.path(), "a", &[&file("vda", &device.path)]);
     let b = Host::start(folder.path(), "b", &[&file("vda", &folder.path().join("b.img"))]);
+    let migration = a.start_migrate(&b.listen, &["--bandwidth", "2M"]);
+    migration.until_sent(MIB);
     // What is behind the new end of the backing file can be read no more, once the cache has forgotten it.
     File::options().write(true).open(&backing).expect("its file").set_len(MIB).expect("shorter");
     tool("blockdev", &["--flushbufs", device.path.to_str().expect("a path")]).expect("flushed");
-    let ended = a.start_migrate(&b.listen, &[]).wait();
+    let ended = migration.wait();
     ended.aborted();
     let cause = ended.done().get("cause").text();
     // The words for the error are the C library's.
@@ -246,6 +248,31 @@ fn a_source_device_that_fails_ends_the_migration() {
     assert!(cause.starts_with("read: disk vda, ") && error, "{cause}");
     assert_eq!((a.state().as_str(), b.state().as_str()), ("owner", "incoming"));
     assert_eq!(a.try_write("vda", 0), Ok(()));
+    // And where it is known before, nobody is asked.
+    let again = a.migrate(&b.listen, &[]);
+    assert_eq!(again.code, Some(1), "{again:?}");
+    assert!(again.stderr.contains("refused by the source: disk vda: cannot be read: "), "{again:?}");
+    assert!(!folder.path().join("b.img").exists());
+}
+
+/// Nobody writes into a device on which the host has a file system.
+#[test]
+fn a_mounted_device_is_no_disk() {
+    let folder = scratch();
+    let backing = folder.path().join("backing");
+    made(&backing, 16 * MIB);
+    let Some(device) = LoopDevice::over(&backing) else { return };
+    let (name, place) = (device.path.to_str().expect("a path"), folder.path().join("mounted"));
+    std::fs::create_dir(&place).expect("a folder");
+    let place = place.to_str().expect("a path");
+    if tool("mkfs.ext4", &["-q", name]).is_none() || tool("mount", &[name, place]).is_none() {
+        return;
+    }
+    let refused = serve(folder.path(), &["--disk", &file("vda", &device.path)]);
+    tool("umount", &[place]).expect("unmounted");
+    let cause = "is mounted, or in use by the system or another process";
+    refused.refused(1, &format!("blockferry: open disk vda: {name}: {cause}"));
+    drop(Host::start(folder.path(), "b", &[&file("vda", &device.path)]));
 }
 
 /// D9: a device that takes every write and fails the sync. Its disk is not sealed, whatever comes afterwards.
@@ -542,7 +569,7 @@ fn messages_of_an_unknown_attempt_change_nothing() {
     for host in [&pair.a, &pair.b] {
         for message in [
             Message::Go { stamp },
-            Message::Abort { stamp, cause: cut("a stranger") },
+            Message::Abort { stamp, cause: cut("a stranger"), keep: false },
             Message::Seal { stamp, digests: heapless::Vec::new() },
             Message::Fence { stamp, epoch: Epoch(0) },
             Message::Unsealed { stamp },
@@ -575,10 +602,10 @@ fn tool(name: &str, arguments: &[&str]) -> Option<String> {
 }
 
 /// A file system of its own, taken away with the test.
-struct SmallFileSystem(TempDir);
+pub(crate) struct SmallFileSystem(pub(crate) TempDir);
 
 impl SmallFileSystem {
-    fn mount(size: u64) -> Option<Self> {
+    pub(crate) fn mount(size: u64) -> Option<Self> {
         let folder = scratch();
         let place = folder.path().to_str().expect("a path").to_owned();
         tool("mount", &["-t", "tmpfs", "-o", &format!("size={size}"), "blockferry-it", &place])?;

@@ -111,12 +111,30 @@ impl Host {
     /// The same with any options that say which disks there are.
     #[must_use]
     pub(crate) fn start_with(folder: &Path, name: &'static str, guest: &str, disks: &[&str]) -> Self {
+        Self::launch(blockferry(), folder, name, guest, disks, &["--volatile-state"])
+    }
+
+    /// `start`, with a state directory that outlives the process, run by `command`: the executable, or a program that
+    /// runs it.
+    #[must_use]
+    pub(crate) fn lasting(command: Command, folder: &Path, name: &'static str, disks: &[&str]) -> Self {
+        let disks: Vec<&str> = disks.iter().flat_map(|disk| ["--disk", disk]).collect();
+        Self::launch(command, folder, name, "g1", &disks, &[])
+    }
+
+    fn launch(
+        mut command: Command,
+        folder: &Path,
+        name: &'static str,
+        guest: &str,
+        disks: &[&str],
+        options: &[&str],
+    ) -> Self {
         let place = |what: &str| folder.join(format!("{name}.{what}"));
         let unix = |what: &str| format!("unix://{}", place(what).display());
         let log = place("log");
         let stderr = File::options().create(true).append(true).open(&log).expect("a log");
-        let mut command = blockferry();
-        command.args(["serve", guest, "--volatile-state", "--listen", "tcp://127.0.0.1:0"]).arg("--state");
+        command.args(["serve", guest, "--listen", "tcp://127.0.0.1:0"]).args(options).arg("--state");
         command.arg(place("state")).args(["--nbd", &unix("nbd"), "--control", &unix("control")]);
         // Two doors for the guest, so that a relay can stand before one of them.
         command.args(["--nbd", "tcp://127.0.0.1:0"]);

@@ -17,4 +17,5 @@ mod migrations;
 mod orders;
 mod ownership;
 mod relay;
+mod remains;
 mod writer;

@@ -19,6 +19,9 @@ const PEERS: &[(&str, &[&str])] = &[
     ("qemu-nbd", &["qemu-utils"]),
     // Debian 13 and backports have it in qemu-utils, Debian 12 does not.
     ("qemu-storage-daemon", &["qemu-utils", "qemu-system-common"]),
+    // Kills a process at a system call.
+    ("strace", &["strace"]),
+    ("mkfs.ext4", &["e2fsprogs"]),
 ];
 
 /// Sees to it that every peer is here: installs what is missing, as root. The error names the packages, or the
@@ -58,7 +61,7 @@ mod tests {
     fn each_missing_package_is_named_once() {
         assert_eq!(packages(0, |_| true), Vec::<&str>::new());
         assert_eq!(packages(0, |program| program != "qemu-io"), ["qemu-utils"]);
-        let all = "nbdkit libnbd-bin python3-libnbd python3 nbd-server nbd-client fio qemu-utils";
+        let all = "nbdkit libnbd-bin python3-libnbd python3 nbd-server nbd-client fio qemu-utils strace e2fsprogs";
         assert_eq!(packages(0, |_| false).join(" "), all);
     }
 

@@ -1,15 +1,18 @@
 //! What a destination answers when things happen in the wrong order, twice, or by the wrong hand.
 
+mod left;
+
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
 use super::*;
-use crate::disk::Cache;
+use crate::disk::{Cache, Disk};
 use crate::domain;
-use crate::export::{Fault, Patience, quiesce};
-use crate::migrate::wire::{Verify, export_name};
+use crate::export::{Export, Fault, Patience, Visit, quiesce};
+use crate::migrate::wire::{DiskOffer, Mode, Prepare, Prepared, Token, Verify, export_name};
+use crate::nbd::handshake::OpenError;
 use crate::options::ServeOptions;
 use crate::ownership::{Host, Lineage, Order, Word};
 
@@ -24,17 +27,21 @@ impl Bench {
     /// A destination with one disk of 1 MiB, there already or made at PREPARE.
     fn new(exists: bool) -> Self {
         let dir = tempfile::tempdir().expect("a scratch directory");
-        let path = dir.path().join("vda");
         if exists {
-            drop(Disk::create(&path, 1 << 20, Cache::Writeback).expect("created"));
+            drop(Disk::create(&dir.path().join("vda"), 1 << 20, Cache::Writeback).expect("created"));
         }
-        let disk = domain::Disk::parse(&format!("vda,file={}", path.display())).expect("parsed");
+        let guest = Self::open_guest(dir.path(), &["vda"], true);
+        Self { dir, guest }
+    }
+
+    fn open_guest(dir: &std::path::Path, disks: &[&str], volatile_state: bool) -> Arc<Guest> {
+        let disk = |name: &&str| domain::Disk::parse(&format!("{name},file={}", dir.join(name).display()));
         let options = ServeOptions {
             guest: "g1".to_owned(),
-            disks: vec![disk],
+            disks: disks.iter().map(|name| disk(name).expect("parsed")).collect(),
             domain_xml: None,
-            state: dir.path().join("state"),
-            volatile_state: true,
+            state: dir.join("state"),
+            volatile_state,
             nbd: Vec::new(),
             listen: None,
             control: Vec::new(),
@@ -42,8 +49,7 @@ impl Bench {
             insecure_plaintext: true,
             json: false,
         };
-        let guest = Guest::open(&options, None).expect("opened");
-        Self { dir, guest: Arc::new(guest) }
+        Arc::new(Guest::open(&options, None).expect("opened"))
     }
 
     fn export(&self) -> Arc<Export> {
@@ -69,15 +75,25 @@ impl Bench {
     }
 
     fn prepare(&self, attempt: u8) -> Message {
-        let offer = DiskOffer { name: cut("vda"), size_bytes: 1 << 20, data_bytes: 0, granularity_bytes: 4096 };
-        self.say(Message::Prepare(Prepare {
+        self.say(Message::Prepare(self.offer(attempt, &[("vda", 1 << 20)])))
+    }
+
+    fn offer(&self, attempt: u8, disks: &[(&str, u64)]) -> Prepare {
+        let offer = |&(name, size_bytes): &(&str, u64)| DiskOffer {
+            name: cut(name),
+            size_bytes,
+            data_bytes: 0,
+            granularity_bytes: 4096,
+        };
+        Prepare {
             stamp: self.stamp(attempt),
             challenge: Challenge([1; 16]),
             mode: Mode::CopyAll,
-            disks: std::iter::once(offer).collect(),
+            disks: disks.iter().map(offer).collect(),
             connections: 0,
             verify: Verify::None,
-        }))
+            keep_partial: false,
+        }
     }
 
     fn prepared(&self, attempt: u8) -> Prepared {
@@ -98,7 +114,7 @@ impl Bench {
     }
 
     fn abort(&self, attempt: u8) -> Message {
-        self.say(Message::Abort { stamp: self.stamp(attempt), cause: cut("a test") })
+        self.say(Message::Abort { stamp: self.stamp(attempt), cause: cut("a test"), keep: false })
     }
 
     fn claim(&self) -> Result<Answer, KeepError> {

@@ -41,6 +41,7 @@ fn samples(count: usize, length: usize) -> Vec<Message> {
             disks: many(&offer, count.min(DISKS_MAX)),
             connections: 4,
             verify: Verify::Full,
+            keep_partial: true,
         }),
         Message::Prepared(Prepared {
             stamp,
@@ -56,7 +57,7 @@ fn samples(count: usize, length: usize) -> Vec<Message> {
         Message::Sealed { stamp, fsync_us: 1500 },
         Message::Go { stamp },
         Message::Running { stamp, instance },
-        Message::Abort { stamp, cause: cause.clone() },
+        Message::Abort { stamp, cause: cause.clone(), keep: true },
         Message::Unsealed { stamp },
         Message::Question { stamp },
         Message::Record { stamp, record },
@@ -347,6 +348,7 @@ proptest! {
                 disks: offers.into_iter().collect(),
                 connections,
                 verify: Verify::Written,
+                keep_partial: numbers[0] % 2 == 1,
             }),
             Message::Prepared(Prepared {
                 stamp,

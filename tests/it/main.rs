@@ -15,4 +15,5 @@ mod migrations;
 mod orders;
 mod ownership;
 mod relay;
+mod torture;
 mod writer;

@@ -8,6 +8,7 @@ mod check;
 mod media;
 mod plan;
 mod round;
+mod selftest;
 mod site;
 mod stage;
 mod table;

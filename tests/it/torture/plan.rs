@@ -126,7 +126,10 @@ impl Side {
 /// What a host stands on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ground {
+    /// The file system of the build.
     Plain,
+    /// One of its own, in memory.
+    Own,
     LosesPower,
     SmallDisk,
     ThinDisk,
@@ -225,7 +228,7 @@ impl Plan {
             fault,
             blows: Vec::new(),
             heals_after: Duration::from_millis(50 + dice.below(500)),
-            grounds: [Ground::Plain; 2],
+            grounds: [0; 2].map(|_| if dice.below(4) == 0 { Ground::Plain } else { Ground::Own }),
             source_listens: dice.below(3) > 0,
             operator_asks: dice.below(4) > 0,
             clocks_jump: false,

@@ -87,7 +87,7 @@ pub(super) fn run(plan: &Plan, places: (&Path, &Path), witness: &mut Witness) ->
 }
 
 /// Makes hosts, link and disks.
-fn set(plan: &Plan, places: (&Path, &Path)) -> Result<(Arc<Stage>, Ledger), String> {
+pub(super) fn set(plan: &Plan, places: (&Path, &Path)) -> Result<(Arc<Stage>, Ledger), String> {
     let cable = if plan.cable { Some(Cable::lay()?) } else { None };
     // Addresses of their own, so that nobody else takes the port while a host is down.
     let own = [1, 2].map(|end| loopback(plan, end));
@@ -98,7 +98,7 @@ fn set(plan: &Plan, places: (&Path, &Path)) -> Result<(Arc<Stage>, Ledger), Stri
     })?;
     let b = Site::new(places, Side::Destination, plan, (ends[1], cable.as_ref()), |image| {
         // Something else, that must be gone afterwards.
-        let stale = matches!(plan.ground(Side::Destination), Ground::Plain | Ground::LosesPower);
+        let stale = matches!(plan.ground(Side::Destination), Ground::Plain | Ground::Own | Ground::LosesPower);
         if plan.overwrite && stale {
             drop(Ledger::format(image, SIZE, plan.seed ^ 1, 20));
         }
@@ -116,7 +116,7 @@ fn loopback(plan: &Plan, end: u64) -> String {
     format!("127.{}.{}.{}", 1 + std::process::id() % 250, 1 + serial / 80 % 250, 1 + serial % 80 * 3 + end)
 }
 
-fn load(plan: &Plan) -> Load {
+pub(super) fn load(plan: &Plan) -> Load {
     let power = plan.grounds.contains(&Ground::LosesPower);
     let mix = if power { Mix::DURABLE } else { Mix::ALL };
     Load {

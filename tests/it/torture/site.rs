@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use blockferry::address::Address;
 
-use super::media::{Cable, Failing, Fails, Volume};
+use super::media::{Cable, Failing, Fails, Volume, no_mounts};
 use super::plan::{Ground, Plan, Side};
 use crate::harness::Program;
 use crate::host::{Finished, address, blockferry, run};
@@ -86,7 +86,8 @@ impl Site {
         let ground = plan.ground(side);
         match ground {
             Ground::Plain | Ground::FailingReads | Ground::FailingWrites(_) => {}
-            Ground::LosesPower => {
+            Ground::Own if no_mounts().is_some() => {}
+            Ground::Own | Ground::LosesPower => {
                 let mount = home.join("all");
                 stands.whole = Some(Volume::make(&mount, 160, true)?);
                 [state, image] = ["state", "disk.raw"].map(|what| mount.join(what));

@@ -438,6 +438,7 @@ impl Drive<'_> {
         let deadline = Instant::now() + SEAL_MAX;
         let message = Message::Seal { stamp: self.stamp, digests: heapless::Vec::new() };
         let mut ask = Some(&message);
+        let mut pause = None;
         while Instant::now() < deadline {
             match self.converse(ask.take()) {
                 Ok(Some(Message::Sealed { fsync_us, .. })) => {
@@ -449,7 +450,13 @@ impl Drive<'_> {
                     return Err("the destination cannot seal this attempt any more".into());
                 }
                 Ok(_) => {}
-                Err(_) => {
+                Err(cause) => {
+                    // At once the first time, for the guest waits. A destination that goes on hanging up cannot make its
+                    // record durable now (M4).
+                    match &mut pause {
+                        None => pause = Some(RECONNECT_PAUSE.0),
+                        Some(pause) => self.rest(pause, deadline, &cause)?,
+                    }
                     self.redial(deadline)?;
                     ask = Some(&message);
                 }

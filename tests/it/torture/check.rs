@@ -126,15 +126,17 @@ pub(super) fn whole(ledger: &Ledger, owner: &Site) -> Result<(), String> {
 }
 
 /// What the folders of a host hold that has settled. `made`: its disk was made by the attempt, and by nobody else.
-pub(super) fn leftovers(site: &Site, standing: &Standing, made: bool) -> Result<(), String> {
+/// `frozen`: its record could not be changed for a while.
+pub(super) fn leftovers(site: &Site, standing: &Standing, made: bool, frozen: bool) -> Result<(), String> {
     let names = |folder: &std::path::Path| -> Vec<String> {
         let entries = fs::read_dir(folder).into_iter().flatten().flatten();
         entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
     };
     for name in names(&site.state) {
         let known = ["lock", "id", "record", "lost+found"].contains(&name.as_str());
-        // Who receives has written ahead what it will need.
-        let ahead = standing.state == "receiving" && name.starts_with("record.") && name.ends_with(".tmp");
+        // Who receives has written ahead what it will need; what could not be removed is removed with the next change.
+        let may = standing.state == "receiving" || frozen;
+        let ahead = may && name.starts_with("record.") && name.ends_with(".tmp");
         if !known && !ahead {
             return Err(format!("{} is {} and keeps {name} in its state directory", site.name, standing.state));
         }
@@ -145,8 +147,10 @@ pub(super) fn leftovers(site: &Site, standing: &Standing, made: bool) -> Result<
             return Err(format!("{} keeps {name} beside its disk", site.name));
         }
     }
-    // What the attempt made is removed when it ends, unless the process that knew has died meanwhile.
-    if made && standing.state == "incoming" && !site.was_killed() && site.image.exists() {
+    // What the attempt made is removed when it ends, unless the process that knew has died meanwhile, or it was sealed
+    // (M2: nothing of a sealed attempt is cleaned up).
+    let sealed = || fs::read_to_string(site.log_file()).is_ok_and(|log| log.contains(" record: Seal { "));
+    if made && standing.state == "incoming" && !site.was_killed() && site.image.exists() && !sealed() {
         return Err(format!("{} keeps the disk of an attempt that ended", site.name));
     }
     let children = site.children();

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::check;
 use super::media::{Cable, unique};
-use super::plan::{Fault, Ground, Plan, Side};
+use super::plan::{Deed, Fault, Ground, Plan, Side};
 use super::site::{DISK, GUEST, SIZE, Site};
 use super::stage::Stage;
 use crate::harness::pause;
@@ -75,8 +75,9 @@ pub(super) fn run(plan: &Plan, places: (&Path, &Path), witness: &mut Witness) ->
     let ledger = writer.finish();
     let (here, other) = if owner == Side::Source { (a, b) } else { (b, a) };
     check::whole(&ledger, here)?;
-    check::leftovers(a, &standings[0], false)?;
-    check::leftovers(b, &standings[1], made)?;
+    let frozen = plan.blows.iter().any(|blow| matches!(blow.deed, Deed::Freeze(_)));
+    check::leftovers(a, &standings[0], false, frozen)?;
+    check::leftovers(b, &standings[1], made, frozen)?;
     check::one_takes(here, &[other])?;
     let acknowledged = ledger.acknowledged();
 
@@ -256,7 +257,7 @@ fn again(
     rest.extend(third.is_some().then_some(other));
     check::one_takes(to, &rest)?;
     for site in [to, from] {
-        check::leftovers(site, &site.who_owns(), false)?;
+        check::leftovers(site, &site.who_owns(), false, false)?;
     }
     if to.who_owns().exit != 0 || from.who_owns().exit != 4 {
         return Err(format!("after the second migration: {}; {}", to.who_owns().said, from.who_owns().said));

@@ -45,7 +45,7 @@ fn what_a_round_must_not_let_pass_is_found() {
     check::settled(a, b, false).expect("b owns");
     check::whole(&moved.ledger, b).expect("every write is there");
     check::one_takes(b, &[a]).expect("one owner");
-    check::leftovers(b, &b.who_owns(), false).expect("nothing");
+    check::leftovers(b, &b.who_owns(), false, false).expect("nothing");
 
     // The wrong host is said to own.
     check::one_takes(a, &[b]).expect_err("a does not own");
@@ -53,7 +53,7 @@ fn what_a_round_must_not_let_pass_is_found() {
     // Somebody leaves a record that is none.
     let left = b.state.join("record.0123.1.tmp");
     fs::write(&left, "x").expect("written");
-    check::leftovers(b, &b.who_owns(), false).expect_err("a temporary record");
+    check::leftovers(b, &b.who_owns(), false, false).expect_err("a temporary record");
     fs::remove_file(left).expect("removed");
 
     // One byte of the destination's disk is another.

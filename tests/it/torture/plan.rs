@@ -184,6 +184,19 @@ pub(super) struct Blow {
     pub(super) deed: Deed,
 }
 
+impl Blow {
+    /// At which moment it kills a process of `serve`, without the microseconds.
+    pub(super) fn death(&self) -> Option<String> {
+        let dies = matches!(self.deed, Deed::Kill(_) | Deed::KillBoth | Deed::Power(_) | Deed::PowerBoth);
+        let moment = match self.when {
+            When::Message { number, passes, .. } => When::Message { number, passes, later: Duration::ZERO }.to_string(),
+            When::Time(_) => "at a time".to_owned(),
+            record @ When::Record { .. } => record.to_string(),
+        };
+        dies.then(|| format!("death {moment}"))
+    }
+}
+
 /// A round.
 #[derive(Debug, Clone)]
 pub(super) struct Plan {

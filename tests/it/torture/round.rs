@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::check;
 use super::media::{Cable, unique};
-use super::plan::{Deed, Fault, Ground, Plan, Side};
+use super::plan::{Blow, Deed, Fault, Ground, Plan, Side};
 use super::site::{DISK, GUEST, SIZE, Site};
 use super::stage::Stage;
 use crate::harness::pause;
@@ -27,8 +27,7 @@ const AFTER: Duration = Duration::from_millis(100);
 pub(super) struct Outcome {
     pub(super) exit: Option<i32>,
     pub(super) owner: Side,
-    /// How many blows were struck.
-    pub(super) struck: usize,
+    pub(super) struck: Vec<Blow>,
     pub(super) acknowledged: u64,
 }
 
@@ -155,8 +154,8 @@ fn end_of_migration(stage: &Arc<Stage>, plan: &Plan, writer: &Writer) -> Result<
             return Err(format!("migrate goes on after {MIGRATE:?}"));
         }
         let due = stage.first().map_or(began + UNSTRUCK, |first| first + plan.heals_after);
-        if Instant::now() > due && healed < stage.struck() {
-            healed = stage.struck();
+        if Instant::now() > due && healed < stage.struck().len() {
+            healed = stage.struck().len();
             stage.tell("healed");
             stage.mend()?;
             revive(stage, writer)?;
@@ -164,7 +163,7 @@ fn end_of_migration(stage: &Arc<Stage>, plan: &Plan, writer: &Writer) -> Result<
         pause(Duration::from_millis(2));
     }
     let over = Instant::now();
-    while stage.struck() < plan.blows.len() && over.elapsed() < AFTER {
+    while stage.struck().len() < plan.blows.len() && over.elapsed() < AFTER {
         pause(Duration::from_millis(2));
     }
     let wait = stage.first().map(|first| (first + plan.heals_after).saturating_duration_since(Instant::now()));

@@ -33,7 +33,7 @@ pub(super) struct Stage {
     pub(super) cable: Option<Cable>,
     pub(super) migration: Mutex<Option<Migration>>,
     began: Instant,
-    struck: AtomicUsize,
+    struck: Mutex<Vec<Blow>>,
     first: Mutex<Option<Instant>>,
     /// How many are striking now.
     striking: AtomicUsize,
@@ -51,7 +51,7 @@ impl Stage {
             cable,
             migration: Mutex::new(None),
             began: Instant::now(),
-            struck: AtomicUsize::new(0),
+            struck: Mutex::default(),
             first: Mutex::new(None),
             striking: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
@@ -82,8 +82,9 @@ impl Stage {
         self.migration().as_mut().is_none_or(Migration::is_over)
     }
 
-    pub(super) fn struck(&self) -> usize {
-        self.struck.load(Ordering::SeqCst)
+    /// What was struck so far.
+    pub(super) fn struck(&self) -> Vec<Blow> {
+        self.struck.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// When the first blow was struck.
@@ -149,7 +150,7 @@ impl Stage {
         if let Err(cause) = self.strike_now(blow.deed) {
             self.tell(&format!("{blow}: {cause}"));
         }
-        self.struck.fetch_add(1, Ordering::SeqCst);
+        self.struck.lock().unwrap_or_else(PoisonError::into_inner).push(blow);
         self.striking.fetch_sub(1, Ordering::SeqCst);
     }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
-use super::plan::Fault;
+use super::plan::{Blow, Fault};
 use super::{Outcome, again};
 
 /// One round; `Ok(None)`: it was skipped.
@@ -16,14 +16,26 @@ pub(super) struct Row {
     pub(super) result: Result<Option<Outcome>, String>,
 }
 
+impl Row {
+    /// When processes were killed in it.
+    fn deaths(&self) -> Vec<String> {
+        let outcome = self.result.as_ref().ok().and_then(Option::as_ref);
+        let struck = outcome.map_or(&[][..], |outcome| &outcome.struck);
+        let mut deaths: Vec<String> = struck.iter().filter_map(Blow::death).collect();
+        deaths.sort();
+        deaths.dedup();
+        deaths
+    }
+}
+
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "round {} {}: ", self.seed, self.fault.name())?;
         match &self.result {
             Ok(Some(outcome)) => {
                 let (exit, owner) = (Exit(outcome.exit), outcome.owner.name());
-                let Outcome { struck, acknowledged, .. } = outcome;
-                write!(f, "exit {exit}, {owner} owns, {struck} blows, {acknowledged} writes")?;
+                write!(f, "exit {exit}, {owner} owns, {} writes", outcome.acknowledged)?;
+                outcome.struck.iter().try_for_each(|blow| write!(f, "; {blow}"))?;
             }
             Ok(None) => write!(f, "skipped")?,
             Err(cause) => write!(f, "FAILED: {}", cause.lines().next().unwrap_or_default())?,
@@ -64,20 +76,22 @@ impl Table {
 
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut groups: BTreeMap<Option<Fault>, Vec<&Row>> = BTreeMap::new();
+        // By their faults, all together, and by the moments at which somebody died.
+        let mut groups: BTreeMap<(u8, u8, String), Vec<&Row>> = BTreeMap::new();
         for row in &self.rows {
-            groups.entry(Some(row.fault)).or_default().push(row);
-            groups.entry(None).or_default().push(row);
+            groups.entry((0, row.fault as u8, row.fault.name().to_owned())).or_default().push(row);
+            groups.entry((1, 0, "all".to_owned())).or_default().push(row);
+            for moment in row.deaths() {
+                groups.entry((2, 0, moment)).or_default().push(row);
+            }
         }
-        // All of them come last.
-        let all = groups.remove(&None);
         writeln!(f, "| fault | rounds | struck | exit 0 | 1 | 3 | 4 | 5 | killed | failed | median, s |")?;
         writeln!(f, "|---|---|---|---|---|---|---|---|---|---|---|")?;
-        for (fault, rows) in groups.into_iter().chain(all.map(|rows| (None, rows))) {
+        for ((.., name), rows) in groups {
             let outcomes: Vec<&Outcome> = rows.iter().filter_map(|row| row.result.as_ref().ok()?.as_ref()).collect();
             let failed = rows.iter().filter(|row| row.result.is_err()).count();
-            let struck = outcomes.iter().filter(|outcome| outcome.struck > 0).count();
-            write!(f, "| {} | {} | {struck} |", fault.map_or("all", Fault::name), outcomes.len() + failed)?;
+            let struck = outcomes.iter().filter(|outcome| !outcome.struck.is_empty()).count();
+            write!(f, "| {} | {} | {struck} |", name, outcomes.len() + failed)?;
             for code in [Some(0), Some(1), Some(3), Some(4), Some(5), None] {
                 write!(f, " {} |", outcomes.iter().filter(|outcome| outcome.exit == code).count())?;
             }

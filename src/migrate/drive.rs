@@ -451,8 +451,8 @@ impl Drive<'_> {
                 }
                 Ok(_) => {}
                 Err(cause) => {
-                    // At once the first time, for the guest waits. A destination that goes on hanging up cannot make its
-                    // record durable now (M4).
+                    // At once the first time, for the guest waits. A destination that goes on hanging up cannot make
+                    // its record durable now (M4).
                     match &mut pause {
                         None => pause = Some(RECONNECT_PAUSE.0),
                         Some(pause) => self.rest(pause, deadline, &cause)?,

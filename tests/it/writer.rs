@@ -85,7 +85,7 @@ pub(crate) struct Mix {
     pub(crate) zeroes: u64,
     pub(crate) trims: u64,
     pub(crate) flushes: u64,
-    /// Of 100 writes and write-zeroes so many have FUA.
+    /// Of 100 writes so many have FUA.
     pub(crate) fua: u64,
 }
 
@@ -175,7 +175,7 @@ impl Ledger {
             let range = first as usize..(first + count) as usize;
             if self.pending[range.clone()].iter().all(|number| *number == 0) {
                 let number = u32::try_from(self.entries.len()).expect("fewer requests");
-                let fua = mix.fua > 0 && deed != Deed::Trim && dice.below(100) < mix.fua;
+                let fua = mix.fua > 0 && deed == Deed::Write && dice.below(100) < mix.fua;
                 self.entries.push(Entry { deed, first, count, fua, acknowledged: 0, door: 0 });
                 self.pending[range].fill(number);
                 return Some(number);
@@ -489,8 +489,8 @@ impl Shared {
             let place = &self.doors[*door % self.doors.len()];
             let opened = place.connect(PATIENCE).map_err(|error| error.to_string()).and_then(|socket| {
                 let result = Client::connect(Arc::new(socket), &self.disk, Wants::default());
-                let follows = self.load.on_loss == OnLoss::Follow;
-                if matches!(&result, Err(ConnectError::Refused { reply, .. }) if follows || *reply == wire::REP_ERR_SHUTDOWN)
+                if let Err(ConnectError::Refused { reply, .. }) = &result
+                    && (self.load.on_loss == OnLoss::Follow || *reply == wire::REP_ERR_SHUTDOWN)
                 {
                     *door += 1;
                 }
@@ -635,7 +635,7 @@ impl Shared {
         let submitted = match entry.deed {
             Deed::Write => client.submit_write(u64::from(number), offset, &payload, entry.fua),
             Deed::Zero => {
-                client.submit_write_zeroes(u64::from(number), offset, length, number.is_multiple_of(2), entry.fua)
+                client.submit_write_zeroes(u64::from(number), offset, length, number.is_multiple_of(2), false)
             }
             Deed::Trim => client.submit_trim(u64::from(number), offset, length),
         };

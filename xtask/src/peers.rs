@@ -9,6 +9,8 @@ const PEERS: &[(&str, &[&str])] = &[
     ("nbdkit", &["nbdkit"]),
     ("nbdinfo", &["libnbd-bin"]),
     ("nbdcopy", &["libnbd-bin"]),
+    // Some releases have it in a package of its own.
+    ("nbdfuse", &["libnbd-bin", "nbdfuse"]),
     ("nbdsh", &["python3-libnbd"]),
     ("nbd-server", &["nbd-server"]),
     ("nbd-client", &["nbd-client"]),
@@ -18,6 +20,9 @@ const PEERS: &[(&str, &[&str])] = &[
     ("qemu-nbd", &["qemu-utils"]),
     // Debian 13 and backports have it in qemu-utils, Debian 12 does not.
     ("qemu-storage-daemon", &["qemu-utils", "qemu-system-common"]),
+    // What the fault harness makes its file systems and networks with.
+    ("mkfs.ext4", &["e2fsprogs"]),
+    ("ip", &["iproute2"]),
 ];
 
 /// Sees to it that every peer is here: installs what is missing, as root. The error names the packages, or the
@@ -57,7 +62,7 @@ mod tests {
     fn each_missing_package_is_named_once() {
         assert_eq!(packages(0, |_| true), Vec::<&str>::new());
         assert_eq!(packages(0, |program| program != "qemu-io"), ["qemu-utils"]);
-        let all = "nbdkit libnbd-bin python3-libnbd nbd-server nbd-client fio qemu-utils";
+        let all = "nbdkit libnbd-bin python3-libnbd nbd-server nbd-client fio qemu-utils e2fsprogs iproute2";
         assert_eq!(packages(0, |_| false).join(" "), all);
     }
 
@@ -65,5 +70,6 @@ mod tests {
     fn the_second_choice_is_for_what_the_first_did_not_bring() {
         assert_eq!(packages(1, |program| program != "qemu-io"), Vec::<&str>::new());
         assert_eq!(packages(1, |program| program != "qemu-storage-daemon"), ["qemu-system-common"]);
+        assert_eq!(packages(1, |program| program != "nbdfuse"), ["nbdfuse"]);
     }
 }

@@ -66,13 +66,24 @@ impl Ledger {
                 report.sectors += 1;
                 match self.what_survived(sector, door, bytes) {
                     Some(number) => self.settled[sector as usize] = number,
-                    None => self.complain(&mut report, sector, bytes),
+                    None => {
+                        self.complain(&mut report, sector, bytes);
+                        if report.wrong == 1 {
+                            report.lines.push(self.why_durable(sector));
+                        }
+                    }
                 }
             }
         }
         self.past.before.clear();
         self.past.flushed = self.acknowledged;
         report
+    }
+
+    /// What is known of the last request for a sector.
+    fn why_durable(&self, sector: u32) -> String {
+        let entry = &self.entries[self.settled[sector as usize] as usize];
+        format!("{entry:?} was durable: {} of {} acknowledged were flushed", self.past.flushed, self.acknowledged)
     }
 
     /// The request that a sector's content goes back to.

@@ -15,11 +15,13 @@ pub(super) enum Fault {
     KillSource,
     KillDestination,
     KillBoth,
+    KillAgain,
     KillCommand,
     Cancel,
     PowerSource,
     PowerDestination,
     PowerBoth,
+    PowerAgain,
     Cut,
     Cuts,
     HalfOpen,
@@ -41,16 +43,18 @@ pub(super) enum Fault {
 
 impl Fault {
     /// Each with its name, and how often it is drawn.
-    pub(super) const ALL: [(Self, &'static str, u64); 26] = [
+    pub(super) const ALL: [(Self, &'static str, u64); 28] = [
         (Self::None, "none", 1),
         (Self::KillSource, "kill-source", 8),
         (Self::KillDestination, "kill-destination", 8),
         (Self::KillBoth, "kill-both", 8),
+        (Self::KillAgain, "kill-again", 6),
         (Self::KillCommand, "kill-command", 3),
         (Self::Cancel, "cancel", 3),
         (Self::PowerSource, "power-source", 6),
         (Self::PowerDestination, "power-destination", 6),
         (Self::PowerBoth, "power-both", 6),
+        (Self::PowerAgain, "power-again", 4),
         (Self::Cut, "cut", 6),
         (Self::Cuts, "cuts", 5),
         (Self::HalfOpen, "half-open", 4),
@@ -93,7 +97,7 @@ impl Fault {
     /// What this machine lacks for it.
     pub(super) fn missing(self) -> Option<&'static str> {
         match self {
-            Self::PowerSource | Self::PowerDestination | Self::PowerBoth => media::no_mounts(),
+            Self::PowerSource | Self::PowerDestination | Self::PowerBoth | Self::PowerAgain => media::no_mounts(),
             Self::FullDisk | Self::FullRecordSource | Self::FullRecordDestination => media::no_mounts(),
             Self::DeadRecordSource | Self::DeadRecordDestination | Self::SyncErrors => media::no_mounts(),
             Self::ReadErrors | Self::WriteErrors => media::no_failing().or_else(media::no_mounts),
@@ -203,6 +207,8 @@ pub(super) struct Plan {
     pub(super) seed: u64,
     pub(super) fault: Fault,
     pub(super) blows: Vec<Blow>,
+    /// What happens so long after the dead hosts were started again, and after what happened then.
+    pub(super) again: Vec<(Duration, Deed)>,
     /// What is healed so long after the first blow.
     pub(super) heals_after: Duration,
     pub(super) grounds: [Ground; 2],
@@ -240,6 +246,7 @@ impl Plan {
             seed,
             fault,
             blows: Vec::new(),
+            again: Vec::new(),
             heals_after: Duration::from_millis(50 + dice.below(500)),
             grounds: [0; 2].map(|_| if dice.below(4) == 0 { Ground::Plain } else { Ground::Own }),
             source_listens: dice.below(3) > 0,
@@ -263,6 +270,20 @@ impl Plan {
             Fault::KillSource => self.dies(dice, Deed::Kill(Side::Source)),
             Fault::KillDestination => self.dies(dice, Deed::Kill(Side::Destination)),
             Fault::KillBoth => self.dies(dice, Deed::KillBoth),
+            Fault::KillAgain | Fault::PowerAgain => {
+                let deeds = if fault == Fault::KillAgain {
+                    [Deed::Kill(Side::Source), Deed::Kill(Side::Destination), Deed::KillBoth]
+                } else {
+                    self.grounds = [Ground::LosesPower; 2];
+                    [Deed::Power(Side::Source), Deed::Power(Side::Destination), Deed::PowerBoth]
+                };
+                // Once at the hand-over, and again while the hosts find out what became of it.
+                let number = [message::SEAL, message::SEALED, message::GO, message::RUNNING][pick(dice, 4)];
+                self.add(message(number, dice), deeds[pick(dice, 3)]);
+                for _ in 0..1 + dice.below(2) {
+                    self.again.push((Duration::from_micros(dice.below(60_000)), deeds[pick(dice, 3)]));
+                }
+            }
             Fault::KillCommand => self.dies(dice, Deed::KillCommand),
             Fault::Cancel => self.dies(dice, Deed::Cancel),
             Fault::PowerSource => {

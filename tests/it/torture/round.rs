@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::check;
 use super::media::{Cable, unique};
-use super::plan::{Blow, Deed, Fault, Ground, Plan, Side};
+use super::plan::{Blow, Deed, Fault, Ground, Plan, Side, When};
 use super::site::{DISK, GUEST, SIZE, Site};
 use super::stage::Stage;
 use crate::harness::pause;
@@ -58,7 +58,7 @@ pub(super) fn run(plan: &Plan, places: (&Path, &Path), witness: &mut Witness) ->
     }
     let writer = Writer::start(load(plan), ledger, DISK, &[&a.door(), &b.door()]);
     writer.until_more(20);
-    let watch = Watch::over([b, a].map(|site| (GUEST.to_owned(), site.control())));
+    let watch = watch(a, b);
 
     stage.tell("migrate");
     stage.arm(plan);
@@ -79,11 +79,16 @@ pub(super) fn run(plan: &Plan, places: (&Path, &Path), witness: &mut Witness) ->
     check::leftovers(b, &standings[1], made, frozen)?;
     check::one_takes(here, &[other])?;
     let acknowledged = ledger.acknowledged();
+    watch.finish();
 
     again(plan, places, &stage, (here, other), ledger, witness)?;
-    watch.finish();
     let _ = (a.kill(), b.kill());
     Ok(Outcome { exit: ended.code, owner, struck: stage.struck(), acknowledged })
+}
+
+/// Looks all the time whether both serve.
+fn watch(from: &Site, to: &Site) -> Watch {
+    Watch::over([to, from].map(|site| (GUEST.to_owned(), site.control())))
 }
 
 /// Makes hosts, link and disks.
@@ -168,6 +173,12 @@ fn end_of_migration(stage: &Arc<Stage>, plan: &Plan, writer: &Writer) -> Result<
     }
     let wait = stage.first().map(|first| (first + plan.heals_after).saturating_duration_since(Instant::now()));
     pause(wait.unwrap_or_default());
+    for (later, deed) in plan.again.iter().copied() {
+        stage.mend()?;
+        revive(stage, writer)?;
+        pause(later);
+        stage.strike(Blow { when: When::Time(began.elapsed()), deed });
+    }
     stage.close();
     stage.mend()?;
     if plan.fault == Fault::SyncErrors {
@@ -244,6 +255,7 @@ fn again(
     let writer = Writer::start(load, ledger, DISK, &[&from.door(), &to.door()]);
     writer.until_more(5);
     let options = options(&Plan { bandwidth_mib: 0, ..plan.clone() }, to);
+    let watch = watch(from, to);
     stage.tell(&format!("migrate again, from {} to {}", from.name, to.name));
     let ended = Migration::start(from.command(&["migrate", &to.address, "--json"]).args(options)).wait();
     if ended.code != Some(0) {
@@ -251,6 +263,7 @@ fn again(
     }
     writer.until_more(5);
     let ledger = writer.finish();
+    watch.finish();
     check::whole(&ledger, to)?;
     let mut rest = vec![from];
     rest.extend(third.is_some().then_some(other));

@@ -203,7 +203,9 @@ impl Site {
 
     /// SIGKILL. `false`: it was dead.
     pub(super) fn kill(&self) -> bool {
-        let Some(mut program) = self.program().take() else { return false };
+        // Nobody starts it again before it is dead.
+        let mut slot = self.program();
+        let Some(mut program) = slot.take() else { return false };
         program.kill();
         self.restarted.store(true, Ordering::Relaxed);
         true

@@ -137,7 +137,8 @@ impl Stage {
         }
     }
 
-    fn strike(self: &Arc<Self>, blow: Blow) {
+    /// Lets something happen now.
+    pub(super) fn strike(self: &Arc<Self>, blow: Blow) {
         {
             let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
             if self.is_closed() {

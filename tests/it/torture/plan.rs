@@ -328,9 +328,9 @@ impl Plan {
                 }
             }
             Fault::Late => {
-                self.bandwidth_mib = 40;
-                self.full = 60;
-                self.add(When::Time(Duration::from_millis(30 + dice.below(250))), Deed::Late);
+                // In the later passes, too, where the same places are sent again and again.
+                (self.bandwidth_mib, self.full, self.rate) = (40, 10, 800);
+                self.add(When::Time(Duration::from_millis(30 + dice.below(400))), Deed::Late);
                 self.heals_after = Duration::from_secs(2);
             }
             Fault::Unplug => {

@@ -57,8 +57,8 @@ pub(super) struct Site {
 /// What it stands on.
 #[derive(Debug, Default)]
 pub(super) struct Stands {
-    /// Disk and state, if they can lose their power.
-    whole: Option<Volume>,
+    /// What disk and state are on, if it can lose its power.
+    whole: Vec<Volume>,
     disk: Option<Volume>,
     state: Option<Volume>,
     failing: Option<Failing>,
@@ -89,8 +89,14 @@ impl Site {
             Ground::Own if no_mounts().is_some() => {}
             Ground::Own | Ground::LosesPower => {
                 let mount = home.join("all");
-                stands.whole = Some(Volume::make(&mount, 160, true)?);
-                [state, image] = ["state", "disk.raw"].map(|what| mount.join(what));
+                stands.whole.push(Volume::make(&mount, 160, true)?);
+                image = mount.join("disk.raw");
+                // On one file system a sync of the record takes much of the disk's data along.
+                if plan.seed.is_multiple_of(2) {
+                    state = mount.join("state");
+                } else {
+                    stands.whole.push(Volume::make(&state, 16, true)?);
+                }
             }
             Ground::SmallDisk | Ground::ThinDisk => {
                 let mount = home.join("disk");
@@ -118,7 +124,7 @@ impl Site {
             disk = failing.path.clone();
             stands.failing = Some(failing);
         }
-        let volatile = blocks_records(&home) && stands.whole.is_none() && stands.state.is_none();
+        let volatile = blocks_records(&home) && stands.whole.is_empty() && stands.state.is_none();
         Ok(Self {
             name,
             folder,
@@ -235,8 +241,10 @@ impl Site {
     pub(super) fn lose_power(&self) -> Result<(), String> {
         let mut stands = self.stands();
         self.kill();
-        let Some(volume) = stands.whole.as_mut() else { return Err("its disks cannot lose their power".to_owned()) };
-        volume.lose_power()?;
+        if stands.whole.is_empty() {
+            return Err("its disks cannot lose their power".to_owned());
+        }
+        stands.whole.iter_mut().try_for_each(Volume::lose_power)?;
         stands.lost_power = true;
         Ok(())
     }

@@ -21,6 +21,8 @@ use crate::relay::{Kind, Relay};
 
 /// Longest wait of a blow for what it waits for inside of itself.
 const DEED: Duration = Duration::from_secs(2);
+/// What is late comes so long after the first connection of the next epoch: what it says has been said anew by then.
+const LATER: Duration = Duration::from_millis(80);
 /// Longest wait for blows that are being struck.
 const CLOSE: Duration = Duration::from_secs(100);
 
@@ -212,7 +214,7 @@ impl Stage {
                 relay.cut_hoarding_from_source();
                 // The next epoch: data connections that are newer.
                 waits(&|| relay.accepted() > before);
-                pause(Duration::from_millis(5));
+                pause(LATER);
                 relay.deliver_late();
             }
             _ => {}

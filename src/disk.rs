@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use rustix::fs::{
     Access as WriteOk, Advice, AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, Stat,
-    StatxFlags, StatxTimestamp,
+    StatVfs, StatxFlags, StatxTimestamp,
 };
 use rustix::io::{Errno, ReadWriteFlags};
 
@@ -629,7 +629,7 @@ impl Disk {
     }
 
     /// Free bytes on the file system that holds the image, and which file system that is; `None` for a block device,
-    /// which needs none.
+    /// which needs none, and where nobody knows.
     ///
     /// # Errors
     /// The system's error.
@@ -637,8 +637,7 @@ impl Disk {
         if self.block_device {
             return Ok(None);
         }
-        let stat = rustix::fs::fstatvfs(&self.file)?;
-        Ok(Some((self.identity.device, stat.f_bavail.saturating_mul(stat.f_frsize))))
+        Ok(room(&rustix::fs::fstatvfs(&self.file)?).map(|free| (self.identity.device, free)))
     }
 
     /// The descriptor a request goes through: past the page cache where that is wanted and everything is aligned. The
@@ -657,14 +656,21 @@ impl Disk {
     }
 }
 
-/// Free bytes on the file system on which a file at `path` would be made, and which file system that is.
+/// Free bytes on the file system on which a file at `path` would be made, and which file system that is; `None` where
+/// nobody knows.
 ///
 /// # Errors
 /// The system's error: there is no such directory, for example.
 pub fn free_space_beside(path: &Path) -> Result<Option<(u64, u64)>> {
     let directory = directory_of(path);
-    let stat = rustix::fs::statvfs(directory)?;
-    Ok(Some((rustix::fs::stat(directory)?.st_dev, stat.f_bavail.saturating_mul(stat.f_frsize))))
+    let free = room(&rustix::fs::statvfs(directory)?);
+    let file_system = rustix::fs::stat(directory)?.st_dev;
+    Ok(free.map(|free| (file_system, free)))
+}
+
+/// The bytes that a file system has free. One that has no blocks at all does not count them (FUSE, as a rule).
+fn room(stat: &StatVfs) -> Option<u64> {
+    (stat.f_blocks > 0).then(|| stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
 /// Makes the name of a created file durable.

@@ -112,3 +112,12 @@ fn a_file_that_became_shorter_is_an_error_and_not_zeroes() {
     assert!(disk.read(&mut back, 0).is_err());
     assert!(!disk.read_cached(&mut back, 0));
 }
+
+#[test]
+fn a_file_system_that_does_not_count_its_blocks_is_not_full() {
+    assert_eq!(super::free_space_beside(std::path::Path::new("/proc/disk")).expect("looked"), None);
+    let dir = scratch();
+    let (path, disk) = new_disk(&dir, 1);
+    let beside = super::free_space_beside(&path).expect("looked").expect("it counts them");
+    assert_eq!(disk.free_space().expect("looked").expect("it counts them").0, beside.0);
+}

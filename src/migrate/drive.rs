@@ -436,6 +436,7 @@ impl Drive<'_> {
         let deadline = Instant::now() + SEAL_MAX;
         let message = Message::Seal { stamp: self.stamp, digests: heapless::Vec::new() };
         let mut said = self.say(&message);
+        let mut pause = None;
         while Instant::now() < deadline {
             match said.and_then(|()| self.listen()) {
                 Ok(Some(Message::Sealed { fsync_us, .. })) => {
@@ -448,6 +449,12 @@ impl Drive<'_> {
                 }
                 Ok(_) => said = Ok(()),
                 Err(cause) => {
+                    // At once the first time, for the guest waits. A destination that goes on hanging up cannot make
+                    // its record durable now (M4).
+                    match &mut pause {
+                        None => pause = Some(RECONNECT_PAUSE.0),
+                        Some(pause) => self.rest(pause, deadline, &cause)?,
+                    }
                     self.redial(&cause, deadline)?;
                     said = self.say(&message);
                 }

@@ -56,6 +56,8 @@ pub struct Store {
     journal_ahead: Option<(String, Vec<u8>)>,
     /// The journal lives as long as the process.
     volatile: bool,
+    /// Temporary files that nobody wants any more and that could not be removed, on a disk that took no change.
+    left: Vec<String>,
     /// Makes names of temporary files differ.
     serial: u64,
 }
@@ -126,6 +128,7 @@ impl Store {
             journal: None,
             journal_ahead: None,
             volatile,
+            left: Vec::new(),
             serial: 0,
         })
     }
@@ -204,7 +207,10 @@ impl Store {
                 Some(at) => self.ahead.swap_remove(at).name,
                 None => self.write_temporary(record, &bytes)?,
             };
-            fs::rename(self.directory.join(name), place)?;
+            if let Err(error) = fs::rename(self.directory.join(&name), place) {
+                self.left.push(name);
+                return Err(error);
+            }
         } else {
             match fs::remove_file(place) {
                 Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
@@ -237,10 +243,14 @@ impl Store {
         Ok(name)
     }
 
-    fn remove(&self, ahead: Vec<Ahead>) {
-        for ahead in ahead {
-            let _ = fs::remove_file(self.directory.join(ahead.name));
-        }
+    /// Removes what nobody wants any more, also what could not be removed the last time.
+    fn remove(&mut self, ahead: Vec<Ahead>) {
+        self.left.extend(ahead.into_iter().map(|ahead| ahead.name));
+        let directory = &self.directory;
+        self.left.retain(|name| match fs::remove_file(directory.join(name)) {
+            Ok(()) => false,
+            Err(error) => error.kind() != ErrorKind::NotFound,
+        });
     }
 }
 

@@ -62,6 +62,13 @@ pub(crate) fn throughout(time: Duration, mut look: impl FnMut()) {
     }
 }
 
+/// Lets so much time pass: for what is to happen at a time, never for what is waited for.
+pub(crate) fn pause(time: Duration) {
+    if !time.is_zero() {
+        thread::sleep(time);
+    }
+}
+
 /// A port on loopback that was free a moment ago.
 #[must_use]
 pub(crate) fn free_port() -> u16 {

@@ -274,9 +274,14 @@ impl Watch {
     /// Watches a migration from `source` to `destination`.
     #[must_use]
     pub(crate) fn start(source: &Host, destination: &Host) -> Self {
+        Self::over([destination, source].map(|host| (host.guest.clone(), host.control.clone())))
+    }
+
+    /// The same for a guest behind two control doors, the destination's first.
+    #[must_use]
+    pub(crate) fn over(doors: [(String, Address); 2]) -> Self {
         let stop = Arc::new((Mutex::new(false), Condvar::new()));
         let stopped = Arc::clone(&stop);
-        let doors = [destination, source].map(|host| (host.guest.clone(), host.control.clone()));
         let thread = thread::spawn(move || {
             let mut looks = 0;
             loop {
@@ -366,7 +371,9 @@ impl Ended {
 }
 
 impl Migration {
-    fn start(command: &mut Command) -> Self {
+    /// Starts the command, whatever else it was told.
+    #[must_use]
+    pub(crate) fn start(command: &mut Command) -> Self {
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
         let mut child = Guard(child.unwrap_or_else(|error| panic!("{command:?}: {error}")));
         let stdout = child.0.stdout.take().expect("a pipe");

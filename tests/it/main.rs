@@ -18,4 +18,5 @@ mod orders;
 mod ownership;
 mod relay;
 mod remains;
+mod torture;
 mod writer;

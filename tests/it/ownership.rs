@@ -10,14 +10,16 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use blockferry::address::Address;
 use blockferry::nbd::client::{Client, Wants};
 
-use crate::harness::{DEADLINE, Program, free_port, scratch, until};
+use crate::harness::{DEADLINE, Program, free_port, pause, scratch, until};
 
 const SIZE: u64 = 4 << 20;
 /// Messages of the phase protocol, by their numbers.
+const SEAL: u8 = 5;
 const SEALED: u8 = 6;
 const GO: u8 = 7;
 
@@ -649,6 +651,37 @@ fn a_given_that_is_not_durable_is_unknown_until_it_is_and_then_the_guest_moves_b
     Tiny::remount(&a.state, "rw");
     b.until_owner(0);
     a.until_owner(4);
+}
+
+#[test]
+fn a_destination_that_cannot_seal_now_is_asked_again_with_pauses_and_keeps_no_temporary_record() {
+    let dir = scratch();
+    let mut a = Host::new(dir.path(), "a");
+    let mut b = Host::new(dir.path(), "b").listening();
+    let Some(_tiny) = Tiny::mount(&b.state) else { return };
+    a.start();
+    a.ask(&["claim"]).ends(0);
+    b.start();
+    let (state, frozen) = (b.state.clone(), Arc::new(AtomicBool::new(false)));
+    let freezes = Arc::clone(&frozen);
+    let relay = Relay::start(b.port.expect("it listens"), move |number| {
+        if number == SEAL && !freezes.swap(true, Ordering::SeqCst) {
+            Tiny::remount(&state, "ro");
+        }
+        Fate::Passes
+    });
+    let migrating = migrate(&a, &relay.address());
+    until("SEAL", || frozen.load(Ordering::SeqCst).then_some(()));
+    pause(Duration::from_secs(1));
+    Tiny::remount(&b.state, "rw");
+    migrating.join().expect("no panic").ends(0);
+    // Each connection has two ends. Twenty dials are more than the pauses let happen in the longest second.
+    let dials = relay.link.open.lock().expect("no panic").len() / 2;
+    assert!((2..=20).contains(&dials), "{dials} dials");
+    b.until_owner(0);
+    let left = fs::read_dir(&b.state).expect("its state").flatten().map(|entry| entry.file_name());
+    let left: Vec<_> = left.filter(|name| name.to_string_lossy().ends_with(".tmp")).collect();
+    assert!(left.is_empty(), "{left:?}");
 }
 
 #[test]

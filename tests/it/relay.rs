@@ -5,6 +5,7 @@
 //! connection. The relay knows the phase protocol just enough to cut a connection before or after a certain message.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -21,6 +22,7 @@ const QUEUE: usize = 256 * 1024;
 
 /// Messages of the phase protocol by number, which never changes.
 pub(crate) mod message {
+    pub(crate) const PREPARE: u8 = 0;
     pub(crate) const PREPARED: u8 = 1;
     pub(crate) const FENCE: u8 = 3;
     pub(crate) const FENCED: u8 = 4;
@@ -28,6 +30,10 @@ pub(crate) mod message {
     pub(crate) const SEALED: u8 = 6;
     pub(crate) const GO: u8 = 7;
     pub(crate) const RUNNING: u8 = 8;
+    pub(crate) const ABORT: u8 = 9;
+    pub(crate) const UNSEALED: u8 = 10;
+    /// No message: the first bytes of a data connection.
+    pub(crate) const DATA: u8 = u8::MAX;
 }
 
 /// What a connection carries.
@@ -74,6 +80,20 @@ pub(crate) struct Trap {
     pub(crate) then: Then,
 }
 
+/// What the thread does that carries a certain message, once: nothing passes on that connection meanwhile.
+struct Hook {
+    message: u8,
+    /// The message passes first.
+    passes: bool,
+    act: Box<dyn FnOnce() + Send>,
+}
+
+impl fmt::Debug for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hook").field("message", &self.message).field("passes", &self.passes).finish_non_exhaustive()
+    }
+}
+
 /// The relay. It and all its connections end with the test.
 #[derive(Debug)]
 pub(crate) struct Relay {
@@ -97,6 +117,7 @@ struct State {
     bytes_a_second: Option<u64>,
     delay: Duration,
     trap: Option<Trap>,
+    hooks: Vec<Hook>,
     sprung: usize,
     carried: u64,
     connections: Vec<Connection>,
@@ -236,6 +257,27 @@ impl Relay {
     /// Sets a trap; it springs once.
     pub(crate) fn set_trap(&self, trap: Trap) {
         self.change(|state| state.trap = Some(trap));
+    }
+
+    /// Calls `act` when the first such message comes, before it passes on or after.
+    pub(crate) fn on(&self, message: u8, passes: bool, act: impl FnOnce() + Send + 'static) {
+        self.change(|state| state.hooks.push(Hook { message, passes, act: Box::new(act) }));
+    }
+
+    /// Takes the hooks away that nothing has come for.
+    pub(crate) fn unhook(&self) {
+        let left = self.change(|state| std::mem::take(&mut state.hooks));
+        drop(left);
+    }
+
+    /// One open connection of `kind` falls silent, the one that `choice` picks. `false`: there is none.
+    pub(crate) fn silence_one(&self, kind: Kind, choice: u64) -> bool {
+        self.change(|state| {
+            let mut open: Vec<_> = state.connections.iter_mut().filter(|c| !c.dead && c.kind == kind).collect();
+            let Some(place) = choice.checked_rem(open.len() as u64) else { return false };
+            open[usize::try_from(place).expect("small")].silent = true;
+            true
+        })
     }
 
     /// Waits until a trap has sprung.
@@ -387,14 +429,24 @@ fn empty(shared: &Shared, number: usize, way: Way, mut to: TcpStream) {
         if way == Way::Up
             && let Some(kind) = reader.kind()
         {
-            shared.lock().connections[number].kind = kind;
+            let before = std::mem::replace(&mut shared.lock().connections[number].kind, kind);
             shared.changed.notify_all();
+            if before != kind && kind == Kind::Data {
+                act(shared, message::DATA, false);
+                act(shared, message::DATA, true);
+            }
         }
         for unit in units {
+            if let Some(message) = unit.message {
+                act(shared, message, false);
+            }
             let trap = unit.message.and_then(|message| spring(shared, message));
             if trap.is_none_or(|trap| trap.passes) && to.write_all(&unit.bytes).is_err() {
                 shared.lock().connections[number].cut();
                 return;
+            }
+            if let Some(message) = unit.message {
+                act(shared, message, true);
             }
             if let Some(trap) = trap {
                 let mut state = shared.lock();
@@ -450,6 +502,17 @@ fn next_piece(shared: &Shared, number: usize, way: Way) -> Option<Vec<u8>> {
         }
         state = shared.wait(state, patience);
     }
+}
+
+/// Does what is to be done about a message.
+fn act(shared: &Shared, message: u8, passes: bool) {
+    let mut state = shared.lock();
+    let (now, later) = std::mem::take(&mut state.hooks)
+        .into_iter()
+        .partition(|hook: &Hook| hook.message == message && hook.passes == passes);
+    state.hooks = later;
+    drop(state);
+    now.into_iter().for_each(|hook: Hook| (hook.act)());
 }
 
 fn spring(shared: &Shared, message: u8) -> Option<Trap> {

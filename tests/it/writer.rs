@@ -8,6 +8,8 @@
 // Disks are small here.
 #![allow(clippy::cast_possible_truncation)]
 
+mod durable;
+
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::fs::File;
@@ -69,6 +71,11 @@ struct Entry {
     deed: Deed,
     first: u32,
     count: u32,
+    /// Answered only when it is durable.
+    fua: bool,
+    /// When it was acknowledged, as a number that rises, and through which door.
+    acknowledged: u64,
+    door: usize,
 }
 
 /// How often which request is made, in relation to the others.
@@ -78,12 +85,17 @@ pub(crate) struct Mix {
     pub(crate) zeroes: u64,
     pub(crate) trims: u64,
     pub(crate) flushes: u64,
+    /// Of 100 writes so many have FUA.
+    pub(crate) fua: u64,
 }
 
 impl Mix {
-    pub(crate) const WRITES: Self = Self { writes: 1, zeroes: 0, trims: 0, flushes: 0 };
-    pub(crate) const ALL: Self = Self { writes: 40, zeroes: 4, trims: 3, flushes: 1 };
-    pub(crate) const ZEROES: Self = Self { writes: 10, zeroes: 10, trims: 10, flushes: 1 };
+    const NOTHING: Self = Self { writes: 0, zeroes: 0, trims: 0, flushes: 0, fua: 0 };
+    pub(crate) const WRITES: Self = Self { writes: 1, zeroes: 0, trims: 0, flushes: 0, fua: 0 };
+    pub(crate) const ALL: Self = Self { writes: 40, zeroes: 4, trims: 3, flushes: 1, fua: 0 };
+    pub(crate) const ZEROES: Self = Self { writes: 10, zeroes: 10, trims: 10, flushes: 1, fua: 0 };
+    /// For a guest whose host may lose its power.
+    pub(crate) const DURABLE: Self = Self { writes: 40, zeroes: 4, trims: 0, flushes: 2, fua: 5 };
 }
 
 /// What a disk must hold.
@@ -100,6 +112,8 @@ pub(crate) struct Ledger {
     /// For a sector whose last acknowledged request is a trim: the one before. It may read as either.
     before_trim: HashMap<u32, u32>,
     acknowledged: u64,
+    /// What a power loss may bring back.
+    past: durable::Past,
 }
 
 impl Ledger {
@@ -111,11 +125,12 @@ impl Ledger {
             seed,
             sectors,
             full,
-            entries: vec![Entry { deed: Deed::Write, first: 0, count: 0 }],
+            entries: vec![Entry { deed: Deed::Write, first: 0, count: 0, fua: true, acknowledged: 0, door: 0 }],
             settled: vec![0; sectors as usize],
             pending: vec![0; sectors as usize],
             before_trim: HashMap::new(),
             acknowledged: 0,
+            past: durable::Past::default(),
         };
         let file = File::create(path).expect("an image");
         file.set_len(size).expect("its size");
@@ -160,7 +175,8 @@ impl Ledger {
             let range = first as usize..(first + count) as usize;
             if self.pending[range.clone()].iter().all(|number| *number == 0) {
                 let number = u32::try_from(self.entries.len()).expect("fewer requests");
-                self.entries.push(Entry { deed, first, count });
+                let fua = mix.fua > 0 && deed == Deed::Write && dice.below(100) < mix.fua;
+                self.entries.push(Entry { deed, first, count, fua, acknowledged: 0, door: 0 });
                 self.pending[range].fill(number);
                 return Some(number);
             }
@@ -168,9 +184,13 @@ impl Ledger {
         None
     }
 
-    /// Request `number` was answered with success.
-    fn acknowledge(&mut self, number: u32) {
-        let entry = self.entries[number as usize];
+    /// Request `number` was answered with success, through this door.
+    fn acknowledge(&mut self, number: u32, door: usize) {
+        self.acknowledged += 1;
+        let entry = &mut self.entries[number as usize];
+        (entry.acknowledged, entry.door) = (self.acknowledged, door);
+        let entry = *entry;
+        self.remember_past(&entry);
         for sector in entry.first..entry.first + entry.count {
             let place = sector as usize;
             if entry.deed == Deed::Trim {
@@ -183,13 +203,18 @@ impl Ledger {
             self.settled[place] = number;
             self.pending[place] = 0;
         }
-        self.acknowledged += 1;
     }
 
     /// How many requests were acknowledged.
     #[must_use]
     pub(crate) fn acknowledged(&self) -> u64 {
         self.acknowledged
+    }
+
+    /// Believes in a write that nobody made: for whoever wants to see that it is missed.
+    pub(crate) fn invent(&mut self, seed: u64) {
+        let number = self.begin(&mut Dice::new(seed), Mix::WRITES).expect("nothing is under way");
+        self.acknowledge(number, 0);
     }
 
     /// Whether a sector may hold `bytes` if request `number` was the last.
@@ -225,6 +250,18 @@ impl Ledger {
         }
     }
 
+    /// Notes a sector that holds what it must not.
+    fn complain(&self, report: &mut Report, sector: u32, bytes: &[u8]) {
+        report.wrong += 1;
+        if report.lines.len() < 8 {
+            let (settled, pending) = (self.settled[sector as usize], self.pending[sector as usize]);
+            let deed = self.entries[settled as usize].deed;
+            let or = if pending == 0 { String::new() } else { format!(" or {pending}") };
+            let found = self.describe(sector, bytes);
+            report.lines.push(format!("sector {sector}: {deed:?} {settled}{or} expected, {found} found"));
+        }
+    }
+
     /// Looks at every sector. `read` fills a buffer from an offset.
     #[must_use]
     pub(crate) fn verify(&self, mut read: impl FnMut(u64, &mut [u8])) -> Report {
@@ -240,13 +277,7 @@ impl Ledger {
                 if self.fits(settled, sector, bytes) || (pending != 0 && self.fits(pending, sector, bytes)) {
                     continue;
                 }
-                report.wrong += 1;
-                if report.lines.len() < 8 {
-                    let deed = self.entries[settled as usize].deed;
-                    let or = if pending == 0 { String::new() } else { format!(" or {pending}") };
-                    let found = self.describe(sector, bytes);
-                    report.lines.push(format!("sector {sector}: {deed:?} {settled}{or} expected, {found} found"));
-                }
+                self.complain(&mut report, sector, bytes);
             }
         }
         report
@@ -307,6 +338,8 @@ pub(crate) enum OnLoss {
     /// It connects again and sends again what was not answered, as QEMU does. When it is told that this host has given
     /// the guest away (ESHUTDOWN), it goes on at the next door.
     Reconnect,
+    /// The same, and it goes on at the next door, too, where this one does not let it write: it looks for the owner.
+    Follow,
 }
 
 /// How a writer writes.
@@ -337,6 +370,8 @@ struct Shared {
     stop: AtomicBool,
     acknowledged: AtomicU64,
     reconnected: AtomicU64,
+    /// How many connections are open at each door.
+    inside: Vec<AtomicU64>,
     /// Anything that no guest should ever see.
     faults: Mutex<Vec<String>>,
 }
@@ -353,6 +388,7 @@ impl Writer {
             stop: AtomicBool::new(false),
             acknowledged: AtomicU64::new(0),
             reconnected: AtomicU64::new(0),
+            inside: doors.iter().map(|_| AtomicU64::new(0)).collect(),
             faults: Mutex::default(),
         });
         let threads = (0..load.connections).map(|number| {
@@ -381,6 +417,17 @@ impl Writer {
             assert!(self.shared.faults().is_empty(), "{:?}", self.shared.faults());
             (self.acknowledged() >= goal).then_some(())
         });
+    }
+
+    /// Waits until nobody expects an answer through this door any more, whose process is dead.
+    pub(crate) fn until_left(&self, door: usize) {
+        let inside = &self.shared.inside[door];
+        crate::harness::until("end of the connections", || (inside.load(Ordering::SeqCst) == 0).then_some(()));
+    }
+
+    /// Does something with what the disk must hold, while nobody else does.
+    pub(crate) fn with_ledger<T>(&self, look: impl FnOnce(&mut Ledger) -> T) -> T {
+        look(&mut self.shared.ledger())
     }
 
     /// Ends it. Returns what the disk must hold.
@@ -418,11 +465,18 @@ impl Shared {
         // Sent and not answered, in order; sent again first of all.
         let mut again: VecDeque<u32> = VecDeque::new();
         while let Some(client) = self.connect(&mut door) {
-            let end = self.write(client, &mut dice, &mut again);
+            let place = door % self.doors.len();
+            self.inside[place].fetch_add(1, Ordering::SeqCst);
+            let end = self.write(client, place, &mut dice, &mut again);
+            self.inside[place].fetch_sub(1, Ordering::SeqCst);
             match (end, self.load.on_loss) {
                 (End::Stopped, _) | (_, OnLoss::Stop) => return,
                 (End::Given, OnLoss::Reconnect) => door += 1,
-                (End::Lost | End::NotYet, OnLoss::Reconnect) => {}
+                (End::Given | End::NotYet, OnLoss::Follow) => {
+                    door += 1;
+                    thread::park_timeout(PAUSE);
+                }
+                (End::Lost | End::NotYet, OnLoss::Reconnect) | (End::Lost, OnLoss::Follow) => {}
             }
             self.reconnected.fetch_add(1, Ordering::Relaxed);
         }
@@ -435,7 +489,9 @@ impl Shared {
             let place = &self.doors[*door % self.doors.len()];
             let opened = place.connect(PATIENCE).map_err(|error| error.to_string()).and_then(|socket| {
                 let result = Client::connect(Arc::new(socket), &self.disk, Wants::default());
-                if matches!(&result, Err(ConnectError::Refused { reply, .. }) if *reply == wire::REP_ERR_SHUTDOWN) {
+                if let Err(ConnectError::Refused { reply, .. }) = &result
+                    && (self.load.on_loss == OnLoss::Follow || *reply == wire::REP_ERR_SHUTDOWN)
+                {
                     *door += 1;
                 }
                 result.map_err(|error| error.to_string())
@@ -443,10 +499,9 @@ impl Shared {
             match (opened, self.load.on_loss) {
                 (Ok(client), _) => return Some(client),
                 (Err(_), OnLoss::Stop) => return None,
-                // As QEMU's reconnect-delay, only shorter.
-                (Err(_), OnLoss::Reconnect) => {
+                (Err(_), OnLoss::Reconnect | OnLoss::Follow) => {
                     self.reconnected.fetch_add(1, Ordering::Relaxed);
-                    thread::park_timeout(Duration::from_millis(5));
+                    thread::park_timeout(PAUSE);
                 }
             }
         }
@@ -454,9 +509,9 @@ impl Shared {
         None
     }
 
-    fn write(&self, mut client: Client, dice: &mut Dice, again: &mut VecDeque<u32>) -> End {
+    fn write(&self, mut client: Client, door: usize, dice: &mut Dice, again: &mut VecDeque<u32>) -> End {
         let mut flying: VecDeque<u32> = VecDeque::new();
-        let end = self.write_until(&mut client, dice, again, &mut flying);
+        let end = self.write_until(&mut client, door, dice, again, &mut flying);
         // In front of what was not sent again yet, in the order in which they were sent.
         while let Some(number) = flying.pop_back() {
             again.push_front(number);
@@ -467,6 +522,7 @@ impl Shared {
     fn write_until(
         &self,
         client: &mut Client,
+        door: usize,
         dice: &mut Dice,
         again: &mut VecDeque<u32>,
         flying: &mut VecDeque<u32>,
@@ -474,6 +530,9 @@ impl Shared {
         let mut end = None;
         let mut due = Instant::now();
         let mut flushed = false;
+        // How many requests were acknowledged when each FLUSH under way was sent; whichever is answered, the first
+        // number is safe.
+        let mut flushes: VecDeque<u64> = VecDeque::new();
         let mut heard = Instant::now();
         loop {
             let stopping = self.stop.load(Ordering::Relaxed);
@@ -495,7 +554,7 @@ impl Shared {
                 let mix = self.load.mix;
                 if mix.flushes > 0 && dice.below(mix.writes + mix.zeroes + mix.trims + mix.flushes) < mix.flushes {
                     // Full is no harm: another time.
-                    if client.submit_flush(FLUSH).is_err() {
+                    if self.flush(client, &mut flushes).is_err() {
                         return End::Lost;
                     }
                 }
@@ -506,7 +565,7 @@ impl Shared {
                     None if stopping && again.is_empty() && flushed => return End::Stopped,
                     None if stopping && again.is_empty() => {
                         flushed = true;
-                        if client.submit_flush(FLUSH).is_err() {
+                        if self.flush(client, &mut flushes).is_err() {
                             return End::Lost;
                         }
                     }
@@ -525,12 +584,15 @@ impl Shared {
                         Some(End::NotYet)
                     }
                 };
+                let before_flush = if cookie == FLUSH { flushes.pop_front() } else { None };
                 if let Some(told) = told {
                     end = Some(told);
-                } else if cookie != FLUSH {
+                } else if let Some(before) = before_flush {
+                    self.ledger().flushed(before);
+                } else {
                     let number = u32::try_from(cookie).expect("a request's number");
                     flying.retain(|flying| *flying != number);
-                    self.ledger().acknowledge(number);
+                    self.ledger().acknowledge(number, door);
                     self.acknowledged.fetch_add(1, Ordering::Relaxed);
                 }
             });
@@ -549,6 +611,16 @@ impl Shared {
         }
     }
 
+    fn flush(&self, client: &mut Client, flushes: &mut VecDeque<u64>) -> Result<(), ()> {
+        let acknowledged = self.ledger().acknowledged();
+        match client.submit_flush(FLUSH) {
+            Ok(Submitted::Taken) => flushes.push_back(acknowledged),
+            Ok(Submitted::WaitFirst) => {}
+            Err(_) => return Err(()),
+        }
+        Ok(())
+    }
+
     fn submit(&self, client: &mut Client, number: u32) -> Result<(), ()> {
         let (entry, payload) = {
             let ledger = self.ledger();
@@ -561,7 +633,7 @@ impl Shared {
         };
         let (offset, length) = (u64::from(entry.first) * SECTOR, entry.count * SECTOR as u32);
         let submitted = match entry.deed {
-            Deed::Write => client.submit_write(u64::from(number), offset, &payload, false),
+            Deed::Write => client.submit_write(u64::from(number), offset, &payload, entry.fua),
             Deed::Zero => {
                 client.submit_write_zeroes(u64::from(number), offset, length, number.is_multiple_of(2), false)
             }
@@ -588,6 +660,8 @@ enum End {
     NotYet,
 }
 
+/// Pause between two tries to connect: as QEMU's reconnect-delay, only shorter.
+const PAUSE: Duration = Duration::from_millis(5);
 /// Longest wait for answers before it looks for orders.
 const TURN: Duration = Duration::from_millis(10);
 
@@ -598,7 +672,7 @@ mod tests {
     use crate::harness::scratch;
 
     /// Does what a server would do.
-    fn apply(ledger: &Ledger, number: u32, image: &File) {
+    pub(super) fn apply(ledger: &Ledger, number: u32, image: &File) {
         let entry = ledger.entries[number as usize];
         let mut bytes = vec![0; entry.count as usize * SECTOR as usize];
         if entry.deed == Deed::Write {
@@ -616,7 +690,7 @@ mod tests {
         for _ in 0..2000 {
             let number = ledger.begin(&mut dice, Mix::ALL).expect("nothing is under way");
             apply(&ledger, number, &image);
-            ledger.acknowledge(number);
+            ledger.acknowledge(number, 0);
         }
         (ledger, image, dice)
     }
@@ -653,7 +727,7 @@ mod tests {
         let folder = scratch();
         let (mut ledger, image, mut dice) = used(folder.path());
         let number = ledger.begin(&mut dice, Mix::WRITES).expect("nothing is under way");
-        ledger.acknowledge(number);
+        ledger.acknowledge(number, 0);
         let report = ledger.verify_file(&folder.path().join("disk"));
         assert_eq!(report.wrong, u64::from(ledger.entries[number as usize].count), "{report}");
         assert!(report.to_string().contains(&format!("Write {number} expected")), "{report}");
@@ -670,7 +744,7 @@ mod tests {
         let new = u32::try_from(ledger.entries.len()).expect("few");
         ledger.entries.push(entry);
         apply(&ledger, new, &image);
-        ledger.acknowledge(new);
+        ledger.acknowledge(new, 0);
         ledger.verify_file(&folder.path().join("disk")).assert_whole();
         apply(&ledger, old, &image);
         let report = ledger.verify_file(&folder.path().join("disk"));
@@ -682,7 +756,7 @@ mod tests {
     fn zeroes_that_did_not_arrive_are_found() {
         let folder = scratch();
         let (mut ledger, _image, mut dice) = used(folder.path());
-        let zeroes = Mix { writes: 0, zeroes: 1, trims: 0, flushes: 0 };
+        let zeroes = Mix { zeroes: 1, ..Mix::NOTHING };
         let written = |ledger: &Ledger, number: u32| {
             let entry = ledger.entries[number as usize];
             (entry.first..entry.first + entry.count).any(|s| ledger.fits(ledger.settled[s as usize], s, &[0; 512]))
@@ -693,7 +767,7 @@ mod tests {
                 break number;
             }
         };
-        ledger.acknowledge(number);
+        ledger.acknowledge(number, 0);
         let report = ledger.verify_file(&folder.path().join("disk"));
         assert_eq!(report.wrong, u64::from(ledger.entries[number as usize].count), "{report}");
     }

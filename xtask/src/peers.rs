@@ -9,6 +9,8 @@ const PEERS: &[(&str, &[&str])] = &[
     ("nbdkit", &["nbdkit"]),
     ("nbdinfo", &["libnbd-bin"]),
     ("nbdcopy", &["libnbd-bin"]),
+    // Some releases have it in a package of its own.
+    ("nbdfuse", &["libnbd-bin", "nbdfuse"]),
     ("nbdsh", &["python3-libnbd"]),
     ("python3", &["python3"]),
     ("nbd-server", &["nbd-server"]),
@@ -21,7 +23,9 @@ const PEERS: &[(&str, &[&str])] = &[
     ("qemu-storage-daemon", &["qemu-utils", "qemu-system-common"]),
     // Kills a process at a system call.
     ("strace", &["strace"]),
+    // What the fault harness makes its file systems and networks with.
     ("mkfs.ext4", &["e2fsprogs"]),
+    ("ip", &["iproute2"]),
 ];
 
 /// Sees to it that every peer is here: installs what is missing, as root. The error names the packages, or the
@@ -61,7 +65,8 @@ mod tests {
     fn each_missing_package_is_named_once() {
         assert_eq!(packages(0, |_| true), Vec::<&str>::new());
         assert_eq!(packages(0, |program| program != "qemu-io"), ["qemu-utils"]);
-        let all = "nbdkit libnbd-bin python3-libnbd python3 nbd-server nbd-client fio qemu-utils strace e2fsprogs";
+        let all =
+            "nbdkit libnbd-bin python3-libnbd python3 nbd-server nbd-client fio qemu-utils strace e2fsprogs iproute2";
         assert_eq!(packages(0, |_| false).join(" "), all);
     }
 
@@ -69,5 +74,6 @@ mod tests {
     fn the_second_choice_is_for_what_the_first_did_not_bring() {
         assert_eq!(packages(1, |program| program != "qemu-io"), Vec::<&str>::new());
         assert_eq!(packages(1, |program| program != "qemu-storage-daemon"), ["qemu-system-common"]);
+        assert_eq!(packages(1, |program| program != "nbdfuse"), ["nbdfuse"]);
     }
 }

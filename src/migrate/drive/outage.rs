@@ -137,7 +137,7 @@ impl Drive<'_> {
     }
 
     /// A pause before something is tried again, each longer than the one before.
-    fn rest(&self, pause: &mut Duration, deadline: Instant, cause: &str) -> Result<(), NotYet> {
+    pub(super) fn rest(&self, pause: &mut Duration, deadline: Instant, cause: &str) -> Result<(), NotYet> {
         self.job.still_lost(cause);
         let until = Instant::now() + *pause;
         let absent = self.outage.absent.is_some_and(|since| since.elapsed() > ABSENT_MAX);

@@ -217,6 +217,44 @@ pub const RETRY_PAUSE: Duration = Duration::from_millis(20);
 /// Pause of a door that cannot accept because the process or the host is out of descriptors or memory.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+// ---- the kernel's nbd devices ------------------------------------------------------------------------------------
+
+/// Devices of the kernel's nbd driver that are known: N of /dev/nbdN is below this. With 32 partitions each the driver
+/// has room for as many.
+pub const NBD_DEVICES_MAX: u32 = 32 * 1024;
+/// Longest path of such a device, in bytes.
+pub const NBD_DEVICE_PATH_MAX: usize = 16;
+/// Longest request to the driver, in bytes.
+pub const NETLINK_REQUEST_MAX: usize = 512;
+/// Largest answer of the driver or of netlink that is taken, in bytes.
+pub const NETLINK_ANSWER_MAX: usize = 4 * KIB;
+/// Longest wait for an answer of the driver.
+pub const NETLINK_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the driver keeps requests while nobody serves the device: longer than anybody takes to start `serve` again
+/// after a weekend. What it has kept longer fails, and with it what is only in the page cache.
+pub const NBD_DEAD_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
+/// After this the driver looks whether the connection over which it sent a request has been replaced.
+pub const NBD_LOOK: Duration = Duration::from_secs(5);
+/// How often the devices that are attached are looked at: whether they are still connected, and whether they may be.
+pub const ATTACHED_LOOK: Duration = Duration::from_millis(500);
+/// Longest wait, while the guest runs, for a device's page cache to be written back before a switchover.
+pub const ATTACHED_SYNC_MAX: Duration = Duration::from_secs(60);
+/// Longest wait for the proof that a device's page cache holds nothing while the gates are closed.
+pub const ATTACHED_PROOF_MAX: Duration = Duration::from_secs(2);
+/// Longest wait of `detach` for the device's page cache to be written back.
+pub const DETACH_SYNC_MAX: Duration = Duration::from_secs(40);
+/// Longest wait for a device that was disconnected to be free.
+pub const DETACH_FREE_MAX: Duration = Duration::from_secs(5);
+/// Longest wait that `attach` can be asked for, in seconds.
+pub const ATTACH_WAIT_MAX_S: u32 = 7 * 24 * 3600;
+
+const _: () = assert!(NETLINK_REQUEST_MAX >= 128 + GUEST_NAME_MAX + DISK_NAME_MAX + 64, "a connect must fit");
+const _: () = assert!(ATTACHED_PROOF_MAX.as_secs() < QUIESCE_MAX.as_secs(), "a proof that fails leaves time");
+const _: () = assert!(
+    DETACH_SYNC_MAX.as_secs() + DETACH_FREE_MAX.as_secs() + NETLINK_TIMEOUT.as_secs() < CONTROL_REPLY_TIMEOUT.as_secs(),
+    "detach says how it went before its command gives up"
+);
+
 // ---- control door and command line -------------------------------------------------------------------------------
 
 /// Longest frame on the control door, encoded, in bytes. A test checks that the largest message fits.

@@ -73,6 +73,15 @@ impl Client {
         }
     }
 
+    /// Sends a request whose one reply may take as long as it likes.
+    ///
+    /// # Errors
+    /// As [`Client::ask`].
+    pub fn ask_patiently(&mut self, request: &Request) -> Result<Reply, Problem> {
+        self.link.send(request, Instant::now() + CONTROL_SEND_TIMEOUT).map_err(|e| self.lost(&reason(&e)))?;
+        self.receive(None)
+    }
+
     /// Waits for the next reply to a request that has several.
     ///
     /// # Errors

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use crate::control::link::{Link, is_unknown};
 use crate::control::wire::{
-    Convergence, Done, MigrateRequest, Ownership, Phase, Progress, Recovered, Refusal, Reply, Request, SetRequest,
-    Status, VERSION, Word,
+    AttachRequest, Convergence, Done, MigrateRequest, Ownership, Phase, Progress, Recovered, Refusal, Reply, Request,
+    SetRequest, Status, VERSION, Word,
 };
 use crate::error::Problem;
 use crate::limits::{
@@ -61,6 +61,19 @@ pub trait Desk: Send + Sync {
     /// # Errors
     /// There is none, or GIVEN is begun (M3).
     fn cancel(&self, attempt: Option<u128>, cause: &str) -> std::result::Result<(), Problem>;
+
+    /// Makes a disk a device of this host: `false` if it does not own the disk yet, after a moment of waiting for that.
+    ///
+    /// # Errors
+    /// Why not; nothing has changed.
+    fn attach(&self, request: &AttachRequest) -> std::result::Result<bool, Problem>;
+
+    /// Gives a device up. Waits until what is in its page cache is written, but not for longer than it takes to be
+    /// sure that this is slow.
+    ///
+    /// # Errors
+    /// Why not.
+    fn detach(&self, device: &str) -> std::result::Result<(), Problem>;
 
     /// Changes the running migration.
     ///
@@ -188,6 +201,8 @@ fn answer(link: &mut Link, desk: &dyn Desk, request: Request) -> Result<()> {
             Ok(recovered) => send(link, &Reply::Recovered(recovered)),
             Err(problem) => refuse(link, &problem),
         },
+        Request::Attach(request) => attach(link, desk, &request),
+        Request::Detach { device } => report(link, desk.detach(&device)),
         Request::Follow => match desk.news(None, Duration::ZERO) {
             None => refuse(link, &Problem::refused("follow", "migration", "there is none")),
             Some(News::Done(done)) => {
@@ -219,6 +234,25 @@ fn migrate(link: &mut Link, desk: &dyn Desk, request: &MigrateRequest) -> Result
         }
     }
     followed
+}
+
+/// Attaches a disk as soon as this host owns it, unless the client goes away before or has waited long enough.
+fn attach(link: &mut Link, desk: &dyn Desk, request: &AttachRequest) -> Result<()> {
+    let patience = request.wait_s.map(|seconds| Instant::now() + Duration::from_secs(seconds.into()));
+    loop {
+        match desk.attach(request) {
+            Ok(true) => return send(link, &Reply::Ok),
+            Err(problem) => return refuse(link, &problem),
+            Ok(false) if patience.is_some_and(|patience| Instant::now() >= patience) => {
+                let cause = "this host does not own the disk yet";
+                return refuse(link, &Problem::refused("attach", &request.disk, cause));
+            }
+            Ok(false) if link.has_hung_up() => {
+                return Err(Error::new(ErrorKind::ConnectionAborted, "the client went away"));
+            }
+            Ok(false) => {}
+        }
+    }
 }
 
 /// Sends the news of an attempt until its end; an error when the client is gone before.

@@ -98,6 +98,7 @@ fn a_status() -> Status {
         }]
         .into_iter()
         .collect(),
+        attached: [AttachedStatus { disk: text("a"), device: text("/d") }].into_iter().collect(),
     }
 }
 
@@ -143,6 +144,9 @@ fn every_request_has_its_number_and_bytes() {
     pinned(&Request::Follow, &[7]);
     pinned(&Request::WhoOwns, &[8]);
     pinned(&Request::Recover(Word::ForgetPeer), &[9, 2]);
+    let attach = AttachRequest { disk: text("a"), device: text("/d"), wait_s: Some(300) };
+    pinned(&Request::Attach(attach), &[10, 1, b'a', 2, b'/', b'd', 1, 0xac, 2]);
+    pinned(&Request::Detach { device: text("/d") }, &[11, 2, b'/', b'd']);
 }
 
 #[test]
@@ -151,7 +155,8 @@ fn every_reply_has_its_number_and_bytes() {
     pinned(&Reply::Ok, &[1]);
     let refusal = Refusal { exit: 1, operation: text("o"), object: text("b"), cause: text("c") };
     pinned(&Reply::Refused(refusal), &[2, 1, 1, b'o', 1, b'b', 1, b'c']);
-    let status = [3, 1, b'g', 3, 1, 2, 3, 1, b'p', 1, 1, b'h', 1, 1, b'a', 0x80, 4, 1, 2, 1, 3];
+    let status =
+        [3, 1, b'g', 3, 1, 2, 3, 1, b'p', 1, 1, b'h', 1, 1, b'a', 0x80, 4, 1, 2, 1, 3, 1, 1, b'a', 2, b'/', b'd'];
     pinned(&Reply::Status(a_status()), &status);
     let progress = [4, 5, 2, 6, 3, 9, 8, 1, 7, 10, 11, 1, 1, 1, b'a', 1, 2, 3, 4, 5, 6, 7, 1, 8];
     pinned(&Reply::Progress(a_progress()), &progress);
@@ -234,6 +239,7 @@ fn the_largest_messages_fit_a_frame() {
         peer: full(),
         hint: full(),
         disks: (0..DISKS_MAX).map(|_| disk.clone()).collect(),
+        attached: (0..DISKS_MAX).map(|_| AttachedStatus { disk: full(), device: full() }).collect(),
         ..a_status()
     };
     let ownership = Ownership {
@@ -273,7 +279,7 @@ fn a_newer_peers_appended_field_is_ignored_and_its_new_message_is_unknown() {
         out[..length].to_vec()
     };
     assert_eq!(frame::decode(&frame(&[2, 1, 77, 78])), Ok(Request::Claim { discard_record: true }));
-    assert_eq!(frame::decode::<Request>(&frame(&[10])), Err(FrameError::Unknown));
+    assert_eq!(frame::decode::<Request>(&frame(&[12])), Err(FrameError::Unknown));
     assert_eq!(frame::decode::<Request>(&frame(&[])), Err(FrameError::Unknown));
 }
 

@@ -115,6 +115,7 @@ const WORDS: &[Rule] = &[
             "src/ownership/",
             "src/init.rs",
             "src/attach.rs",
+            "src/attach/",
             "src/listener.rs",
             "src/control/",
         ],

@@ -25,9 +25,8 @@
 //!   sealed is found: the attempt ends, the gates open, the write arrives here, where the guest goes on.
 //! - **W4 disconnect after GIVEN, not before.** Disconnecting looks like the better barrier and is none: a device that
 //!   somebody has open stays, its size too, and `write` goes on to succeed into the page cache; only a sync tells that
-//!   it is lost. A disconnect before GIVEN would therefore protect nothing, and an abort after it would leave a guest
-//!   without a disk: the driver takes no new connection for a device that was disconnected and is open. So an abort
-//!   leaves every device as it was, and the disconnect follows the fence.
+//!   it is lost. A disconnect before GIVEN would therefore protect nothing, and an abort after it would have failed the
+//!   guest's requests. So an abort leaves every device as it was, and the disconnect follows the fence.
 //! - **W5 still.** Between W3's proof and GIVEN nothing can stop a process that writes into the page cache; only the
 //!   VMM can be still. Without a VMM driver that is the caller's part of `switch`, and a migration that would switch by
 //!   itself while somebody has a device open is refused. What a VMM that did not keep still wrote in that moment is
@@ -411,7 +410,7 @@ impl Attachments {
                 continue;
             }
             let Some(token) = self.take("a disconnect") else { continue };
-            for attached in self.list() {
+            for attached in self.list().into_iter().filter(|attached| !attached.is_leaving()) {
                 if let Err(error) = self.let_go(&attached) {
                     log::warn!("attach: {}: {}", attached.device, trouble(&error));
                 }

@@ -3,13 +3,14 @@
 
 use std::io::ErrorKind;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use super::{Attached, Attachments, Sync, Token, wait_until_free};
 use crate::error::reason;
 use crate::guest::Guest;
-use crate::limits::{CONNECTION_STACK, DETACH_FREE_MAX};
+use crate::limits::{ATTACHED_PROOF_MAX, CONNECTION_STACK, DETACH_FREE_MAX};
 
 /// While it lives no device is attached or detached. Dropped, everything is as it was before.
 #[derive(Debug)]
@@ -55,19 +56,19 @@ impl Held<'_> {
     pub fn given(self, guest: &Arc<Guest>) -> Farewell {
         let (said, late) = channel();
         let Self { token, devices, attachments } = self;
-        // The devices are this host's no more, whoever comes: nothing is left to be decided.
-        drop(token);
         if devices.is_empty() {
             return Farewell { late };
         }
-        // Whatever happens to the thread, the kernel is not to be connected anew.
-        devices.iter().for_each(|attached| attached.leaving.store(true, std::sync::atomic::Ordering::Release));
+        // Nobody else disconnects them now, and the kernel is not connected anew.
+        devices.iter().for_each(|attached| attached.leaving.store(true, Ordering::Release));
+        drop(token);
         let host = Arc::clone(guest);
         let thread = std::thread::Builder::new().name("farewell".to_owned()).stack_size(CONNECTION_STACK);
         let mine = devices.clone();
         let started = thread.spawn(move || {
             // Nobody may be waiting any more.
-            let _ = said.send(part(&host.attached, &mine));
+            let _ = said.send(last_look(&mine));
+            part(&host.attached, &mine);
         });
         if let Err(error) = started {
             log::warn!("attach: {}", reason(&error));
@@ -77,9 +78,9 @@ impl Held<'_> {
     }
 }
 
-/// Syncs and disconnects; what was found to be lost.
-fn part(attachments: &Attachments, devices: &[Arc<Attached>]) -> Option<String> {
-    let deadline = Instant::now() + DETACH_FREE_MAX;
+/// What is in the page caches of fenced disks, and lost.
+fn last_look(devices: &[Arc<Attached>]) -> Option<String> {
+    let deadline = Instant::now() + ATTACHED_PROOF_MAX;
     let mut late = None;
     for attached in devices {
         let device = attached.device;
@@ -93,13 +94,21 @@ fn part(attachments: &Attachments, devices: &[Arc<Attached>]) -> Option<String> 
             log::error!("attach: {cause}");
             late = late.or(Some(cause));
         }
+    }
+    late
+}
+
+/// Disconnects.
+fn part(attachments: &Attachments, devices: &[Arc<Attached>]) {
+    let deadline = Instant::now() + DETACH_FREE_MAX;
+    for attached in devices {
+        let device = attached.device;
         match attachments.let_go(attached) {
             Ok(()) if wait_until_free(device, deadline) => log::info!("attach: {device} is disconnected and free"),
             Ok(()) => log::warn!("attach: {device} is disconnected, and somebody still has it open"),
             Err(error) => log::warn!("attach: {device}: {}", reason(&error)),
         }
     }
-    late
 }
 
 /// The last look at devices that were given away.

@@ -20,7 +20,7 @@ fn pinned(request: &Request, golden: &str) {
 #[test]
 fn every_request_has_its_bytes() {
     // The head: length, type, flags (a request, to be acknowledged), sequence, port; command, version, reserved.
-    pinned(&Request::family(1), "20000000 1000 0500 01000000 00000000 03 01 0000 0800 0200 6e626400");
+    pinned(&Request::family(1), "1c000000 1000 0500 01000000 00000000 03 01 0000 0800 0200 6e626400");
     let connection = Connection {
         index: 3,
         size_bytes: 0x0102_0304_0506_0800,

@@ -309,3 +309,30 @@ const _: () = assert!(PROBLEMS_MAX * (DISK_NAME_MAX + CAUSE_MAX + 3) < FRAME_MAX
 const _: () =
     assert!(DIAL_MAX.as_secs() >= CONNECT_TIMEOUT.as_secs() + HANDSHAKE_TIMEOUT.as_secs() + HELLO_TIMEOUT.as_secs());
 const _: () = assert!(GO_PATIENCE.as_secs() < RUNNING_PATIENCE.as_secs(), "GO is repeated while migrate waits");
+
+// ---- PID 1 -------------------------------------------------------------------------------------------------------
+
+/// Most words of a command line that comes from the kernel or from fw_cfg.
+pub const INIT_WORDS_MAX: usize = 256;
+/// Longest command line of either, in bytes.
+pub const INIT_TEXT_MAX: usize = 64 * KIB;
+/// Longest name of a network interface, in bytes (the kernel's IFNAMSIZ without its NUL).
+pub const INTERFACE_NAME_MAX: usize = 15;
+/// Most mounts that the kernel's command line may ask for.
+pub const MOUNTS_MAX: usize = 16;
+/// Longest wait for a network interface or a disk to appear.
+pub const INIT_DEVICE_WAIT: Duration = Duration::from_secs(10);
+/// Longest wait for the kernel's answer to a netlink request.
+pub const NETLINK_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest answer to a netlink request: an error, and the request again.
+pub const NETLINK_ANSWER_MAX: usize = 4 * KIB;
+/// How often init looks whether the command has said that it is ready.
+pub const INIT_READY_LOOK: Duration = Duration::from_millis(50);
+/// First and longest pause before a command that crashed is started again; each is twice the one before.
+pub const INIT_RESTART_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+/// A command that ran for so long begins with the first pause again.
+pub const INIT_RESTART_CALM: Duration = Duration::from_secs(60);
+/// How long everybody else has to end after SIGTERM, and after SIGKILL.
+pub const INIT_GRACE: (Duration, Duration) = (Duration::from_secs(3), Duration::from_secs(2));
+/// Longest sync before the machine ends: a disk that hangs does not keep it on.
+pub const INIT_SYNC_MAX: Duration = Duration::from_secs(10);

@@ -1,7 +1,7 @@
 //! blockferry as a machine's first process: it boots a thin host, runs one command, and ends the machine.
 //!
-//! The kernel starts the executable as PID 1, under a name that ends in `init`; [`role`] sees that. Then there are three
-//! kinds of processes, all of the same executable:
+//! The kernel starts the executable as PID 1, under a name that ends in `init`; [`role`] sees that. Then there are
+//! three kinds of processes, all of the same executable:
 //!
 //! - the *keeper* is PID 1, this file: mounts the kernel's own file systems, opens the console, starts the steward,
 //!   reaps, and ends the machine;
@@ -12,16 +12,16 @@
 //!
 //! # Why nothing that goes wrong panics the kernel
 //!
-//! The kernel panics when PID 1 ends, for whatever reason, and a panic of ours is an end: the release profile aborts. So
-//! whatever can meet bad input, and whatever is complicated, runs in another process. What a text from outside says is
-//! read in the steward; a disk, a peer or a guest is met in the command. When the command crashes, the steward sees an
-//! exit status; when the steward crashes, the keeper does, and goes on reaping until everybody who is left has ended by
-//! himself: a guest that is being served goes on being served.
+//! The kernel panics when PID 1 ends, for whatever reason, and a panic of ours is an end: the release profile aborts.
+//! So whatever can meet bad input, and whatever is complicated, runs in another process. What a text from outside says
+//! is read in the steward; a disk, a peer or a guest is met in the command. When the command crashes, the steward sees
+//! an exit status; when the steward crashes, the keeper does, and goes on reaping until everybody who is left has ended
+//! by himself: a guest that is being served goes on being served.
 //!
-//! The keeper itself parses nothing, indexes nothing, and has no path that ends in an `unwrap`. It allocates only before
-//! it waits. Should it panic all the same, its panic hook, which std calls before it unwinds or aborts, ends the machine
-//! the ordered way and does not return. SIGTERM and its like do not reach PID 1: the kernel drops signals for which
-//! it has no handler.
+//! The keeper itself parses nothing, indexes nothing, and has no path that ends in an `unwrap`. Nearly all that it
+//! allocates it allocates before it waits. Should it panic all the same, its panic hook, which std calls before it
+//! unwinds or aborts, ends the machine the ordered way and does not return. SIGTERM and its like do not reach PID 1:
+//! the kernel drops signals for which it has no handler.
 
 use std::fs::OpenOptions;
 use std::io::Write as _;

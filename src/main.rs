@@ -1,5 +1,5 @@
-//! The blockferry executable: hands the arguments to the command line and exits as it says; as a machine's first process
-//! it is init.
+//! The blockferry executable: hands the arguments to the command line and exits as it says; as a machine's first
+//! process it is init.
 
 use std::process::ExitCode;
 

@@ -1,7 +1,7 @@
 //! What PID 1 and its steward say: one line a message, once on the console and always in the kernel's log.
 //!
-//! The kernel's log (/dev/kmsg) takes a priority with each line, and prints what is urgent enough for the console's level
-//! on the console by itself. So a line goes to the console from here only when the kernel would not print it.
+//! The kernel's log (/dev/kmsg) takes a priority with each line, and prints what is urgent enough for the console's
+//! level on the console by itself. So a line goes to the console from here only when the kernel would not print it.
 //! Nothing here can fail its caller: a line that cannot be written is lost.
 
 use std::fmt;

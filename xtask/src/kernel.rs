@@ -1,5 +1,5 @@
-//! The kernel that virtual machines boot, and its modules: Debian's kernel for clouds, unpacked below `target/` and never
-//! installed; or any other that is there as a file.
+//! The kernel that virtual machines boot, and its modules: Debian's kernel for clouds, unpacked below `target/` and
+//! never installed; or any other that is there as a file.
 //!
 //! `initramfs` and `vm` call it. A package is downloaded once: what is unpacked stays.
 
@@ -28,7 +28,8 @@ pub(crate) struct Kernel {
     builtin: Vec<String>,
 }
 
-/// Debian's kernel, or the one in `image`: its modules are below `../lib/modules` of its folder, or below `/lib/modules`.
+/// Debian's kernel, or the one in `image`: its modules are below `../lib/modules` of its folder, or below
+/// `/lib/modules`.
 pub(crate) fn find(image: Option<&Path>) -> Result<Kernel> {
     let image = match image {
         Some(image) => image.to_owned(),
@@ -129,8 +130,8 @@ fn files_below(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Debian's present kernel: unpacked below `target/xtask/kernel/` if it is not there yet. Without apt's lists one that is
-/// there is good enough.
+/// Debian's present kernel: unpacked below `target/xtask/kernel/` if it is not there yet. Without apt's lists one that
+/// is there is good enough.
 fn debian() -> Result<PathBuf> {
     let shelf = util::target_dir()?.join("xtask/kernel");
     let package = match package() {

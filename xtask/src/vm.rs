@@ -1,7 +1,8 @@
 //! `cargo xtask vm`: boots the image of `cargo xtask initramfs` in QEMU and looks what comes of it.
 //!
 //! What is tested is what nothing but a kernel can show: that the executable is an init. Machines have 128 MiB of
-//! memory and no KVM; each test says what it saw in one line, and a failure quotes the end of the machine's serial port.
+//! memory and no KVM; each test says what it saw in one line, and a failure quotes the end of the machine's serial
+//! port.
 
 use crate::cpio::Entry;
 use crate::demo_host::Scratch;

@@ -227,8 +227,13 @@ pub const CONTROL_CONNECTIONS_MAX: usize = 16;
 pub const CONTROL_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest time for a whole reply to leave through the control door.
 pub const CONTROL_SEND_TIMEOUT: Duration = Duration::from_secs(5);
-/// Longest wait of the command line for a reply; `claim` writes a record before it answers.
+/// Longest wait of the command line for a reply or for further news; `claim` writes a record before it answers.
 pub const CONTROL_REPLY_TIMEOUT: Duration = Duration::from_secs(60);
+/// A virtio port whose host end is closed is looked at this often: the kernel cannot be waited for there, it calls such
+/// a port readable all the time.
+pub const PORT_LOOK: Duration = Duration::from_millis(250);
+/// A virtio port that is not there, or not ours, is looked for this often, for as long as the process lives.
+pub const PORT_SEARCH_PERIOD: Duration = Duration::from_secs(1);
 /// A follower looks this often whether its client has gone.
 pub const HANG_UP_POLL: Duration = Duration::from_millis(100);
 /// Shortest time between two progress frames of the same phase.

@@ -33,7 +33,10 @@ pub enum Address {
 }
 
 /// Forms that the contract names and a later part builds.
-const LATER: [&str; 4] = ["fd:", "vsock://", "exec:", "virtio:"];
+const LATER: [&str; 3] = ["fd:", "vsock://", "exec:"];
+
+/// Begins the name of a virtio port, which only `serve --control` takes.
+const PORT: &str = "virtio:";
 
 impl Address {
     /// Reads an address.
@@ -52,6 +55,12 @@ impl Address {
         }
         if let Some(place) = text.strip_prefix("tcp://") {
             return parse_tcp(text, place);
+        }
+        if text.starts_with(PORT) {
+            return Err(format!(
+                "'{text}': a virtio port is a door of serve --control inside the machine; from outside it is the \
+                 socket of its chardev: unix:///PATH"
+            ));
         }
         if let Some(form) = LATER.into_iter().find(|form| text.starts_with(form)) {
             return Err(format!("'{text}': {form} addresses are not supported yet"));
@@ -158,6 +167,24 @@ fn parse_tcp(text: &str, place: &str) -> std::result::Result<Address, String> {
     }
 }
 
+/// The name in `virtio:PORTNAME`, where a control door may be; `None`: it is another form of address.
+///
+/// # Errors
+/// The cause, for a usage error.
+pub fn parse_port(text: &str) -> std::result::Result<Option<String>, String> {
+    let Some(name) = text.strip_prefix(PORT) else { return Ok(None) };
+    if text.len() > ADDRESS_MAX {
+        return Err(format!("the address is longer than {ADDRESS_MAX} bytes"));
+    }
+    if name.contains(char::is_control) {
+        return Err("the address contains a control character".to_owned());
+    }
+    if name.is_empty() {
+        return Err(format!("'{text}' lacks the port's name: virtio:PORTNAME"));
+    }
+    Ok(Some(name.to_owned()))
+}
+
 /// Every socket address of a host, at least one.
 pub(crate) fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>> {
     let found: Vec<SocketAddr> = (host, port).to_socket_addrs()?.collect();
@@ -255,9 +282,27 @@ mod tests {
             ("fd:3", "'fd:3': fd: addresses are not supported yet"),
             ("vsock://2:5", "'vsock://2:5': vsock:// addresses are not supported yet"),
             ("exec:ssh B x", "'exec:ssh B x': exec: addresses are not supported yet"),
-            ("virtio:org.x.0", "'virtio:org.x.0': virtio: addresses are not supported yet"),
+            (
+                "virtio:org.x.0",
+                "'virtio:org.x.0': a virtio port is a door of serve --control inside the machine; from outside it is \
+                 the socket of its chardev: unix:///PATH",
+            ),
         ] {
             assert_eq!(Address::parse(text), Err(cause.to_owned()));
+        }
+    }
+
+    #[test]
+    fn a_port_has_a_name() {
+        let long = format!("virtio:{}", "x".repeat(ADDRESS_MAX));
+        assert_eq!(parse_port("virtio:org.x.0"), Ok(Some("org.x.0".to_owned())));
+        assert_eq!(parse_port("unix:///x"), Ok(None));
+        for (text, cause) in [
+            ("virtio:", "'virtio:' lacks the port's name: virtio:PORTNAME"),
+            ("virtio:a\nb", "the address contains a control character"),
+            (long.as_str(), "the address is longer than 128 bytes"),
+        ] {
+            assert_eq!(parse_port(text), Err(cause.to_owned()));
         }
     }
 

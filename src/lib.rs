@@ -15,6 +15,7 @@ pub mod doors;
 pub mod error;
 pub mod export;
 pub mod guest;
+pub mod init;
 pub mod json;
 pub mod limits;
 pub mod listener;

@@ -226,10 +226,6 @@ pub const NBD_DEVICES_MAX: u32 = 32 * 1024;
 pub const NBD_DEVICE_PATH_MAX: usize = 16;
 /// Longest request to the driver, in bytes.
 pub const NETLINK_REQUEST_MAX: usize = 512;
-/// Largest answer of the driver or of netlink that is taken, in bytes.
-pub const NETLINK_ANSWER_MAX: usize = 4 * KIB;
-/// Longest wait for an answer of the driver.
-pub const NETLINK_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the driver keeps requests while nobody serves the device: longer than anybody takes to start `serve` again
 /// after a weekend. What it has kept longer fails, and with it what is only in the page cache.
 pub const NBD_DEAD_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -265,8 +261,13 @@ pub const CONTROL_CONNECTIONS_MAX: usize = 16;
 pub const CONTROL_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest time for a whole reply to leave through the control door.
 pub const CONTROL_SEND_TIMEOUT: Duration = Duration::from_secs(5);
-/// Longest wait of the command line for a reply; `claim` writes a record before it answers.
+/// Longest wait of the command line for a reply or for further news; `claim` writes a record before it answers.
 pub const CONTROL_REPLY_TIMEOUT: Duration = Duration::from_secs(60);
+/// A virtio port whose host end is closed is looked at this often: the kernel cannot be waited for there, it calls such
+/// a port readable all the time.
+pub const PORT_LOOK: Duration = Duration::from_millis(250);
+/// A virtio port that is not there, or not ours, is looked for this often, for as long as the process lives.
+pub const PORT_SEARCH_PERIOD: Duration = Duration::from_secs(1);
 /// A follower looks this often whether its client has gone.
 pub const HANG_UP_POLL: Duration = Duration::from_millis(100);
 /// Shortest time between two progress frames of the same phase.
@@ -347,3 +348,30 @@ const _: () = assert!(PROBLEMS_MAX * (DISK_NAME_MAX + CAUSE_MAX + 3) < FRAME_MAX
 const _: () =
     assert!(DIAL_MAX.as_secs() >= CONNECT_TIMEOUT.as_secs() + HANDSHAKE_TIMEOUT.as_secs() + HELLO_TIMEOUT.as_secs());
 const _: () = assert!(GO_PATIENCE.as_secs() < RUNNING_PATIENCE.as_secs(), "GO is repeated while migrate waits");
+
+// ---- PID 1 -------------------------------------------------------------------------------------------------------
+
+/// Most words of a command line that comes from the kernel or from fw_cfg.
+pub const INIT_WORDS_MAX: usize = 256;
+/// Longest command line of either, in bytes.
+pub const INIT_TEXT_MAX: usize = 64 * KIB;
+/// Longest name of a network interface, in bytes (the kernel's IFNAMSIZ without its NUL).
+pub const INTERFACE_NAME_MAX: usize = 15;
+/// Most mounts that the kernel's command line may ask for.
+pub const MOUNTS_MAX: usize = 16;
+/// Longest wait for a network interface or a disk to appear.
+pub const INIT_DEVICE_WAIT: Duration = Duration::from_secs(10);
+/// Longest wait for the kernel's answer to a netlink request.
+pub const NETLINK_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest answer to a netlink request: an error, and the request again.
+pub const NETLINK_ANSWER_MAX: usize = 4 * KIB;
+/// How often init looks whether the command has said that it is ready.
+pub const INIT_READY_LOOK: Duration = Duration::from_millis(50);
+/// First and longest pause before a command that crashed is started again; each is twice the one before.
+pub const INIT_RESTART_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+/// A command that ran for so long begins with the first pause again.
+pub const INIT_RESTART_CALM: Duration = Duration::from_secs(60);
+/// How long everybody else has to end after SIGTERM, and after SIGKILL.
+pub const INIT_GRACE: (Duration, Duration) = (Duration::from_secs(3), Duration::from_secs(2));
+/// Longest sync before the machine ends: a disk that hangs does not keep it on.
+pub const INIT_SYNC_MAX: Duration = Duration::from_secs(10);

@@ -22,8 +22,10 @@ pub struct ServeOptions {
     pub nbd: Vec<Address>,
     /// The migration door.
     pub listen: Option<Address>,
-    /// The control doors, at least one.
+    /// The control doors that are sockets.
     pub control: Vec<Address>,
+    /// The control doors that are virtio ports, by name, each once; with the sockets at least one.
+    pub control_ports: Vec<String>,
     /// TCP beyond this host is allowed without keys.
     pub insecure_plaintext: bool,
     /// The ready line is JSON.

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use crate::address::Address;
 use crate::attach::{Device, NotAttached};
+use crate::control::port_door;
 use crate::control::server::{Desk, News, Server};
 use crate::control::wire::Gate as ShownGate;
 use crate::control::wire::{
@@ -48,6 +49,9 @@ pub fn serve(options: ServeOptions) -> Result<(), Problem> {
     }
     if let Some(listener) = &listen {
         open_migration_door(&guest, listener)?;
+    }
+    for name in &options.control_ports {
+        open_control_port(&guest, name)?;
     }
     let desk = ControlDesk { guest: Arc::clone(&guest) };
     let server = Server::new(&desk);
@@ -106,6 +110,16 @@ fn open_migration_door(guest: &Arc<Guest>, listener: &Arc<Listener>) -> Result<(
         doors::serve_nbd("migration", &socket, &directory, |socket| destination::serve(&guest, socket));
     });
     opened.map_err(|error| Problem::fatal("migration door", listener.address(), error))
+}
+
+/// A port is looked for in the background: its driver may be loaded later.
+fn open_control_port(guest: &Arc<Guest>, name: &str) -> Result<(), Problem> {
+    let desk = ControlDesk { guest: Arc::clone(guest) };
+    let port = name.to_owned();
+    let spawned = std::thread::Builder::new().name("control port".to_owned()).spawn(move || -> () {
+        port_door::run(&port, &desk);
+    });
+    spawned.map(drop).map_err(|error| Problem::fatal("control door", format_args!("virtio:{name}"), reason(&error)))
 }
 
 /// `blockferry export`: no guest, no record, the same code.

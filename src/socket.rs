@@ -209,37 +209,14 @@ impl Socket {
     /// # Errors
     /// The system's error for poll itself.
     pub fn wait(&self, read: bool, write: bool, timeout: Option<Duration>) -> Result<Ready> {
-        let mut flags = PollFlags::empty();
-        flags.set(PollFlags::IN, read);
-        flags.set(PollFlags::OUT, write);
-        let deadline = timeout.map(|t| Instant::now() + t);
-        loop {
-            let left = deadline.map(|d| timespec(d.saturating_duration_since(Instant::now())));
-            let mut fds = [PollFd::new(&self.fd, flags)];
-            match poll(&mut fds, left.as_ref()) {
-                Ok(_) => {
-                    let seen = fds[0].revents();
-                    let broken = seen.intersects(PollFlags::ERR | PollFlags::HUP);
-                    return Ok(Ready {
-                        readable: broken || seen.contains(PollFlags::IN),
-                        writable: seen.contains(PollFlags::OUT),
-                    });
-                }
-                Err(Errno::INTR) => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
+        wait(&self.fd, read, write, timeout)
     }
 
     /// Whether the peer has closed its sending side, or the connection is broken. Unread bytes may still be waiting:
     /// this looks past them (rule D11).
     #[must_use]
     pub fn has_hung_up(&self) -> bool {
-        let mut fds = [PollFd::new(&self.fd, PollFlags::RDHUP)];
-        match poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
-            Ok(_) => fds[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR),
-            Err(_) => false,
-        }
+        has_hung_up(&self.fd)
     }
 
     /// Ends the connection in both directions; every thread that waits on it wakes up. Safe to repeat.
@@ -278,6 +255,39 @@ impl Socket {
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+/// [`Socket::wait`] for anything that can be polled.
+pub(crate) fn wait(fd: impl AsFd, read: bool, write: bool, timeout: Option<Duration>) -> Result<Ready> {
+    let mut flags = PollFlags::empty();
+    flags.set(PollFlags::IN, read);
+    flags.set(PollFlags::OUT, write);
+    let deadline = timeout.map(|t| Instant::now() + t);
+    loop {
+        let left = deadline.map(|d| timespec(d.saturating_duration_since(Instant::now())));
+        let mut fds = [PollFd::new(&fd, flags)];
+        match poll(&mut fds, left.as_ref()) {
+            Ok(_) => {
+                let seen = fds[0].revents();
+                let broken = seen.intersects(PollFlags::ERR | PollFlags::HUP);
+                return Ok(Ready {
+                    readable: broken || seen.contains(PollFlags::IN),
+                    writable: seen.contains(PollFlags::OUT),
+                });
+            }
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// [`Socket::has_hung_up`] for anything that can be polled.
+pub(crate) fn has_hung_up(fd: impl AsFd) -> bool {
+    let mut fds = [PollFd::new(&fd, PollFlags::RDHUP)];
+    match poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
+        Ok(_) => fds[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR),
+        Err(_) => false,
     }
 }
 

@@ -159,7 +159,12 @@ impl Matches {
 
     /// All values of an option, each read by `read`.
     pub(super) fn read_all<T>(&self, name: &str, read: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, Problem> {
-        self.matches.opt_strs(name).iter().map(|value| read(value).map_err(|cause| self.error(name, cause))).collect()
+        self.values(name).iter().map(|value| read(value).map_err(|cause| self.error(name, cause))).collect()
+    }
+
+    /// All values of an option.
+    pub(super) fn values(&self, name: &str) -> Vec<String> {
+        self.matches.opt_strs(name)
     }
 
     /// The addresses of an option, or what stands for none.

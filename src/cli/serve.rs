@@ -2,7 +2,7 @@
 
 use super::options::{Matches, Spec, Takes, later, opt};
 use super::{Command, guest};
-use crate::address::Address;
+use crate::address::{Address, parse_port};
 use crate::domain::{Disk, check_disks, check_guest_name};
 use crate::error::Problem;
 use crate::options::ServeOptions;
@@ -26,7 +26,12 @@ pub(super) const SPEC: Spec = Spec {
         ),
         opt("nbd", Takes::Many("ADDR"), "guest door, repeatable [unix:///run/blockferry/GUEST/nbd.sock]"),
         opt("listen", Takes::One("ADDR"), "migration door; TCP port 0 prints the port it got [none]"),
-        opt("control", Takes::Many("ADDR"), "control door, repeatable [unix:///run/blockferry/GUEST/control.sock]"),
+        opt(
+            "control",
+            Takes::Many("ADDR"),
+            "control door, repeatable [unix:///run/blockferry/GUEST/control.sock];\n\
+             virtio:PORTNAME is a virtio-serial port, looked for until it is there",
+        ),
         opt(
             "state",
             Takes::One("DIR"),
@@ -47,7 +52,8 @@ pub(super) const SPEC: Spec = Spec {
             \x20 blockferry serve g1 --disk vda,file=/d/g1.raw\n\
             \x20 blockferry serve g1 --disk vda,file=/d/g1.raw,size=20G --listen tcp://127.0.0.1:49152\n\
             \x20 blockferry serve g1 --disk vda,file=/d/root.raw --disk vdb,external,shared \
-            --disk vdc,file=/d/tools.raw,ro --disk sr0\n",
+            --disk vdc,file=/d/tools.raw,ro --disk sr0\n\
+            \x20 blockferry serve g1 --disk vda,file=/dev/vda --control virtio:org.blockferry.0\n",
 };
 
 pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
@@ -59,6 +65,7 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
     }
     check_disks(&disks).map_err(|cause| matches.error("disk", cause))?;
     matches.only("vmm", &["none"], &["qmp:", "hook:"])?;
+    let (control, control_ports) = control_doors(matches, guest)?;
     Ok(Command::Serve(ServeOptions {
         guest: guest.to_owned(),
         disks,
@@ -66,8 +73,27 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
         volatile_state: matches.flag("volatile-state"),
         nbd: matches.addresses("nbd", || guest::door(guest, "nbd"))?,
         listen: matches.read("listen", Address::parse)?,
-        control: matches.addresses("control", || guest::door(guest, "control"))?,
+        control,
+        control_ports,
         insecure_plaintext: matches.flag("insecure-plaintext"),
         json: false,
     }))
+}
+
+/// The control doors: sockets and virtio ports.
+fn control_doors(matches: &Matches, guest: &str) -> Result<(Vec<Address>, Vec<String>), Problem> {
+    let (mut sockets, mut ports) = (Vec::new(), Vec::new());
+    for text in matches.values("control") {
+        match parse_port(&text).map_err(|cause| matches.error("control", cause))? {
+            Some(name) if ports.contains(&name) => {
+                return Err(matches.error("control", format!("the port {name} is named twice")));
+            }
+            Some(name) => ports.push(name),
+            None => sockets.push(Address::parse(&text).map_err(|cause| matches.error("control", cause))?),
+        }
+    }
+    if sockets.is_empty() && ports.is_empty() {
+        sockets.push(guest::door(guest, "control"));
+    }
+    Ok((sockets, ports))
 }

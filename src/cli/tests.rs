@@ -53,6 +53,7 @@ fn serve_has_its_defaults() {
         nbd: vec![unix("/run/blockferry/g1/nbd.sock")],
         listen: None,
         control: vec![unix("/run/blockferry/g1/control.sock")],
+        control_ports: Vec::new(),
         insecure_plaintext: false,
         json: false,
     };
@@ -78,6 +79,19 @@ fn serve_takes_every_option() {
 }
 
 #[test]
+fn a_control_door_may_be_a_port() {
+    let Command::Serve(options) = command("serve g1 --disk a --control virtio:p0") else { panic!("not serve") };
+    assert_eq!((options.control, options.control_ports), (Vec::new(), vec!["p0".to_owned()]));
+    let line = "serve g1 --disk a --control virtio:p1 --control unix:///c --control virtio:p0";
+    let Command::Serve(options) = command(line) else { panic!("not serve") };
+    assert_eq!((options.control, options.control_ports), (vec![unix("/c")], vec!["p1".to_owned(), "p0".to_owned()]));
+}
+
+/// Where a port makes no sense.
+const A_PORT: &str = "a virtio port is a door of serve --control inside the machine; from outside it is the socket of \
+                      its chardev: unix:///PATH";
+
+#[test]
 fn every_wrong_serve_says_what_is_wrong() {
     let named = "is not a guest's name: no spaces, slashes, commas, equal signs, quotes, nor '.' or '-' first";
     for (line, text) in [
@@ -92,9 +106,15 @@ fn every_wrong_serve_says_what_is_wrong() {
         ("serve g1 --disk a --listen tcp://b", "serve: --listen: 'tcp://b' lacks a port: tcp://HOST:PORT".to_owned()),
         ("serve g1 --disk a --nbd fd:3", "serve: --nbd: 'fd:3': fd: addresses are not supported yet".to_owned()),
         (
-            "serve g1 --disk a --control virtio:x",
-            "serve: --control: 'virtio:x': virtio: addresses are not supported yet".to_owned(),
+            "serve g1 --disk a --control virtio:x --control unix:///c --control virtio:x",
+            "serve: --control: the port x is named twice".to_owned(),
         ),
+        (
+            "serve g1 --disk a --control virtio:",
+            "serve: --control: 'virtio:' lacks the port's name: virtio:PORTNAME".to_owned(),
+        ),
+        ("serve g1 --disk a --nbd virtio:x", format!("serve: --nbd: 'virtio:x': {A_PORT}")),
+        ("serve g1 --disk a --listen virtio:x", format!("serve: --listen: 'virtio:x': {A_PORT}")),
         ("serve g1 --disk a --state=", "serve: --state: the path is empty".to_owned()),
         ("serve g1 --disk a --vmm qmp:/q", "serve: --vmm: 'qmp:/q' is not built yet; use none".to_owned()),
         ("serve g1 --disk a --vmm hook:/h", "serve: --vmm: 'hook:/h' is not built yet; use none".to_owned()),
@@ -208,6 +228,7 @@ fn the_short_commands_parse() {
         wrong(&format!("{name} g1 x"), &format!("{name}: x: one argument too many"));
     }
     wrong("set g1", "set: g1: nothing to change: --bandwidth SIZE or --downtime-limit MS");
+    wrong("status g1 --control virtio:x", &format!("status: --control: 'virtio:x': {A_PORT}"));
     wrong("status g1 --control x", "status: --control: 'x' is not an address: unix:///PATH or tcp://HOST:PORT");
 }
 

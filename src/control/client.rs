@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::address::Address;
-use crate::control::link::Link;
-use crate::control::wire::{Reply, Request, VERSION};
+use crate::control::link::{Link, frame_error};
+use crate::control::wire::{GuestName, Reply, Request, VERSION};
 use crate::error::{Problem, reason};
-use crate::limits::{CONNECT_TIMEOUT, CONTROL_REPLY_TIMEOUT, CONTROL_SEND_TIMEOUT};
+use crate::limits::{CONNECT_TIMEOUT, CONTROL_REPLY_TIMEOUT, CONTROL_SEND_TIMEOUT, HELLO_TIMEOUT};
 use crate::socket::Socket;
 
 /// A connection to the process that serves a guest.
@@ -37,17 +37,50 @@ impl Client {
         Self::greet(operation, guest, socket)
     }
 
-    /// Says hello on a fresh connection.
+    /// Says hello on a fresh connection. At its other end may be a byte pipe (QEMU's socket for a virtio port): what
+    /// was meant for somebody before us is passed over.
     ///
     /// # Errors
     /// It is no control door, of another version, or of another guest.
     pub fn greet(operation: &'static str, guest: &str, socket: Socket) -> Result<Self, Problem> {
         let mut client = Self { link: Link::new(Arc::new(socket)), operation, guest: guest.to_owned() };
-        match client.ask(&Request::Hello { version: VERSION })? {
-            Reply::Hello { guest: served, .. } if served == guest => Ok(client),
-            Reply::Hello { guest: served, .. } => Err(client.refused(format!("that door is of guest {served}"))),
-            _ => Err(client.refused("that door is no control door")),
+        let mut session = [0; size_of::<u32>()];
+        getrandom::fill(&mut session).map_err(|e| client.refused(e))?;
+        match client.hello(u32::from_le_bytes(session))? {
+            (version, _) if version != VERSION => Err(client.refused(format!(
+                "the command speaks version {VERSION} of the control protocol, the running process version {version}"
+            ))),
+            (_, served) if served != guest => Err(client.refused(format!("that door is of guest {served}"))),
+            _ => Ok(client),
         }
+    }
+
+    /// Exchanges hellos: the other end's version, and the guest that it serves.
+    fn hello(&mut self, session: u32) -> Result<(u16, GuestName), Problem> {
+        let deadline = Instant::now() + HELLO_TIMEOUT;
+        match self.link.send_first(&Request::Hello { version: VERSION, session }, deadline) {
+            // A process that refuses and closes at once breaks the sending; what it said is still there to be read.
+            Err(e) if e.kind() != ErrorKind::BrokenPipe => return Err(self.refused(reason(&e))),
+            _ => {}
+        }
+        // The last thing that was no answer to us, should none come.
+        let mut other: Option<Problem> = None;
+        let end = loop {
+            match self.link.receive(Some(deadline)) {
+                Ok(Some(Reply::Hello { version, guest, session: ours })) if ours == session => {
+                    return Ok((version, guest));
+                }
+                Ok(Some(Reply::Refused(refusal))) => other = Some(refusal.into()),
+                Ok(Some(_)) => {}
+                Ok(None) => break "the process closed the connection".to_owned(),
+                Err(e) if frame_error(&e).is_some() => {
+                    other = Some(self.refused(format!("that door is no control door: {e}")));
+                }
+                Err(e) if e.kind() == ErrorKind::TimedOut => break "the process does not answer".to_owned(),
+                Err(e) => break reason(&e),
+            }
+        };
+        Err(other.unwrap_or_else(|| self.refused(end)))
     }
 
     /// Sends a request and waits for its reply. A refusal comes back as the problem it is.
@@ -87,7 +120,7 @@ impl Client {
     /// # Errors
     /// The refusal, or the connection's end.
     pub fn next_reply(&mut self) -> Result<Reply, Problem> {
-        self.receive(None)
+        self.receive(Some(Instant::now() + CONTROL_REPLY_TIMEOUT))
     }
 
     fn receive(&mut self, deadline: Option<Instant>) -> Result<Reply, Problem> {

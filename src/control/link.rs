@@ -1,47 +1,74 @@
-//! One control connection: messages in, messages out, on a socket.
+//! One control connection: messages in, messages out, on a socket or on a virtio port.
 //!
-//! Used by both ends. A link is driven by one thread; the socket is shared so that another can shut it down.
+//! Used by both ends. A link is driven by one thread; a socket is shared so that another can shut it down.
 
 use std::io::{Error, ErrorKind, Result};
+use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
-
-use crate::control::frame::{self, Assembler, FrameError};
+use crate::control::frame::{self, Assembler, DELIMITER, FrameError, Message};
+use crate::control::port::Port;
 use crate::limits::CONTROL_FRAME_MAX;
 use crate::socket::Socket;
 
 /// A connection that carries messages.
 #[derive(Debug)]
 pub struct Link {
-    socket: Arc<Socket>,
+    way: Way,
     inbox: Assembler,
     outbox: Box<[u8; CONTROL_FRAME_MAX]>,
     /// What of the outbox has not left yet.
-    unsent: std::ops::Range<usize>,
+    unsent: Range<usize>,
+}
+
+/// What carries the bytes.
+#[derive(Debug)]
+enum Way {
+    Socket(Arc<Socket>),
+    Port(Port),
 }
 
 impl Link {
     /// A link over a fresh connection.
     #[must_use]
     pub fn new(socket: Arc<Socket>) -> Self {
-        Self { socket, inbox: Assembler::default(), outbox: Box::new([0; CONTROL_FRAME_MAX]), unsent: 0..0 }
+        Self::over(Way::Socket(socket))
     }
 
-    /// The next message; `None` when the peer has closed between two messages. Without a deadline it waits until the
-    /// socket is shut down.
+    /// A link over a virtio port; it outlives whoever comes and goes at the host's end.
+    #[must_use]
+    pub fn over_port(port: Port) -> Self {
+        Self::over(Way::Port(port))
+    }
+
+    fn over(way: Way) -> Self {
+        Self { way, inbox: Assembler::default(), outbox: Box::new([0; CONTROL_FRAME_MAX]), unsent: 0..0 }
+    }
+
+    /// Whether this is a byte pipe: nothing says where one client ends and the next begins.
+    #[must_use]
+    pub fn is_pipe(&self) -> bool {
+        matches!(self.way, Way::Port(_))
+    }
+
+    /// The next message; `None` when the peer has closed between two messages, or the host's end of a port is closed.
+    /// Without a deadline it waits until the socket is shut down or the port's host end closes.
     ///
     /// # Errors
     /// [`ErrorKind::TimedOut`], [`ErrorKind::UnexpectedEof`] inside a frame, [`ErrorKind::InvalidData`] around a
-    /// [`FrameError`], or the socket's error.
-    pub fn receive<T: DeserializeOwned>(&mut self, deadline: Option<Instant>) -> Result<Option<T>> {
+    /// [`FrameError`], or the error of socket or port.
+    pub fn receive<T: Message>(&mut self, deadline: Option<Instant>) -> Result<Option<T>> {
         loop {
             if let Some(message) = self.inbox.take().map_err(|e| Error::new(ErrorKind::InvalidData, e))? {
                 return Ok(Some(message));
             }
-            match self.socket.recv_nowait(self.inbox.space())? {
+            match self.way.recv_nowait(self.inbox.space())? {
+                Some(0) if self.is_pipe() => {
+                    // All that came later comes from the next one.
+                    self.inbox.clear();
+                    return Ok(None);
+                }
                 Some(0) if self.inbox.is_inside() => return Err(ErrorKind::UnexpectedEof.into()),
                 Some(0) => return Ok(None),
                 Some(count) => self.inbox.received(count),
@@ -50,33 +77,45 @@ impl Link {
                     if left.is_some_and(|left| left.is_zero()) {
                         return Err(ErrorKind::TimedOut.into());
                     }
-                    self.socket.wait(true, false, left)?;
+                    self.way.wait(true, false, left)?;
                 }
             }
         }
     }
 
+    /// Sends a message that is not part of what went on before. Of an earlier message that has left in part the rest
+    /// is dropped; the delimiter in front keeps the two apart.
+    ///
+    /// # Errors
+    /// As [`Link::send`].
+    pub fn send_first<T: Message>(&mut self, message: &T, deadline: Instant) -> Result<()> {
+        self.unsent = 0..0;
+        self.way.send_all(&[DELIMITER], deadline)?;
+        self.send(message, deadline)
+    }
+
     /// Sends a message whole, after what [`Link::offer`] has left.
     ///
     /// # Errors
-    /// [`ErrorKind::TimedOut`], or the socket's error.
-    pub fn send<T: Serialize>(&mut self, message: &T, deadline: Instant) -> Result<()> {
-        self.socket.send_all_before(&self.outbox[self.unsent.clone()], deadline)?;
-        self.load(message)?;
-        self.socket.send_all_before(&self.outbox[self.unsent.clone()], deadline)?;
+    /// [`ErrorKind::TimedOut`], [`ErrorKind::BrokenPipe`] when the host's end of a port is closed, or the error of socket
+    /// or port.
+    pub fn send<T: Message>(&mut self, message: &T, deadline: Instant) -> Result<()> {
+        let rest = self.way.send_all(&self.outbox[self.unsent.clone()], deadline);
         self.unsent = 0..0;
-        Ok(())
+        rest?;
+        let length = self.load(message)?;
+        self.way.send_all(&self.outbox[..length], deadline)
     }
 
     /// Sends a message as far as the peer takes it at once. When it has not taken the one before, this one is
     /// dropped: for news that the next ones replace.
     ///
     /// # Errors
-    /// The socket's error.
-    pub fn offer<T: Serialize>(&mut self, message: &T) -> Result<()> {
+    /// The error of socket or port.
+    pub fn offer<T: Message>(&mut self, message: &T) -> Result<()> {
         self.push()?;
         if self.unsent.is_empty() {
-            self.load(message)?;
+            self.unsent = 0..self.load(message)?;
             self.push()?;
         }
         Ok(())
@@ -85,18 +124,19 @@ impl Link {
     /// Whether the peer has gone (or has said that it sends no more).
     #[must_use]
     pub fn has_hung_up(&self) -> bool {
-        self.socket.has_hung_up()
+        match &self.way {
+            Way::Socket(socket) => socket.has_hung_up(),
+            Way::Port(port) => port.is_closed(),
+        }
     }
 
-    fn load<T: Serialize>(&mut self, message: &T) -> Result<()> {
-        let length = frame::encode(message, &mut self.outbox).map_err(|e| Error::new(ErrorKind::InvalidInput, e))?;
-        self.unsent = 0..length;
-        Ok(())
+    fn load<T: Message>(&mut self, message: &T) -> Result<usize> {
+        frame::encode(message, &mut self.outbox).map_err(|e| Error::new(ErrorKind::InvalidInput, e))
     }
 
     fn push(&mut self) -> Result<()> {
         while !self.unsent.is_empty() {
-            match self.socket.send_nowait(&self.outbox[self.unsent.clone()], &[])? {
+            match self.way.send_nowait(&self.outbox[self.unsent.clone()])? {
                 Some(count) => self.unsent.start += count,
                 None => break,
             }
@@ -105,8 +145,54 @@ impl Link {
     }
 }
 
+impl Way {
+    fn recv_nowait(&self, buffer: &mut [u8]) -> Result<Option<usize>> {
+        match self {
+            Self::Socket(socket) => socket.recv_nowait(buffer),
+            Self::Port(port) => port.recv_nowait(buffer),
+        }
+    }
+
+    fn send_nowait(&self, bytes: &[u8]) -> Result<Option<usize>> {
+        match self {
+            Self::Socket(socket) => socket.send_nowait(bytes, &[]),
+            Self::Port(port) => port.send_nowait(bytes),
+        }
+    }
+
+    fn wait(&self, read: bool, write: bool, timeout: Option<Duration>) -> Result<()> {
+        match self {
+            Self::Socket(socket) => socket.wait(read, write, timeout).map(drop),
+            Self::Port(port) => port.wait(read, write, timeout),
+        }
+    }
+
+    fn send_all(&self, bytes: &[u8], deadline: Instant) -> Result<()> {
+        let mut sent = 0;
+        while sent < bytes.len() {
+            match self.send_nowait(&bytes[sent..])? {
+                Some(count) => sent += count,
+                None => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Err(ErrorKind::TimedOut.into());
+                    }
+                    self.wait(false, true, Some(left))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The frame that an error of [`Link::receive`] is about: not one that this version can read.
+#[must_use]
+pub fn frame_error(error: &Error) -> Option<FrameError> {
+    error.get_ref().and_then(|e| e.downcast_ref()).copied()
+}
+
 /// Whether an error of [`Link::receive`] is a whole frame that this version cannot read: worth an answer.
 #[must_use]
 pub fn is_unknown(error: &Error) -> bool {
-    error.get_ref().and_then(|e| e.downcast_ref()) == Some(&FrameError::Unknown)
+    frame_error(error) == Some(FrameError::Unknown)
 }

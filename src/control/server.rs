@@ -1,8 +1,9 @@
 //! The process's end of the control door: one thread a connection, every request answered by the guest's [`Desk`].
 //!
-//! Garbage closes the connection and touches nothing else. A `migrate` in the foreground lives no longer than its
+//! Garbage ends the session and touches nothing else. A `migrate` in the foreground lives no longer than its
 //! connection: when the client goes away, the desk is asked to cancel that attempt (and refuses once GIVEN is begun,
-//! rule M3).
+//! rule M3). Not so on a byte pipe ([`crate::control::port_door`]): there a host end that closes and opens again may
+//! be seen or missed, and whether a migration lives must not depend on that. It goes on, as a detached one does.
 
 use std::io::{Error, ErrorKind, Result};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::control::link::{Link, is_unknown};
+use crate::control::link::{Link, frame_error, is_unknown};
 use crate::control::wire::{
     AttachRequest, Convergence, Done, MigrateRequest, Ownership, Phase, Progress, Recovered, Refusal, Reply, Request,
     SetRequest, Status, VERSION, Word,
@@ -157,77 +158,93 @@ impl<'d> Server<'d> {
     }
 }
 
-/// The whole life of a connection.
-fn converse(link: &mut Link, desk: &dyn Desk) -> Result<()> {
+/// The whole life of a connection; on a byte pipe as long as the host's end stays open. There garbage ends a session
+/// and no more: the next hello begins another.
+pub(crate) fn converse(link: &mut Link, desk: &dyn Desk) -> Result<()> {
     let mut greeted = false;
+    // A hello that came while a migration was followed.
+    let mut hello = None;
     loop {
-        let request = match link.receive(Some(Instant::now() + CONTROL_IDLE_TIMEOUT)) {
+        let idle = (!link.is_pipe()).then(|| Instant::now() + CONTROL_IDLE_TIMEOUT);
+        let request = match hello.take().map_or_else(|| link.receive(idle), |hello| Ok(Some(hello))) {
             Ok(Some(request)) => request,
             Ok(None) => return Ok(()),
             Err(e) if is_unknown(&e) => {
-                let cause = "not known to this process; is the command of another version?";
-                return refuse(link, &Problem::refused("control", "request", cause));
+                refuse(link, &unknown_request())?;
+                if link.is_pipe() {
+                    continue;
+                }
+                return Ok(());
+            }
+            Err(e) if link.is_pipe() && frame_error(&e).is_some() => {
+                log::debug!("control: port: {e}");
+                greeted = false;
+                continue;
             }
             Err(e) => return Err(e),
         };
         match request {
-            Request::Hello { version } if version != VERSION => {
-                let cause = format!("the command speaks version {version}, the running process version {VERSION}");
-                return refuse(link, &Problem::refused("control", "version", cause));
+            Request::Hello { version, session } => {
+                // Of another version it is answered too, so that the client can say which; nothing else is.
+                greeted = version == VERSION;
+                let reply = Reply::Hello { version: VERSION, guest: desk.status().guest, session };
+                link.send_first(&reply, Instant::now() + CONTROL_SEND_TIMEOUT)?;
             }
-            Request::Hello { .. } => {
-                greeted = true;
-                send(link, &Reply::Hello { version: VERSION, guest: desk.status().guest })?;
+            _ if !greeted => {
+                let refusal = Refusal::from(&Problem::refused("control", "request", "no hello came before it"));
+                // On a pipe these may be the many requests of one who never reads: each is worth no wait.
+                let patience = if link.is_pipe() { Duration::ZERO } else { CONTROL_SEND_TIMEOUT };
+                match link.send_first(&Reply::Refused(refusal), Instant::now() + patience) {
+                    Err(e) if !link.is_pipe() || e.kind() != ErrorKind::TimedOut => return Err(e),
+                    _ if !link.is_pipe() => return Ok(()),
+                    _ => {}
+                }
             }
-            _ if !greeted => return refuse(link, &Problem::refused("control", "request", "no hello came before it")),
+            Request::Migrate(request) => hello = migrate(link, desk, &request)?,
+            Request::Follow => hello = follow_present(link, desk)?,
+            Request::Attach(request) => hello = attach(link, desk, &request)?,
             request => answer(link, desk, request)?,
         }
     }
 }
 
+fn unknown_request() -> Problem {
+    Problem::refused("control", "request", "not known to this process; is the command of another version?")
+}
+
 /// Does one request and replies.
 fn answer(link: &mut Link, desk: &dyn Desk, request: Request) -> Result<()> {
     match request {
-        // Handled by the caller; saying it again does no harm.
-        Request::Hello { .. } => Ok(()),
+        // Handled by the callers.
+        Request::Hello { .. } | Request::Migrate(_) | Request::Follow | Request::Attach(_) => Ok(()),
         Request::Status => send(link, &Reply::Status(desk.status())),
         Request::Claim { discard_record } => report(link, desk.claim(discard_record)),
-        Request::Migrate(request) => migrate(link, desk, &request),
         Request::Switch => report(link, desk.switch()),
         Request::Cancel { cause } => report(link, desk.cancel(None, &cause)),
         Request::Set(change) => report(link, desk.set(&change)),
         Request::WhoOwns => send(link, &Reply::Ownership(desk.ownership())),
+        Request::Detach { device } => report(link, desk.detach(&device)),
         Request::Recover(word) => match desk.recover(word) {
             Ok(recovered) => send(link, &Reply::Recovered(recovered)),
             Err(problem) => refuse(link, &problem),
         },
-        Request::Attach(request) => attach(link, desk, &request),
-        Request::Detach { device } => report(link, desk.detach(&device)),
-        Request::Follow => match desk.news(None, Duration::ZERO) {
-            None => refuse(link, &Problem::refused("follow", "migration", "there is none")),
-            Some(News::Done(done)) => {
-                send(link, &Reply::Ok)?;
-                send(link, &Reply::Done(done))
-            }
-            Some(News::Progress(progress)) => {
-                send(link, &Reply::Ok)?;
-                follow(link, desk, progress.attempt)
-            }
-        },
     }
 }
 
-/// Starts a migration; one in the foreground is followed, and cancelled when nobody follows any more.
-fn migrate(link: &mut Link, desk: &dyn Desk, request: &MigrateRequest) -> Result<()> {
+/// Starts a migration; one in the foreground is followed, and cancelled when its client has gone. Gives a hello back
+/// that ended the following.
+fn migrate(link: &mut Link, desk: &dyn Desk, request: &MigrateRequest) -> Result<Option<Request>> {
     let attempt = match desk.migrate(request) {
         Ok(attempt) => attempt,
-        Err(problem) => return refuse(link, &problem),
+        Err(problem) => return refuse(link, &problem).map(|()| None),
     };
     if request.detach {
-        return send(link, &Reply::Ok);
+        return send(link, &Reply::Ok).map(|()| None);
     }
     let followed = send(link, &Reply::Ok).and_then(|()| follow(link, desk, attempt));
-    if followed.is_err() {
+    if followed.is_err() && link.is_pipe() {
+        log::info!("migrate: nobody follows it at the port any more: it goes on");
+    } else if followed.is_err() {
         match desk.cancel(Some(attempt), "the migrate command went away") {
             Ok(()) => log::warn!("migrate: cancelled: the command went away"),
             Err(problem) => log::warn!("migrate: the command went away: not cancelled: {}", problem.cause),
@@ -236,31 +253,53 @@ fn migrate(link: &mut Link, desk: &dyn Desk, request: &MigrateRequest) -> Result
     followed
 }
 
-/// Attaches a disk as soon as this host owns it, unless the client goes away before or has waited long enough.
-fn attach(link: &mut Link, desk: &dyn Desk, request: &AttachRequest) -> Result<()> {
+/// Attaches a disk as soon as this host owns it, unless the client goes away before or has waited long enough. Gives a
+/// hello back that ended the waiting.
+fn attach(link: &mut Link, desk: &dyn Desk, request: &AttachRequest) -> Result<Option<Request>> {
     let patience = request.wait_s.map(|seconds| Instant::now() + Duration::from_secs(seconds.into()));
     loop {
         match desk.attach(request) {
-            Ok(true) => return send(link, &Reply::Ok),
-            Err(problem) => return refuse(link, &problem),
+            Ok(true) => return send(link, &Reply::Ok).map(|()| None),
+            Err(problem) => return refuse(link, &problem).map(|()| None),
             Ok(false) if patience.is_some_and(|patience| Instant::now() >= patience) => {
                 let cause = "this host does not own the disk yet";
-                return refuse(link, &Problem::refused("attach", &request.disk, cause));
-            }
-            Ok(false) if link.has_hung_up() => {
-                return Err(Error::new(ErrorKind::ConnectionAborted, "the client went away"));
+                return refuse(link, &Problem::refused("attach", &request.disk, cause)).map(|()| None);
             }
             Ok(false) => {}
+        }
+        match link.receive(Some(Instant::now())) {
+            Ok(Some(hello @ Request::Hello { .. })) => return Ok(Some(hello)),
+            Ok(Some(_)) => refuse(link, &Problem::refused("control", "request", "an attach is waiting here"))?,
+            Ok(None) => return Err(Error::new(ErrorKind::ConnectionAborted, "the client went away")),
+            Err(e) if e.kind() == ErrorKind::TimedOut => {}
+            Err(e) if is_unknown(&e) => refuse(link, &unknown_request())?,
+            Err(e) => return Err(e),
         }
     }
 }
 
-/// Sends the news of an attempt until its end; an error when the client is gone before.
-fn follow(link: &mut Link, desk: &dyn Desk, attempt: u128) -> Result<()> {
+/// Follows the running migration, or tells the end of the last one.
+fn follow_present(link: &mut Link, desk: &dyn Desk) -> Result<Option<Request>> {
+    match desk.news(None, Duration::ZERO) {
+        None => refuse(link, &Problem::refused("follow", "migration", "there is none")).map(|()| None),
+        Some(News::Done(done)) => {
+            send(link, &Reply::Ok)?;
+            send(link, &Reply::Done(done)).map(|()| None)
+        }
+        Some(News::Progress(progress)) => {
+            send(link, &Reply::Ok)?;
+            follow(link, desk, progress.attempt)
+        }
+    }
+}
+
+/// Sends the news of an attempt until its end, or until a hello comes, which is given back; an error when the client is
+/// gone before.
+fn follow(link: &mut Link, desk: &dyn Desk, attempt: u128) -> Result<Option<Request>> {
     let mut sent: Option<(Instant, Phase, Convergence)> = None;
     loop {
         match desk.news(Some(attempt), HANG_UP_POLL) {
-            Some(News::Done(done)) => return send(link, &Reply::Done(done)),
+            Some(News::Done(done)) => return send(link, &Reply::Done(done)).map(|()| None),
             Some(News::Progress(progress)) => {
                 let now = (Instant::now(), progress.phase, progress.convergence);
                 if sent.is_none_or(|before| is_news(before, now)) {
@@ -270,11 +309,33 @@ fn follow(link: &mut Link, desk: &dyn Desk, attempt: u128) -> Result<()> {
             }
             None => {
                 let cause = "it has ended, and another one has begun since";
-                return refuse(link, &Problem::unknown("follow", "migration", cause));
+                return refuse(link, &Problem::unknown("follow", "migration", cause)).map(|()| None);
             }
+        }
+        // Before the hang-up is looked for: what was asked for before it is done.
+        if let Some(hello) = answer_meanwhile(link, desk)? {
+            return Ok(Some(hello));
         }
         if link.has_hung_up() {
             return Err(Error::new(ErrorKind::ConnectionAborted, "the client went away"));
+        }
+    }
+}
+
+/// Answers what a client asks while it follows, without waiting for more. On a port there is no second connection on
+/// which to cancel.
+fn answer_meanwhile(link: &mut Link, desk: &dyn Desk) -> Result<Option<Request>> {
+    loop {
+        match link.receive(Some(Instant::now())) {
+            Ok(Some(hello @ Request::Hello { .. })) => return Ok(Some(hello)),
+            Ok(Some(Request::Migrate(_) | Request::Follow | Request::Attach(_))) => {
+                refuse(link, &Problem::refused("control", "request", "a migration is being followed here already"))?;
+            }
+            Ok(Some(request)) => answer(link, desk, request)?,
+            Ok(None) => return Err(Error::new(ErrorKind::ConnectionAborted, "the client went away")),
+            Err(e) if e.kind() == ErrorKind::TimedOut => return Ok(None),
+            Err(e) if is_unknown(&e) => refuse(link, &unknown_request())?,
+            Err(e) => return Err(e),
         }
     }
 }

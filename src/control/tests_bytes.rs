@@ -1,9 +1,8 @@
 //! The bytes of the control door: pinned, bounded, and garbage.
 
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 
-use super::frame::{self, Assembler, FrameError};
+use super::frame::{self, Assembler, FrameError, Message};
 use super::wire::*;
 use crate::domain::Stays;
 use crate::limits::{CONTROL_FRAME_MAX, DISKS_MAX, NEXT_STEPS_MAX};
@@ -14,15 +13,40 @@ fn bytes<T: Serialize>(message: &T) -> Vec<u8> {
     out[..length].to_vec()
 }
 
-pub(super) fn framed<T: Serialize>(message: &T) -> Vec<u8> {
+pub(super) fn framed<T: Message>(message: &T) -> Vec<u8> {
     let mut out = [0; CONTROL_FRAME_MAX];
     let length = frame::encode(message, &mut out).expect("fits");
     out[..length].to_vec()
 }
 
-fn pinned<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(message: &T, golden: &[u8]) {
-    assert_eq!(bytes(message), golden, "{message:?}");
-    assert_eq!(postcard::from_bytes::<T>(golden).as_ref(), Ok(message));
+/// A message as it stands in a test.
+#[derive(Debug)]
+enum Sample {
+    Ask(Request),
+    Answer(Reply),
+}
+
+/// What is pinned: names, the bytes of messages, whole frames. One file for this test and for programs in other
+/// languages.
+const GOLDEN: &str = include_str!("../../tests/it/golden/control.txt");
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The beginning of a message's golden line. It is read back from its bytes here too.
+fn golden_line(name: &str, sample: &Sample) -> String {
+    fn both<T: Message + PartialEq + std::fmt::Debug>(message: &T) -> (String, String) {
+        let (plain, frame) = (bytes(message), framed(message));
+        assert_eq!(postcard::from_bytes::<T>(&plain).as_ref(), Ok(message));
+        assert_eq!(frame::decode::<T>(&frame[..frame.len() - 1]).as_ref(), Ok(message));
+        (hex(&plain), hex(&frame))
+    }
+    let (kind, (message, frame)) = match sample {
+        Sample::Ask(request) => ("request", both(request)),
+        Sample::Answer(reply) => ("reply", both(reply)),
+    };
+    format!("{kind} {name} {message} {frame} ")
 }
 
 fn a_migrate_request() -> MigrateRequest {
@@ -98,7 +122,7 @@ fn a_status() -> Status {
         }]
         .into_iter()
         .collect(),
-        attached: [AttachedStatus { disk: text("a"), device: text("/d") }].into_iter().collect(),
+        attached: [AttachedStatus { disk: text("a"), device: text("/dev/nbd0") }].into_iter().collect(),
     }
 }
 
@@ -130,68 +154,102 @@ fn a_recovered() -> Recovered {
     }
 }
 
-#[test]
-fn every_request_has_its_number_and_bytes() {
-    pinned(&Request::Hello { version: 1 }, &[0, 1]);
-    pinned(&Request::Status, &[1]);
-    pinned(&Request::Claim { discard_record: true }, &[2, 1]);
-    let migrate =
-        [3, 9, b't', b'c', b'p', b':', b'/', b'/', b'b', b':', b'1', 1, 1, 3, b'v', b'd', b'a', 0xac, 2, 2, 0, 4, 1, 1];
-    pinned(&Request::Migrate(a_migrate_request()), &migrate);
-    pinned(&Request::Switch, &[4]);
-    pinned(&Request::Cancel { cause: text("no") }, &[5, 2, b'n', b'o']);
-    pinned(&Request::Set(SetRequest { bandwidth_bytes: Some(0), downtime_limit_ms: None }), &[6, 1, 0, 0]);
-    pinned(&Request::Follow, &[7]);
-    pinned(&Request::WhoOwns, &[8]);
-    pinned(&Request::Recover(Word::ForgetPeer), &[9, 2]);
-    let attach = AttachRequest { disk: text("a"), device: text("/d"), wait_s: Some(300) };
-    pinned(&Request::Attach(attach), &[10, 1, b'a', 2, b'/', b'd', 1, 0xac, 2]);
-    pinned(&Request::Detach { device: text("/d") }, &[11, 2, b'/', b'd']);
+fn samples() -> Vec<(&'static str, Sample)> {
+    use Sample::{Answer, Ask};
+    let set = |bandwidth_bytes, downtime_limit_ms| Ask(Request::Set(SetRequest { bandwidth_bytes, downtime_limit_ms }));
+    let attach = |wait_s| Ask(Request::Attach(AttachRequest { disk: text("a"), device: text("/dev/nbd0"), wait_s }));
+    let refusal = Refusal { exit: 1, operation: text("claim"), object: text("g1"), cause: text("there is a record") };
+    vec![
+        ("hello", Ask(Request::Hello { version: VERSION, session: 0x1234_5678 })),
+        ("status", Ask(Request::Status)),
+        ("claim", Ask(Request::Claim { discard_record: false })),
+        ("claim-discard", Ask(Request::Claim { discard_record: true })),
+        ("migrate", Ask(Request::Migrate(a_migrate_request()))),
+        ("switch", Ask(Request::Switch)),
+        ("cancel", Ask(Request::Cancel { cause: text("no") })),
+        ("set", set(Some(100 << 20), Some(300))),
+        ("set-no-limit", set(Some(0), None)),
+        ("follow", Ask(Request::Follow)),
+        ("who-owns", Ask(Request::WhoOwns)),
+        ("recover", Ask(Request::Recover(Word::ForgetPeer))),
+        ("attach", attach(Some(300))),
+        ("attach-patiently", attach(None)),
+        ("detach", Ask(Request::Detach { device: text("/dev/nbd0") })),
+        ("hello", Answer(Reply::Hello { version: VERSION, guest: text("g1"), session: 0x1234_5678 })),
+        ("ok", Answer(Reply::Ok)),
+        ("refused", Answer(Reply::Refused(refusal))),
+        ("status", Answer(Reply::Status(a_status()))),
+        ("progress", Answer(Reply::Progress(a_progress()))),
+        ("progress-first", Answer(Reply::Progress(Progress { attempt: 5, ..Progress::default() }))),
+        ("done", Answer(Reply::Done(a_done()))),
+        ("done-aborted", Answer(Reply::Done(Done { owner: Owner::Here, switchover_us: None, ..a_done() }))),
+        ("ownership", Answer(Reply::Ownership(an_ownership()))),
+        ("recovered", Answer(Reply::Recovered(a_recovered()))),
+    ]
 }
 
-#[test]
-fn every_reply_has_its_number_and_bytes() {
-    pinned(&Reply::Hello { version: 1, guest: text("g") }, &[0, 1, 1, b'g']);
-    pinned(&Reply::Ok, &[1]);
-    let refusal = Refusal { exit: 1, operation: text("o"), object: text("b"), cause: text("c") };
-    pinned(&Reply::Refused(refusal), &[2, 1, 1, b'o', 1, b'b', 1, b'c']);
-    let status =
-        [3, 1, b'g', 3, 1, 2, 3, 1, b'p', 1, 1, b'h', 1, 1, b'a', 0x80, 4, 1, 2, 1, 3, 1, 1, b'a', 2, b'/', b'd'];
-    pinned(&Reply::Status(a_status()), &status);
-    let progress = [4, 5, 2, 6, 3, 9, 8, 1, 7, 10, 11, 1, 1, 1, b'a', 1, 2, 3, 4, 5, 6, 7, 1, 8];
-    pinned(&Reply::Progress(a_progress()), &progress);
-    pinned(&Reply::Done(a_done()), &[5, 1, 3, 1, b'x', 1, 1, b'd', 4, 5, 6, 7, 1, 8]);
-    let ownership = [1, b'g', 5, 3, 1, 2, 4, 1, b'a', 1, b't', 1, b'n', 1, b'r', 1];
-    pinned(&Reply::Ownership(an_ownership()), &[&[6], &ownership[..]].concat());
-    let rest = [1, b'p', 1, b'h', 1, b'd', 1, b'l', 1, b'v', 1, 1, b's'];
-    pinned(&Reply::Recovered(a_recovered()), &[&[7], &ownership[..], &rest].concat());
-}
-
-#[test]
-fn every_value_of_an_enumeration_has_its_number() {
-    use {Gate as G, Migration as M, Owner as O, Phase as P, State as S};
-    let numbers = |all: &[Vec<u8>]| all.iter().enumerate().all(|(i, b)| b.len() == 1 && usize::from(b[0]) == i);
+/// The beginnings of the golden lines of every value that is a number on the wire.
+fn values() -> Vec<String> {
+    fn lines<T: Serialize>(kind: &str, all: &[T], word: impl Fn(&T) -> String) -> Vec<String> {
+        let line = |value| format!("{kind} {} {} - ", word(value).replace(' ', "-"), hex(&bytes(value)));
+        all.iter().map(line).collect()
+    }
+    use {Convergence as C, Gate as G, Migration as M, Owner as O, Phase as P, State as S};
     let states = [S::Incoming, S::Receiving, S::Sealed, S::Owner, S::Offered, S::Given, S::Superseded, S::Unknown];
-    assert!(numbers(&states.map(|v| bytes(&v))));
     let gates = [G::Incoming, G::Receiving, G::Sealed, G::Serving, G::Quiesced, G::Fenced, G::Closed];
-    assert!(numbers(&gates.map(|v| bytes(&v))));
     let phases = [P::Prepare, P::Bulk, P::Passes, P::State, P::Final, P::Seal, P::Give, P::Abort];
-    assert!(numbers(&phases.map(|v| bytes(&v))));
-    assert!(numbers(&[O::Here, O::Destination, O::Unknown, O::Elsewhere].map(|v| bytes(&v))));
-    let words = [Word::Ask, Word::TakeOwnership, Word::ForgetPeer, Word::Forget];
-    assert!(numbers(&words.map(|v| bytes(&v))));
-    assert!(numbers(&[M::None, M::Running, M::Ended].map(|v| bytes(&v))));
+    let faster = C::GuestIsFaster { dirty_rate_bytes: 9, rate_bytes: 8 };
     let stays = [Stays::Shared, Stays::ReadOnly, Stays::External, Stays::Empty, Stays::NotChosen];
-    assert!(numbers(&stays.map(|v| bytes(&v))));
-    assert_eq!(bytes(&Convergence::Copying), [0]);
-    assert_eq!(bytes(&Convergence::Converged), [1]);
-    assert_eq!(bytes(&Convergence::TooLong), [2]);
+    let words = [Word::Ask, Word::TakeOwnership, Word::ForgetPeer, Word::Forget];
+    [
+        lines("state", &states, |v| v.word().to_owned()),
+        lines("gate", &gates, |v| v.word().to_owned()),
+        lines("stays", &stays, ToString::to_string),
+        lines("migration", &[M::None, M::Running, M::Ended], |v| v.word().to_owned()),
+        lines("phase", &phases, |v| v.word().to_owned()),
+        lines("convergence", &[C::Copying, C::Converged, C::TooLong, faster], |v| {
+            format!("{v:?}").split(' ').take(1).collect()
+        }),
+        lines("owner", &[O::Here, O::Destination, O::Unknown, O::Elsewhere], |v| v.word().to_owned()),
+        lines("word", &words, |v| format!("{v:?}")),
+    ]
+    .concat()
+}
+
+#[test]
+fn every_message_and_every_number_is_pinned() {
+    let expected: Vec<String> = samples().iter().map(|(name, s)| golden_line(name, s)).chain(values()).collect();
+    let golden: Vec<&str> = GOLDEN.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
+    let same = golden.len() == expected.len()
+        && golden.iter().zip(&expected).all(|(line, begin)| line.strip_prefix(begin).is_some_and(|m| !m.is_empty()));
+    assert!(same, "each line of tests/it/golden/control.txt begins so, and goes on with its meaning:\n{expected:#?}");
+}
+
+#[test]
+fn every_message_has_a_sample() {
+    let numbers = |wanted: &str| -> std::collections::BTreeSet<u8> {
+        let first =
+            |line: &String| line.starts_with(wanted).then(|| line.split(' ').nth(2).map(|hex| hex[..2].to_owned()));
+        let lines: Vec<String> = samples().iter().map(|(name, sample)| golden_line(name, sample)).collect();
+        lines.iter().filter_map(first).flatten().map(|n| u8::from_str_radix(&n, 16).expect("hex")).collect()
+    };
+    for (kind, numbers) in [("request ", numbers("request ")), ("reply ", numbers("reply "))] {
+        let next = u8::try_from(numbers.len()).expect("few");
+        assert_eq!(numbers, (0..next).collect(), "{kind}");
+        // The number after them is no message: none is missing at the end. No fields of one are right by accident.
+        let unknown = [&[next][..], &[0xff; 64]].concat();
+        if kind == "request " {
+            assert!(postcard::from_bytes::<Request>(&unknown).is_err());
+        }
+    }
 }
 
 #[test]
 fn a_frame_is_message_checksum_cobs_and_a_zero() {
     // 01 (Status) and its CRC-32C, 0xa016d052 little-endian; no zero inside, so COBS adds one byte in front.
     assert_eq!(framed(&Request::Status), [6, 0x01, 0x52, 0xd0, 0x16, 0xa0, 0]);
+    // A reply with the same bytes (Ok) has all bits of it inverted.
+    assert_eq!(framed(&Reply::Ok), [6, 0x01, 0xad, 0x2f, 0xe9, 0x5f, 0]);
     assert_eq!(frame::decode(&framed(&Request::Status)[..6]), Ok(Request::Status));
 }
 
@@ -264,20 +322,34 @@ fn the_largest_messages_fit_a_frame() {
     };
     let whole = framed(&Request::Migrate(migrate.clone()));
     assert_eq!(frame::decode(&whole[..whole.len() - 1]), Ok(Request::Migrate(migrate)));
-    for reply in [Reply::Progress(progress), Reply::Status(status), Reply::Recovered(recovered)] {
+    let hello = Reply::Hello { version: u16::MAX, guest: full(), session: u32::MAX };
+    for reply in [hello, Reply::Progress(progress), Reply::Status(status), Reply::Recovered(recovered)] {
         let whole = framed(&reply);
         assert_eq!(frame::decode(&whole[..whole.len() - 1]), Ok(reply));
     }
 }
 
+/// The frame, without its delimiter, of a request's bytes.
+pub(super) fn frame(plain: &[u8]) -> Vec<u8> {
+    let whole = [plain, &crc32c::crc32c(plain).to_le_bytes()].concat();
+    let mut out = [0; 64];
+    let length = cobs::encode(&whole, &mut out);
+    out[..length].to_vec()
+}
+
+#[test]
+fn what_goes_one_way_means_nothing_the_other_way() {
+    // Without the inverted checksum this refusal would come back from a line that echoes as `claim --discard-record`.
+    let refusal = Refusal { exit: 1, operation: text("switch"), object: text("g1"), cause: text("no") };
+    let echo = framed(&Reply::Refused(refusal));
+    assert_eq!(postcard::from_bytes(&[2, 1, 6, b's']), Ok(Request::Claim { discard_record: true }));
+    assert_eq!(frame::decode::<Request>(&echo[..echo.len() - 1]), Err(FrameError::Garbage));
+    let echo = framed(&Request::Status);
+    assert_eq!(frame::decode::<Reply>(&echo[..echo.len() - 1]), Err(FrameError::Garbage));
+}
+
 #[test]
 fn a_newer_peers_appended_field_is_ignored_and_its_new_message_is_unknown() {
-    let frame = |plain: &[u8]| {
-        let whole = [plain, &crc32c::crc32c(plain).to_le_bytes()].concat();
-        let mut out = [0; 64];
-        let length = cobs::encode(&whole, &mut out);
-        out[..length].to_vec()
-    };
     assert_eq!(frame::decode(&frame(&[2, 1, 77, 78])), Ok(Request::Claim { discard_record: true }));
     assert_eq!(frame::decode::<Request>(&frame(&[12])), Err(FrameError::Unknown));
     assert_eq!(frame::decode::<Request>(&frame(&[])), Err(FrameError::Unknown));

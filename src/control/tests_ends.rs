@@ -10,7 +10,7 @@ use super::client::Client;
 use super::fake::{FakeDesk, WAIT};
 use super::link::Link;
 use super::server::{Desk as _, Server};
-use super::tests_bytes::framed;
+use super::tests_bytes::{frame, framed};
 use super::wire::*;
 use crate::address::Address;
 use crate::error::{Exit, Problem};
@@ -182,16 +182,95 @@ fn what_is_not_understood_is_answered_before_the_connection_closes() {
         let Some(Reply::Refused(refusal)) = reply else { panic!("not refused: {reply:?}") };
         Problem::from(refusal).to_string()
     };
-    assert_eq!(
-        first_reply(framed(&Request::Hello { version: 1 })),
-        "blockferry: control: version: the command speaks version 1, the running process version 3"
-    );
     assert_eq!(first_reply(framed(&Request::Switch)), "blockferry: control: request: no hello came before it");
     assert_eq!(
-        first_reply(framed(&200_u8)),
+        first_reply([&frame(&[200])[..], &[0]].concat()),
         "blockferry: control: request: not known to this process; is the command of another version?"
     );
     assert!(desk.calls().is_empty());
+}
+
+#[test]
+fn another_version_is_said_and_gets_nothing_else() {
+    let desk = FakeDesk::default();
+    attended(&desk, |socket| {
+        let mut link = Link::new(Arc::new(socket));
+        let until = Instant::now() + WAIT;
+        link.send(&Request::Hello { version: VERSION + 1, session: 9 }, until).expect("sends");
+        let hello = Reply::Hello { version: VERSION, guest: text("g1"), session: 9 };
+        assert_eq!(link.receive(Some(until)).expect("a reply"), Some(hello));
+        link.send(&Request::Switch, until).expect("sends");
+        let Ok(Some(Reply::Refused(refusal))) = link.receive(Some(until)) else { panic!("not refused") };
+        assert_eq!(refusal.cause, "no hello came before it");
+    });
+    assert!(desk.calls().is_empty());
+
+    let (ours, theirs) = pair();
+    let server = thread::spawn(move || {
+        let mut link = Link::new(theirs);
+        let Ok(Some(Request::Hello { session, .. })) = link.receive(Some(Instant::now() + WAIT)) else {
+            panic!("none")
+        };
+        let hello = Reply::Hello { version: VERSION + 1, guest: text("g1"), session };
+        link.send(&hello, Instant::now() + WAIT).expect("sends");
+    });
+    let problem = Client::greet("status", "g1", ours).expect_err("another version");
+    server.join().expect("no panic");
+    let (v, next) = (VERSION, VERSION + 1);
+    let cause = format!("the command speaks version {v} of the control protocol, the running process version {next}");
+    assert_eq!(problem, Problem::refused("status", "g1", cause));
+}
+
+#[test]
+fn what_was_meant_for_somebody_before_is_passed_over() {
+    let (ours, theirs) = pair();
+    let server = thread::spawn(move || {
+        // The end of a frame that began before, replies to requests of somebody else, noise.
+        theirs.send_all(&[7, 7, 7]).expect("sends");
+        let mut link = Link::new(theirs);
+        let until = Instant::now() + WAIT;
+        let Ok(Some(Request::Hello { session, .. })) = link.receive(Some(until)) else { panic!("no hello") };
+        let hello = |session| Reply::Hello { version: VERSION, guest: text("g1"), session };
+        link.send_first(&hello(session.wrapping_add(1)), until).expect("sends");
+        for reply in [Reply::Ok, Reply::Progress(Progress::default()), Reply::Status(Status::default())] {
+            link.send(&reply, until).expect("sends");
+        }
+        link.send_first(&hello(session), until).expect("sends");
+        let Ok(Some(Request::Switch)) = link.receive(Some(until)) else { panic!("no request") };
+        link.send(&Reply::Ok, until).expect("sends");
+    });
+    a_client(ours).tell(&Request::Switch).expect("the right answer");
+    server.join().expect("no panic");
+}
+
+#[test]
+fn who_follows_can_ask_meanwhile() {
+    let desk = FakeDesk::default();
+    attended(&desk, |socket| {
+        let mut link = Link::new(Arc::new(socket));
+        let until = Instant::now() + WAIT;
+        let ask = |link: &mut Link, request: &Request| -> Reply {
+            link.send(request, until).expect("sends");
+            loop {
+                match link.receive(Some(until)).expect("a reply").expect("not the end") {
+                    Reply::Progress(_) => {}
+                    reply => return reply,
+                }
+            }
+        };
+        let hello = Request::Hello { version: VERSION, session: 1 };
+        assert!(matches!(ask(&mut link, &hello), Reply::Hello { .. }));
+        assert_eq!(ask(&mut link, &Request::Migrate(MigrateRequest::default())), Reply::Ok);
+        assert_eq!(ask(&mut link, &Request::Status), Reply::Status(desk.status()));
+        assert!(matches!(ask(&mut link, &Request::Follow), Reply::Refused(_)));
+        // A hello ends the following and begins a session; the migration goes on.
+        assert!(matches!(ask(&mut link, &hello), Reply::Hello { .. }));
+        assert_eq!(ask(&mut link, &Request::Follow), Reply::Ok);
+        assert_eq!(ask(&mut link, &Request::Cancel { cause: text("enough") }), Reply::Ok);
+        let Ok(Some(Reply::Done(done))) = link.receive(Some(until)) else { panic!("not done") };
+        assert_eq!(done.message, "enough");
+    });
+    assert_eq!(desk.calls(), ["migrate ", "cancel None enough"]);
 }
 
 #[test]
@@ -218,8 +297,9 @@ fn a_process_that_dies_during_a_request_leaves_it_unknown() {
     let server = thread::spawn(move || {
         let mut link = Link::new(theirs);
         let deadline = Some(Instant::now() + WAIT);
-        link.receive::<Request>(deadline).expect("a hello");
-        link.send(&Reply::Hello { version: VERSION, guest: text("g1") }, Instant::now() + WAIT).expect("sends");
+        let Ok(Some(Request::Hello { session, .. })) = link.receive(deadline) else { panic!("no hello") };
+        let hello = Reply::Hello { version: VERSION, guest: text("g1"), session };
+        link.send(&hello, Instant::now() + WAIT).expect("sends");
         link.receive::<Request>(deadline).expect("a request");
     });
     let problem = a_client(ours).tell(&Request::Switch).expect_err("died");

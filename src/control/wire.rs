@@ -4,7 +4,7 @@
 //! and raise [`VERSION`] with it. A test pins the bytes of every one. All types have a fixed capacity, so no peer can
 //! make us allocate; texts that are longer are cut by [`text`].
 //!
-//! A connection starts with [`Request::Hello`]. Then each request gets one reply; after [`Request::Follow`] and a
+//! A session starts with [`Request::Hello`]. Then each request gets one reply; after [`Request::Follow`] and a
 //! [`Request::Migrate`] that is not detached, the first reply is [`Reply::Ok`] and [`Reply::Progress`] follow until one
 //! [`Reply::Done`].
 
@@ -42,6 +42,9 @@ pub enum Request {
     Hello {
         /// [`VERSION`] of the client.
         version: u16,
+        /// A fresh random number. On a byte pipe, answers to somebody who was there before may still come: the client
+        /// passes over everything until the reply with its own number.
+        session: u32,
     },
     /// 1: answered by [`Reply::Status`].
     Status,
@@ -144,6 +147,8 @@ pub enum Reply {
         version: u16,
         /// The guest that it serves.
         guest: GuestName,
+        /// The number of the hello that this answers.
+        session: u32,
     },
     /// 1: done, or started.
     Ok,

@@ -8,17 +8,22 @@ mod bench_migrate;
 mod bench_server;
 mod build;
 mod ci;
+mod cpio;
 mod demo;
 mod demo_guest;
 mod demo_host;
 mod demo_image;
 mod elf;
+mod initramfs;
+mod kernel;
 mod peers;
 mod rules;
 mod source;
 mod test;
 mod tidy;
 mod util;
+mod vm;
+mod vm_machine;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -40,6 +45,10 @@ cargo xtask TASK: what is done to this tree
                     server   export beside nbdkit, qemu-nbd, nbd-server, under fio
                     copy     the live mirror beside two qemu-storage-daemons, under the same writes
                     migrate  whole migrations under fio's verified writes: lost writes, switchover, cost
+  initramfs [--kernel FILE] [--out FILE]
+                  an image that a machine boots with the executable as its first process, and Debian's kernel for it
+                  (downloaded once, not installed): target/initramfs/blockferry.cpio and vmlinuz
+  vm [NAME]       boots that image in QEMU and looks what comes of it; NAME: only the tests whose name contains it
   tidy            rustfmt, clippy, and the rules of the tree: imports, unsafe code, sizes, links
   ci              what .ci/run does before it tests: rustfmt, clippy and every peer are here, or it fails
   help            this text
@@ -51,6 +60,7 @@ Examples:
   cargo xtask test --quick
   cargo xtask demo
   cargo xtask bench server --runs 3
+  cargo xtask vm fw_cfg
   .ci/run
   target/static/x86_64-unknown-linux-musl/blockferry --version
 
@@ -70,6 +80,8 @@ fn main() -> ExitCode {
         "test" => test::main(arguments),
         "bench" => bench::main(arguments),
         "demo" => demo::main(arguments),
+        "initramfs" => initramfs::main(arguments),
+        "vm" => vm::main(arguments),
         "tidy" => tidy::main(arguments),
         "ci" => ci::main(arguments),
         "help" => {

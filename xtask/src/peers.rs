@@ -18,6 +18,8 @@ const PEERS: &[(&str, &[&str])] = &[
     ("qemu-nbd", &["qemu-utils"]),
     // Debian 13 and backports have it in qemu-utils, Debian 12 does not.
     ("qemu-storage-daemon", &["qemu-utils", "qemu-system-common"]),
+    ("qemu-system-x86_64", &["qemu-system-x86"]),
+    ("mke2fs", &["e2fsprogs"]),
 ];
 
 /// Sees to it that every peer is here: installs what is missing, as root. The error names the packages, or the
@@ -57,7 +59,7 @@ mod tests {
     fn each_missing_package_is_named_once() {
         assert_eq!(packages(0, |_| true), Vec::<&str>::new());
         assert_eq!(packages(0, |program| program != "qemu-io"), ["qemu-utils"]);
-        let all = "nbdkit libnbd-bin python3-libnbd nbd-server nbd-client fio qemu-utils";
+        let all = "nbdkit libnbd-bin python3-libnbd nbd-server nbd-client fio qemu-utils qemu-system-x86 e2fsprogs";
         assert_eq!(packages(0, |_| false).join(" "), all);
     }
 

@@ -114,6 +114,7 @@ const WORDS: &[Rule] = &[
             "src/ownership.rs",
             "src/ownership/",
             "src/init.rs",
+            "src/init/",
             "src/attach.rs",
             "src/attach/",
             "src/listener.rs",

@@ -37,6 +37,7 @@ impl Bench {
             nbd: Vec::new(),
             listen: None,
             control: Vec::new(),
+            control_ports: Vec::new(),
             insecure_plaintext: true,
             json: false,
         };

@@ -180,9 +180,9 @@ impl Attachments {
     pub fn attach(&self, guest: &Arc<Guest>, disk: &str, device: Device) -> Result<(), NotAttached> {
         let found = guest.disk(disk).ok_or_else(|| refused(format!("guest {} has no disk {disk}", guest.name)))?;
         let export = found.export.as_ref().ok_or_else(|| refused(format!("disk {disk} is not served from here")))?;
-        // Before waiting for anything: what is wrong with the device stays wrong.
-        device.check_node().map_err(|cause| refused(format!("{device}: {cause}")))?;
+        // Before waiting for anything: what is wrong with the driver or the device stays wrong.
         let mut netlink = Netlink::open().map_err(|error| refused(format!("{device}: {}", trouble(&error))))?;
+        device.check_node().map_err(|cause| refused(format!("{device}: {cause}")))?;
         let Some(token) = self.take("an attach") else { return Err(NotAttached::Yet) };
         if let Some(twin) = self.list().iter().find(|twin| twin.device == device || twin.export.name() == disk) {
             return Err(refused(format!("disk {} is attached as {}", twin.export.name(), twin.device)));

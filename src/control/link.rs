@@ -97,8 +97,8 @@ impl Link {
     /// Sends a message whole, after what [`Link::offer`] has left.
     ///
     /// # Errors
-    /// [`ErrorKind::TimedOut`], [`ErrorKind::BrokenPipe`] when the host's end of a port is closed, or the error of socket
-    /// or port.
+    /// [`ErrorKind::TimedOut`], [`ErrorKind::BrokenPipe`] when the host's end of a port is closed, or the error of
+    /// socket or port.
     pub fn send<T: Message>(&mut self, message: &T, deadline: Instant) -> Result<()> {
         let rest = self.way.send_all(&self.outbox[self.unsent.clone()], deadline);
         self.unsent = 0..0;

@@ -21,6 +21,7 @@ pub(super) fn framed<T: Message>(message: &T) -> Vec<u8> {
 
 /// A message as it stands in a test.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "as the messages themselves")]
 enum Sample {
     Ask(Request),
     Answer(Reply),

@@ -24,6 +24,7 @@ mod tidy;
 mod util;
 mod vm;
 mod vm_machine;
+mod vm_pair;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -48,7 +49,8 @@ cargo xtask TASK: what is done to this tree
   initramfs [--kernel FILE] [--out FILE]
                   an image that a machine boots with the executable as its first process, and Debian's kernel for it
                   (downloaded once, not installed): target/initramfs/blockferry.cpio and vmlinuz
-  vm [NAME]       boots that image in QEMU and looks what comes of it; NAME: only the tests whose name contains it
+  vm [NAME]       boots that image in QEMU and looks what comes of it; then moves a guest between two machines, through
+                  a crash, an outage and a power loss. NAME: only the tests whose name contains it
   tidy            rustfmt, clippy, and the rules of the tree: imports, unsafe code, sizes, links
   ci              what .ci/run does before it tests: rustfmt, clippy and every peer are here, or it fails
   help            this text

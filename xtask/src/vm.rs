@@ -9,7 +9,7 @@ use crate::demo_host::Scratch;
 use crate::kernel::{self, Kernel};
 use crate::util::{self, Error, QUESTION, Result};
 use crate::vm_machine::{Blueprint, Machine, QEMU};
-use crate::{build, initramfs, peers};
+use crate::{build, initramfs, peers, vm_pair};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -23,7 +23,7 @@ const DISK: u64 = 16 << 20;
 type Test = fn(&Lab) -> Result<String>;
 
 /// The tests, the cheapest first.
-const TESTS: [(&str, Test); 9] = [
+const TESTS: [(&str, Test); 10] = [
     ("image_is_reproducible", image_is_reproducible),
     ("version_is_printed_and_the_machine_powers_off", version_is_printed),
     ("bad_command_line_is_one_line_and_powers_off", bad_command_line),
@@ -33,6 +33,7 @@ const TESTS: [(&str, Test); 9] = [
     ("disk_that_cannot_be_mounted_is_an_end", disk_that_cannot_be_mounted),
     ("server_that_fails_is_started_again", server_is_started_again),
     ("serve_comes_up_with_its_address", serve_comes_up),
+    ("guest_moves_there_and_back_through_crash_outage_and_power_loss", vm_pair::run),
 ];
 
 /// `cargo xtask vm [NAME]`.
@@ -78,7 +79,7 @@ pub(crate) fn is_possible() -> bool {
 pub(crate) struct Lab {
     pub(crate) scratch: Arc<Scratch>,
     pub(crate) kernel: Kernel,
-    executable: PathBuf,
+    pub(crate) executable: PathBuf,
     /// The image as it ships.
     image: PathBuf,
 }
@@ -102,7 +103,7 @@ impl Lab {
     }
 
     /// A fresh disk, all holes.
-    fn disk(&self, name: &str) -> Result<PathBuf> {
+    pub(crate) fn disk(&self, name: &str) -> Result<PathBuf> {
         let path = self.scratch.path(name);
         let made = fs::File::create(&path).and_then(|file| file.set_len(DISK));
         made.map_err(|error| Error::new("vm", path.display(), error))?;
@@ -110,7 +111,7 @@ impl Lab {
     }
 
     /// A fresh disk with an empty ext4 on it.
-    fn ext4(&self, name: &str) -> Result<PathBuf> {
+    pub(crate) fn ext4(&self, name: &str) -> Result<PathBuf> {
         let path = self.disk(name)?;
         let program = util::find_program("mke2fs").ok_or_else(|| Error::new("vm", "mke2fs", "not here"))?;
         let said = util::capture("vm", Command::new(program).args(["-t", "ext4", "-q", "-F"]).arg(&path), QUESTION)?;
@@ -144,7 +145,7 @@ fn own_lines(said: &str) -> Vec<&str> {
 }
 
 /// The first is what was to be, or it is an error.
-fn expect<T: PartialEq + std::fmt::Debug>(what: &str, wanted: &T, seen: &T) -> Result<()> {
+pub(crate) fn expect<T: PartialEq + std::fmt::Debug>(what: &str, wanted: &T, seen: &T) -> Result<()> {
     if wanted == seen { Ok(()) } else { Err(Error::new("vm", what, format!("{seen:?} instead of {wanted:?}"))) }
 }
 

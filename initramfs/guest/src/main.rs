@@ -8,9 +8,11 @@
 //! | `write DEV SEED` | starts writing, through the page cache as most VMMs do, with a sync now and then |
 //! | `count` | says `issued=N synced=M`: how many writes there were, and how many when the last good sync began |
 //! | `stop` | syncs a last time, closes the device, and says the same |
+//! | `wipe DEV` | writes zeroes everywhere, and syncs |
 //! | `verify DEV SEED SYNCED ISSUED` | reads everything and compares it |
 //! | `wait DEV` | waits until the device has a size |
 //! | `rss` | resident memory of `serve`, in KiB |
+//! | `run PROGRAM ARGUMENT...` | runs it to its end; its exit code and what it said |
 //! | `kill serve`, `kill steward` | SIGKILL for it |
 //! | `netem IFACE DELAY_MS LOSS_PERMILLE` | everything that leaves the interface is late, some of it is lost |
 
@@ -61,8 +63,10 @@ fn answer(line: &str, writer: &mut Option<Writer>) -> Result<String, String> {
         ["verify", device, seed, synced, issued] => {
             writer::verify(device, number(seed)?, number(synced)?, number(issued)?)
         }
+        ["wipe", device] => writer::wipe(device),
         ["wait", device] => wait_for(device),
         ["rss"] => process::resident_kib("serve").map(|kib| format!("kib={kib}")),
+        ["run", words @ ..] => process::run(words),
         ["kill", "serve"] => process::kill("serve"),
         ["kill", "steward"] => process::kill_parent(),
         ["netem", interface, delay_ms, loss] => {

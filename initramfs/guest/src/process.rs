@@ -1,6 +1,7 @@
 //! Other processes of the machine, found by what they were started as. `main` asks.
 
 use std::fs;
+use std::process::{Command, Stdio};
 
 use rustix::process::{Pid, Signal, getppid, kill_process};
 
@@ -36,4 +37,14 @@ pub(crate) fn kill_parent() -> Result<String, String> {
     let pid = getppid().filter(|pid| *pid != Pid::INIT).ok_or("the parent is PID 1")?;
     kill_process(pid, Signal::KILL).map_err(|error| error.to_string())?;
     Ok(format!("pid={pid}"))
+}
+
+/// Runs a program to its end; says its exit code and all that it said, on one line.
+pub(crate) fn run(words: &[&str]) -> Result<String, String> {
+    let (program, arguments) = words.split_first().ok_or("run what?")?;
+    let said = Command::new(program).args(arguments).stdin(Stdio::null()).output();
+    let said = said.map_err(|error| format!("{program}: {error}"))?;
+    let text = [said.stdout, said.stderr].concat();
+    let code = said.status.code().ok_or("was killed")?;
+    Ok(format!("exit={code} {}", String::from_utf8_lossy(&text).trim().replace('\n', " | ")))
 }

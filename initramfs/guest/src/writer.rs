@@ -105,6 +105,18 @@ impl Shared {
     }
 }
 
+/// Makes a whole device zero, so that another seed can begin.
+pub(crate) fn wipe(device: &str) -> Result<String, String> {
+    let fail = |error: std::io::Error| format!("{device}: {error}");
+    let file = OpenOptions::new().read(true).write(true).open(device).map_err(fail)?;
+    let (blocks, zeroes) = (blocks(&file)?, vec![0; BLOCK]);
+    for block in 0..blocks {
+        file.write_all_at(&zeroes, block * BLOCK as u64).map_err(fail)?;
+    }
+    file.sync_data().map_err(fail)?;
+    Ok(format!("wiped={blocks}"))
+}
+
 /// Reads a whole device and compares every block.
 pub(crate) fn verify(device: &str, seed: u64, synced: u64, issued: u64) -> Result<String, String> {
     let file = File::open(device).map_err(|error| format!("{device}: {error}"))?;

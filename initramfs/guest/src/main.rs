@@ -7,7 +7,8 @@
 //! |---|---|
 //! | `write DEV SEED` | starts writing, through the page cache as most VMMs do, with a sync now and then |
 //! | `count` | says `issued=N synced=M`: how many writes there were, and how many when the last good sync began |
-//! | `stop` | syncs a last time, closes the device, and says the same |
+//! | `pause` | writes no more, syncs nothing, keeps the device open, and says the same |
+//! | `stop` | syncs a last time, unless it is paused, closes the device, and says the same |
 //! | `wipe DEV` | writes zeroes everywhere, and syncs |
 //! | `verify DEV SEED SYNCED ISSUED` | reads everything and compares it |
 //! | `wait DEV` | waits until the device has a size |
@@ -59,6 +60,7 @@ fn answer(line: &str, writer: &mut Option<Writer>) -> Result<String, String> {
             Ok(String::new())
         }
         ["count"] => writer.as_ref().map(Writer::count).ok_or_else(|| "nobody writes".to_owned()),
+        ["pause"] => writer.as_ref().ok_or_else(|| "nobody writes".to_owned())?.pause(),
         ["stop"] => writer.take().ok_or_else(|| "nobody writes".to_owned())?.stop(),
         ["verify", device, seed, synced, issued] => {
             writer::verify(device, number(seed)?, number(synced)?, number(issued)?)

@@ -32,6 +32,9 @@ struct Shared {
     issued: AtomicU64,
     synced: AtomicU64,
     stop: AtomicBool,
+    /// It is to write no more, and then: it writes no more.
+    pause: AtomicBool,
+    paused: AtomicBool,
     failed: Mutex<Option<String>>,
 }
 
@@ -67,7 +70,19 @@ impl Writer {
         self.shared.say() + &failed
     }
 
-    /// Ends it after a last sync. The device is closed then.
+    /// Stops it as a VMM that is paused stops: in the middle, without a sync, and with the device open.
+    pub(crate) fn pause(&self) -> Result<String, String> {
+        self.shared.pause.store(true, Ordering::SeqCst);
+        while !self.shared.paused.load(Ordering::SeqCst) {
+            if let Some(cause) = self.shared.failure() {
+                return Err(cause);
+            }
+            thread::sleep(PERIOD);
+        }
+        Ok(self.shared.say())
+    }
+
+    /// Ends it after a last sync, or without one if it is paused. The device is closed then.
     pub(crate) fn stop(self) -> Result<String, String> {
         self.shared.stop.store(true, Ordering::SeqCst);
         self.thread.join().map_err(|_| "the writer panicked")?;
@@ -84,6 +99,13 @@ impl Shared {
         for number in 1.. {
             if self.stop.load(Ordering::SeqCst) {
                 break;
+            }
+            if self.pause.load(Ordering::SeqCst) {
+                self.paused.store(true, Ordering::SeqCst);
+                while !self.stop.load(Ordering::SeqCst) {
+                    thread::sleep(PERIOD);
+                }
+                return Ok(());
             }
             let block = place(seed, number, blocks);
             fill(&mut content, seed, number, block);

@@ -14,6 +14,7 @@ use crate::log;
 use crate::options::{ExportOptions, ServeOptions};
 use options::{Matches, Spec};
 
+pub mod attach;
 pub mod export;
 pub mod guest;
 mod help;
@@ -25,6 +26,7 @@ pub mod serve;
 #[cfg(test)]
 mod tests;
 
+pub use attach::{AttachOptions, DetachOptions};
 pub use guest::{ClaimOptions, GuestDoor, SetOptions};
 pub use migrate::MigrateOptions;
 pub use recover::{RecoverOptions, WhoOwnsOptions};
@@ -76,13 +78,17 @@ pub enum Command {
     Recover(RecoverOptions),
     /// Change the running migration.
     Set(SetOptions),
+    /// Make a disk a device of this host.
+    Attach(AttachOptions),
+    /// Give a device up.
+    Detach(DetachOptions),
 }
 
 /// A subcommand: its table and what makes a [`Command`] of its options.
 type Subcommand = (&'static Spec, fn(&Matches) -> Result<Command, Problem>);
 
 /// The subcommands that are built, in the order of the help.
-const COMMANDS: [Subcommand; 10] = [
+const COMMANDS: [Subcommand; 12] = [
     (&serve::SPEC, serve::parse),
     (&guest::CLAIM, guest::parse_claim),
     (&migrate::SPEC, migrate::parse),
@@ -92,11 +98,13 @@ const COMMANDS: [Subcommand; 10] = [
     (&recover::WHO_OWNS, recover::parse_who_owns),
     (&recover::RECOVER, recover::parse_recover),
     (&guest::SET, guest::parse_set),
+    (&attach::ATTACH, attach::parse_attach),
+    (&attach::DETACH, attach::parse_detach),
     (&export::SPEC, export::parse),
 ];
 
 /// Subcommands of the contract that a later part builds.
-const LATER: [&str; 6] = ["accept", "attach", "detach", "copy", "info", "keygen"];
+const LATER: [&str; 4] = ["accept", "copy", "info", "keygen"];
 
 /// Runs the program with the arguments after its name.
 pub fn run(args: impl IntoIterator<Item = OsString>, entry: &Entry) -> Exit {
@@ -183,6 +191,8 @@ fn execute(parsed: Parsed, entry: &Entry) -> Result<Exit, Problem> {
         Command::Cancel(door) => print(&guest::cancel(&door, json)?),
         Command::Status(door) => print(&guest::status(&door, json)?),
         Command::Set(options) => print(&guest::set(&options, json)?),
+        Command::Attach(options) => print(&attach::attach(&options, json)?),
+        Command::Detach(options) => print(&attach::detach(&options, json)?),
         Command::WhoOwns(options) => return recover::who_owns(&options, json).map(answer),
         Command::Recover(options) => return recover::recover(&options, json).map(answer),
     }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::address::Address;
+use crate::attach::Attachments;
 use crate::disk::{Access, Disk, OpenError};
 use crate::domain::{self, Source};
 use crate::error::{Problem, reason};
@@ -54,6 +55,8 @@ pub struct Guest {
     pub source: Sending,
     /// Wakes whoever says what is left to be said.
     pub settle: Settle,
+    /// Its disks that are devices of this host.
+    pub attached: Attachments,
     keeper: Mutex<Keeper>,
     store: Arc<Mutex<Store>>,
     /// What there is of a record that counts for nothing.
@@ -99,6 +102,7 @@ impl Guest {
             destination: Destination::default(),
             source: Sending::default(),
             settle: Settle::default(),
+            attached: Attachments::default(),
             keeper: Mutex::new(keeper),
             store,
             rejected,

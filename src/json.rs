@@ -73,6 +73,21 @@ pub fn ok(operation: &str, guest: &str) -> String {
 }
 
 #[derive(Serialize)]
+struct AttachedLine<'a> {
+    r#type: &'static str,
+    operation: &'a str,
+    guest: &'a str,
+    disk: &'a str,
+    device: &'a str,
+}
+
+/// A disk has become a device, or a device was given up.
+#[must_use]
+pub fn attached(operation: &str, guest: &str, disk: &str, device: &str) -> String {
+    line(&AttachedLine { r#type: "ok", operation, guest, disk, device })
+}
+
+#[derive(Serialize)]
 struct ErrorLine<'a> {
     r#type: &'static str,
     operation: &'a str,
@@ -114,6 +129,7 @@ struct StatusDisk<'a> {
     moves: bool,
     stays: Option<&'a str>,
     gate: Option<&'a str>,
+    device: Option<&'a str>,
 }
 
 /// How a guest's disks are.
@@ -128,6 +144,11 @@ pub fn status(status: &Status) -> String {
             moves: disk.stays.is_none(),
             stays: disk.stays.map(|stays| stays.word()),
             gate: disk.gate.map(|gate| gate.word()),
+            device: status
+                .attached
+                .iter()
+                .find(|attached| attached.disk == disk.name)
+                .map(|found| found.device.as_str()),
         })
         .collect();
     let lineage = id(status.lineage);
@@ -367,7 +388,7 @@ pub fn done(guest: &str, done: &Done) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::wire::{DiskProgress, DiskStatus, Gate, Migration, Owner, Phase, State, text};
+    use crate::control::wire::{AttachedStatus, DiskProgress, DiskStatus, Gate, Migration, Owner, Phase, State, text};
     use crate::domain::Stays;
 
     #[test]
@@ -386,6 +407,10 @@ mod tests {
              \"nbd\":[\"unix:///run/n\"],\"listen\":null,\"next\":\"blockferry claim g1\"}\n"
         );
         assert_eq!(ok("switch", "g1"), "{\"type\":\"ok\",\"operation\":\"switch\",\"guest\":\"g1\"}\n");
+        assert_eq!(
+            attached("attach", "g1", "vda", "/dev/nbd0"),
+            "{\"type\":\"ok\",\"operation\":\"attach\",\"guest\":\"g1\",\"disk\":\"vda\",\"device\":\"/dev/nbd0\"}\n"
+        );
         assert_eq!(
             error(&Problem::refused("claim", "g1", "a \"b\"\\\n\u{1b}é")),
             "{\"type\":\"error\",\"operation\":\"claim\",\"object\":\"g1\",\"cause\":\"a \\\"b\\\"\\\\\\n\\u001Bé\",\
@@ -407,14 +432,17 @@ mod tests {
             lineage: 255,
             migration: Migration::Running,
             disks: disks.into_iter().collect(),
+            attached: [AttachedStatus { disk: text("a"), device: text("/dev/nbd3") }].into_iter().collect(),
             ..Status::default()
         };
         assert_eq!(
             status(&told),
             "{\"type\":\"status\",\"guest\":\"g1\",\"state\":\"owner\",\"term\":1,\"generation\":2,\
              \"lineage\":\"000000000000000000000000000000ff\",\"peer\":null,\"migration\":\"running\",\"next\":null,\
-             \"disks\":[{\"name\":\"a\",\"size_bytes\":512,\"moves\":true,\"stays\":null,\"gate\":\"serving\"},\
-             {\"name\":\"b\",\"size_bytes\":0,\"moves\":false,\"stays\":\"no source\",\"gate\":null}]}\n"
+             \"disks\":[{\"name\":\"a\",\"size_bytes\":512,\"moves\":true,\"stays\":null,\"gate\":\"serving\",\
+             \"device\":\"/dev/nbd3\"},\
+             {\"name\":\"b\",\"size_bytes\":0,\"moves\":false,\"stays\":\"no source\",\"gate\":null,\
+             \"device\":null}]}\n"
         );
     }
 

@@ -4,6 +4,7 @@
 //! `docs/architecture.md`: the way of a guest write, and the rules that the names D1 to D14 and M1 to M11 stand for.
 
 pub mod address;
+pub mod attach;
 pub mod cause;
 pub mod cli;
 pub mod control;
@@ -14,6 +15,7 @@ pub mod doors;
 pub mod error;
 pub mod export;
 pub mod guest;
+pub mod init;
 pub mod json;
 pub mod limits;
 pub mod listener;

@@ -248,6 +248,40 @@ pub const RETRY_PAUSE: Duration = Duration::from_millis(20);
 /// Pause of a door that cannot accept because the process or the host is out of descriptors or memory.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+// ---- the kernel's nbd devices ------------------------------------------------------------------------------------
+
+/// Devices of the kernel's nbd driver that are known: N of /dev/nbdN is below this. With 32 partitions each the driver
+/// has room for as many.
+pub const NBD_DEVICES_MAX: u32 = 32 * 1024;
+/// Longest path of such a device, in bytes.
+pub const NBD_DEVICE_PATH_MAX: usize = 16;
+/// Longest request to the driver, in bytes.
+pub const NETLINK_REQUEST_MAX: usize = 512;
+/// How long the driver keeps requests while nobody serves the device: longer than anybody takes to start `serve` again
+/// after a weekend. What it has kept longer fails, and with it what is only in the page cache.
+pub const NBD_DEAD_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
+/// After this the driver looks whether the connection over which it sent a request has been replaced.
+pub const NBD_LOOK: Duration = Duration::from_secs(5);
+/// How often the devices that are attached are looked at: whether they are still connected, and whether they may be.
+pub const ATTACHED_LOOK: Duration = Duration::from_millis(500);
+/// Longest wait, while the guest runs, for a device's page cache to be written back before a switchover.
+pub const ATTACHED_SYNC_MAX: Duration = Duration::from_secs(60);
+/// Longest wait for the proof that a device's page cache holds nothing while the gates are closed.
+pub const ATTACHED_PROOF_MAX: Duration = Duration::from_secs(2);
+/// Longest wait of `detach` for the device's page cache to be written back.
+pub const DETACH_SYNC_MAX: Duration = Duration::from_secs(40);
+/// Longest wait for a device that was disconnected to be free.
+pub const DETACH_FREE_MAX: Duration = Duration::from_secs(5);
+/// Longest wait that `attach` can be asked for, in seconds.
+pub const ATTACH_WAIT_MAX_S: u32 = 7 * 24 * 3600;
+
+const _: () = assert!(NETLINK_REQUEST_MAX >= 128 + GUEST_NAME_MAX + DISK_NAME_MAX + 64, "a connect must fit");
+const _: () = assert!(ATTACHED_PROOF_MAX.as_secs() < QUIESCE_MAX.as_secs(), "a proof that fails leaves time");
+const _: () = assert!(
+    DETACH_SYNC_MAX.as_secs() + DETACH_FREE_MAX.as_secs() + NETLINK_TIMEOUT.as_secs() < CONTROL_REPLY_TIMEOUT.as_secs(),
+    "detach says how it went before its command gives up"
+);
+
 // ---- control door and command line -------------------------------------------------------------------------------
 
 /// Longest frame on the control door, encoded, in bytes. A test checks that the largest message fits.
@@ -363,3 +397,30 @@ const _: () = assert!(PROBLEMS_MAX * (DISK_NAME_MAX + CAUSE_MAX + 9) + 32 < REPO
 const _: () =
     assert!(DIAL_MAX.as_secs() >= CONNECT_TIMEOUT.as_secs() + HANDSHAKE_TIMEOUT.as_secs() + HELLO_TIMEOUT.as_secs());
 const _: () = assert!(GO_PATIENCE.as_secs() < RUNNING_PATIENCE.as_secs(), "GO is repeated while migrate waits");
+
+// ---- PID 1 -------------------------------------------------------------------------------------------------------
+
+/// Most words of a command line that comes from the kernel or from fw_cfg.
+pub const INIT_WORDS_MAX: usize = 256;
+/// Longest command line of either, in bytes.
+pub const INIT_TEXT_MAX: usize = 64 * KIB;
+/// Longest name of a network interface, in bytes (the kernel's IFNAMSIZ without its NUL).
+pub const INTERFACE_NAME_MAX: usize = 15;
+/// Most mounts that the kernel's command line may ask for.
+pub const MOUNTS_MAX: usize = 16;
+/// Longest wait for a network interface or a disk to appear.
+pub const INIT_DEVICE_WAIT: Duration = Duration::from_secs(10);
+/// Longest wait for the kernel's answer to a netlink request.
+pub const NETLINK_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest answer to a netlink request: an error, and the request again.
+pub const NETLINK_ANSWER_MAX: usize = 4 * KIB;
+/// How often init looks whether the command has said that it is ready.
+pub const INIT_READY_LOOK: Duration = Duration::from_millis(50);
+/// First and longest pause before a command that crashed is started again; each is twice the one before.
+pub const INIT_RESTART_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+/// A command that ran for so long begins with the first pause again.
+pub const INIT_RESTART_CALM: Duration = Duration::from_secs(60);
+/// How long everybody else has to end after SIGTERM, and after SIGKILL.
+pub const INIT_GRACE: (Duration, Duration) = (Duration::from_secs(3), Duration::from_secs(2));
+/// Longest sync before the machine ends: a disk that hangs does not keep it on.
+pub const INIT_SYNC_MAX: Duration = Duration::from_secs(10);

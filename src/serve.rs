@@ -9,11 +9,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::address::Address;
+use crate::attach::{Device, NotAttached};
 use crate::control::port_door;
 use crate::control::server::{Desk, News, Server};
 use crate::control::wire::Gate as ShownGate;
 use crate::control::wire::{
-    self, DiskStatus, MigrateRequest, Migration, Owner, Ownership, Recovered, SetRequest, Status, text,
+    self, AttachRequest, AttachedStatus, DiskStatus, MigrateRequest, Migration, Owner, Ownership, Recovered,
+    SetRequest, Status, text,
 };
 use crate::disk::{Access, Disk};
 use crate::domain::Source;
@@ -21,7 +23,7 @@ use crate::doors::{self, GuestDirectory};
 use crate::error::{Problem, reason};
 use crate::export::{Door, Export, Gate};
 use crate::guest::Guest;
-use crate::limits::{LANE_SILENCE_MAX, RESTART_LOOK, RESTART_PATIENCE};
+use crate::limits::{HANG_UP_POLL, LANE_SILENCE_MAX, RESTART_LOOK, RESTART_PATIENCE};
 use crate::listener::Listener;
 use crate::migrate::destination::{self, MigrationDirectory};
 use crate::migrate::{recover, settle};
@@ -41,6 +43,7 @@ pub fn serve(options: ServeOptions) -> Result<(), Problem> {
     let address = listen.as_ref().map(|listener| listener.address().clone());
     let guest = Arc::new(Guest::open(&options, address)?);
     settle::start(&guest).map_err(|error| Problem::fatal("serve", &guest.name, error))?;
+    guest.attached.resume(&guest);
 
     for listener in &nbd {
         open_guest_door(&guest, listener)?;
@@ -217,6 +220,13 @@ impl Desk for ControlDesk {
                     gate: disk.export.as_ref().map(|export| shown(export.gate())),
                 })
                 .collect(),
+            // No more than there are disks.
+            attached: guest
+                .attached
+                .shown()
+                .iter()
+                .map(|(disk, device)| AttachedStatus { disk: text(disk), device: text(&device.to_string()) })
+                .collect(),
         }
     }
 
@@ -275,6 +285,26 @@ impl Desk for ControlDesk {
             Err(problem) if attempt.is_some() => Err(problem),
             Err(_) => guest.destination.cancel(guest, cause).map_err(refuse),
         }
+    }
+
+    fn attach(&self, request: &AttachRequest) -> Result<bool, Problem> {
+        let guest = &self.guest;
+        let device =
+            Device::parse(&request.device).map_err(|cause| Problem::usage("attach", &request.device, cause))?;
+        match guest.attached.attach(guest, &request.disk, device) {
+            Ok(()) => Ok(true),
+            Err(NotAttached::Yet) => {
+                guest.attached.rest(HANG_UP_POLL);
+                Ok(false)
+            }
+            Err(NotAttached::Refused(cause)) => Err(Problem::refused("attach", &guest.name, cause)),
+        }
+    }
+
+    fn detach(&self, device: &str) -> Result<(), Problem> {
+        let parsed = Device::parse(device).map_err(|cause| Problem::usage("detach", device, cause))?;
+        let detached = self.guest.attached.detach(&self.guest, parsed);
+        detached.map_err(|cause| Problem::refused("detach", device, cause))
     }
 
     fn set(&self, change: &SetRequest) -> Result<(), Problem> {

@@ -238,7 +238,11 @@ fn status_text(status: &Status) -> String {
         let bytes = if disk.size_bytes == 0 { "-".to_owned() } else { size(disk.size_bytes) };
         let fate = disk.stays.map_or_else(|| "moves".to_owned(), |stays| format!("stays: {stays}"));
         let gate = disk.gate.map_or("-", |gate| gate.word());
-        let _ = writeln!(out, "  {:width$}  {bytes:>8}  {fate:16}  {gate}", OneLine(&disk.name).to_string());
+        let _ = write!(out, "  {:width$}  {bytes:>8}  {fate:16}  {gate}", OneLine(&disk.name).to_string());
+        if let Some(attached) = status.attached.iter().find(|attached| attached.disk == disk.name) {
+            let _ = write!(out, "  {}", OneLine(&attached.device));
+        }
+        out.push('\n');
     }
     if !status.hint.is_empty() {
         let _ = writeln!(out, "next: {}", OneLine(&status.hint));
@@ -249,7 +253,7 @@ fn status_text(status: &Status) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::wire::{DiskStatus, Gate, State};
+    use crate::control::wire::{AttachedStatus, DiskStatus, Gate, State};
     use crate::domain::Stays;
 
     #[test]
@@ -265,12 +269,13 @@ mod tests {
             peer: text("tcp://b:1"),
             hint: text("blockferry who-owns g1"),
             disks: disks.into_iter().collect(),
+            attached: [AttachedStatus { disk: text("vda"), device: text("/dev/nbd3") }].into_iter().collect(),
             ..Status::default()
         };
         assert_eq!(
             status_text(&status),
             "g1: given order=1.4 lineage=000000000000000000000000000000ab peer=tcp://b:1\n  \
-             vda  20.0 GiB  moves             serving\n  \
+             vda  20.0 GiB  moves             serving  /dev/nbd3\n  \
              sr0         -  stays: no source  -\n\
              next: blockferry who-owns g1\n"
         );

@@ -6,9 +6,10 @@ use std::thread;
 
 use super::*;
 use crate::address::Address;
+use crate::attach::Device;
 use crate::control::fake::{FakeDesk, WAIT};
 use crate::control::server::Server;
-use crate::control::wire::{Done, Owner, Ownership, Phase, Progress, Request, SetRequest, Word, text};
+use crate::control::wire::{AttachRequest, Done, Owner, Ownership, Phase, Progress, Request, SetRequest, Word, text};
 use crate::disk::Cache;
 use crate::domain::Disk;
 use crate::limits::{CONNECTIONS_PER_DISK_MAX, DOWNTIME_LIMIT_DEFAULT_MS};
@@ -33,6 +34,9 @@ fn wrong(line: &str, text: &str) {
     assert_eq!(problem.to_string(), format!("blockferry: {text}"), "{line}");
     assert_eq!(problem.exit, Exit::Usage);
 }
+
+/// What is said of a bad name.
+const NAMES: &str = "no spaces, slashes, commas, equal signs, quotes, nor '.' or '-' first";
 
 fn unix(path: &str) -> Address {
     Address::Unix(path.into())
@@ -281,13 +285,69 @@ fn export_parses_and_says_what_is_wrong() {
     wrong("export a b", "export: a: each of several files needs a name: NAME=FILE");
     wrong("export x=a x=b", "export: x: the name is given twice");
     wrong("export x=", "export: 'x=': the path is empty");
-    let bad = "no spaces, slashes, commas, equal signs, quotes, nor '.' or '-' first";
-    wrong("export .x=a", &format!("export: '.x=a': '.x' is not a disk's name: {bad}"));
+    wrong("export .x=a", &format!("export: '.x=a': '.x' is not a disk's name: {NAMES}"));
     wrong("export a --cache x", "export: --cache: 'x' is neither writeback nor none");
     wrong("export a --persistent --once", "export: --once: excludes --persistent");
     wrong("export a --tls-dir d", "export: --tls-dir: not built yet");
     let many: Vec<String> = (0..33).map(|i| format!("v{i}=f")).collect();
     wrong(&format!("export {}", many.join(" ")), "export: FILE: 33 files are more than 32");
+}
+
+#[test]
+fn attach_and_detach_take_devices_of_the_driver() {
+    let Command::Attach(options) = command("attach g1 vda /dev/nbd0") else { panic!("not attach") };
+    assert_eq!(options.door, door("g1"));
+    assert_eq!((&*options.request.disk, &*options.request.device), ("vda", "/dev/nbd0"));
+    assert_eq!(options.request.wait_s, None);
+    let Command::Attach(options) = command("attach g1 vda /dev/nbd1 --wait 0 --control unix:///c") else {
+        panic!("not attach")
+    };
+    assert_eq!((options.door.control, options.request.wait_s), (unix("/c"), Some(0)));
+    let detach = DetachOptions {
+        device: Device::parse("/dev/nbd15").expect("a device"),
+        control: None,
+        insecure_plaintext: false,
+        force: false,
+    };
+    assert_eq!(command("detach /dev/nbd15"), Command::Detach(detach));
+    let Command::Detach(options) = command("detach /dev/nbd15 --force --control unix:///c") else {
+        panic!("not detach")
+    };
+    assert_eq!((options.force, options.control), (true, Some(unix("/c"))));
+    let bad = "not a device of the kernel's nbd driver: /dev/nbdN, N from 0 to 32767";
+    wrong("attach g1 vda /dev/sda", &format!("attach: /dev/sda: {bad}"));
+    wrong("detach nbd0", &format!("detach: nbd0: {bad}"));
+    wrong("attach g1 vda", "attach: /dev/nbdN: missing");
+    wrong("attach g1 v/a /dev/nbd0", &format!("attach: DISK: 'v/a' is not a disk's name: {NAMES}"));
+    wrong("attach g1 vda /dev/nbd0 --wait 9999999", "attach: --wait: '9999999' is not a whole number from 0 to 604800");
+    wrong("detach", "detach: /dev/nbdN: missing");
+}
+
+#[test]
+fn a_device_that_is_nobodys_is_not_detached() {
+    let options = DetachOptions {
+        device: Device::parse("/dev/nbd32767").expect("a device"),
+        control: None,
+        insecure_plaintext: false,
+        force: true,
+    };
+    let problem = attach::detach(&options, false).expect_err("there is no such device");
+    assert_eq!(problem.to_string(), "blockferry: detach: /dev/nbd32767: is not attached");
+    assert_eq!(problem.exit, Exit::Refused);
+}
+
+#[test]
+fn attach_says_what_has_become_of_the_disk() {
+    let desk = FakeDesk::default();
+    desk.change(|inner| inner.owns = true);
+    with_guest(&desk, |door| {
+        let request = AttachRequest { disk: text("vda"), device: text("/dev/nbd0"), wait_s: Some(9) };
+        let options = AttachOptions { door: door.clone(), request };
+        assert_eq!(attach::attach(&options, false), Ok("g1: disk vda is /dev/nbd0\n".to_owned()));
+        let json = attach::attach(&options, true).expect("attached");
+        assert!(json.ends_with("\"disk\":\"vda\",\"device\":\"/dev/nbd0\"}\n"), "{json}");
+    });
+    assert_eq!(desk.calls(), ["attach vda /dev/nbd0 Some(9)"; 2]);
 }
 
 #[test]

@@ -91,7 +91,7 @@ impl Client {
         match self.link.send(request, Instant::now() + CONTROL_SEND_TIMEOUT) {
             // A process that refuses and closes at once breaks the sending; what it said is still there to be read.
             Err(e) if e.kind() != ErrorKind::BrokenPipe => Err(self.lost(&reason(&e))),
-            _ => self.receive(Instant::now() + CONTROL_REPLY_TIMEOUT),
+            _ => self.receive(Some(Instant::now() + CONTROL_REPLY_TIMEOUT)),
         }
     }
 
@@ -106,16 +106,25 @@ impl Client {
         }
     }
 
+    /// Sends a request whose one reply may take as long as it likes.
+    ///
+    /// # Errors
+    /// As [`Client::ask`].
+    pub fn ask_patiently(&mut self, request: &Request) -> Result<Reply, Problem> {
+        self.link.send(request, Instant::now() + CONTROL_SEND_TIMEOUT).map_err(|e| self.lost(&reason(&e)))?;
+        self.receive(None)
+    }
+
     /// Waits for the next reply to a request that has several.
     ///
     /// # Errors
     /// The refusal, or the connection's end.
     pub fn next_reply(&mut self) -> Result<Reply, Problem> {
-        self.receive(Instant::now() + CONTROL_REPLY_TIMEOUT)
+        self.receive(Some(Instant::now() + CONTROL_REPLY_TIMEOUT))
     }
 
-    fn receive(&mut self, deadline: Instant) -> Result<Reply, Problem> {
-        match self.link.receive(Some(deadline)) {
+    fn receive(&mut self, deadline: Option<Instant>) -> Result<Reply, Problem> {
+        match self.link.receive(deadline) {
             Ok(Some(Reply::Refused(refusal))) => Err(refusal.into()),
             Ok(Some(reply)) => Ok(reply),
             Ok(None) => Err(self.lost("the process closed the connection")),

@@ -23,6 +23,8 @@ pub(crate) struct Inner {
     pub(crate) running: Option<Progress>,
     pub(crate) done: Option<Done>,
     pub(crate) given: bool,
+    /// A disk may be attached.
+    pub(crate) owns: bool,
     pub(crate) ownership: Ownership,
 }
 
@@ -102,6 +104,21 @@ impl Desk for FakeDesk {
         }
         self.end(Exit::Aborted, cause);
         Ok(())
+    }
+
+    fn attach(&self, request: &AttachRequest) -> Result<bool, Problem> {
+        self.note(format!("attach {} {} {:?}", request.disk, request.device, request.wait_s))?;
+        let mut inner = self.inner.lock().expect("no panic");
+        if inner.owns {
+            return Ok(true);
+        }
+        inner = self.changed.wait_timeout(inner, WAIT / 100).expect("no panic").0;
+        Ok(inner.owns)
+    }
+
+    fn detach(&self, device: &str) -> Result<(), Problem> {
+        self.note(format!("detach {device}"))?;
+        Err(Problem::refused("detach", device, "is in use"))
     }
 
     fn set(&self, change: &SetRequest) -> Result<(), Problem> {

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use crate::control::link::{Link, frame_error, is_unknown};
 use crate::control::wire::{
-    Convergence, Done, MigrateRequest, Ownership, Phase, Progress, Recovered, Refusal, Reply, Request, SetRequest,
-    Status, VERSION, Word,
+    AttachRequest, Convergence, Done, MigrateRequest, Ownership, Phase, Progress, Recovered, Refusal, Reply, Request,
+    SetRequest, Status, VERSION, Word,
 };
 use crate::error::Problem;
 use crate::limits::{
@@ -62,6 +62,19 @@ pub trait Desk: Send + Sync {
     /// # Errors
     /// There is none, or GIVEN is begun (M3).
     fn cancel(&self, attempt: Option<u128>, cause: &str) -> std::result::Result<(), Problem>;
+
+    /// Makes a disk a device of this host: `false` if it does not own the disk yet, after a moment of waiting for that.
+    ///
+    /// # Errors
+    /// Why not; nothing has changed.
+    fn attach(&self, request: &AttachRequest) -> std::result::Result<bool, Problem>;
+
+    /// Gives a device up. Waits until what is in its page cache is written, but not for longer than it takes to be
+    /// sure that this is slow.
+    ///
+    /// # Errors
+    /// Why not.
+    fn detach(&self, device: &str) -> std::result::Result<(), Problem>;
 
     /// Changes the running migration.
     ///
@@ -189,6 +202,7 @@ pub(crate) fn converse(link: &mut Link, desk: &dyn Desk) -> Result<()> {
             }
             Request::Migrate(request) => hello = migrate(link, desk, &request)?,
             Request::Follow => hello = follow_present(link, desk)?,
+            Request::Attach(request) => hello = attach(link, desk, &request)?,
             request => answer(link, desk, request)?,
         }
     }
@@ -202,13 +216,14 @@ fn unknown_request() -> Problem {
 fn answer(link: &mut Link, desk: &dyn Desk, request: Request) -> Result<()> {
     match request {
         // Handled by the callers.
-        Request::Hello { .. } | Request::Migrate(_) | Request::Follow => Ok(()),
+        Request::Hello { .. } | Request::Migrate(_) | Request::Follow | Request::Attach(_) => Ok(()),
         Request::Status => send(link, &Reply::Status(desk.status())),
         Request::Claim { discard_record } => report(link, desk.claim(discard_record)),
         Request::Switch => report(link, desk.switch()),
         Request::Cancel { cause } => report(link, desk.cancel(None, &cause)),
         Request::Set(change) => report(link, desk.set(&change)),
         Request::WhoOwns => send(link, &Reply::Ownership(desk.ownership())),
+        Request::Detach { device } => report(link, desk.detach(&device)),
         Request::Recover(word) => match desk.recover(word) {
             Ok(recovered) => send(link, &Reply::Recovered(recovered)),
             Err(problem) => refuse(link, &problem),
@@ -236,6 +251,31 @@ fn migrate(link: &mut Link, desk: &dyn Desk, request: &MigrateRequest) -> Result
         }
     }
     followed
+}
+
+/// Attaches a disk as soon as this host owns it, unless the client goes away before or has waited long enough. Gives a
+/// hello back that ended the waiting.
+fn attach(link: &mut Link, desk: &dyn Desk, request: &AttachRequest) -> Result<Option<Request>> {
+    let patience = request.wait_s.map(|seconds| Instant::now() + Duration::from_secs(seconds.into()));
+    loop {
+        match desk.attach(request) {
+            Ok(true) => return send(link, &Reply::Ok).map(|()| None),
+            Err(problem) => return refuse(link, &problem).map(|()| None),
+            Ok(false) if patience.is_some_and(|patience| Instant::now() >= patience) => {
+                let cause = "this host does not own the disk yet";
+                return refuse(link, &Problem::refused("attach", &request.disk, cause)).map(|()| None);
+            }
+            Ok(false) => {}
+        }
+        match link.receive(Some(Instant::now())) {
+            Ok(Some(hello @ Request::Hello { .. })) => return Ok(Some(hello)),
+            Ok(Some(_)) => refuse(link, &Problem::refused("control", "request", "an attach is waiting here"))?,
+            Ok(None) => return Err(Error::new(ErrorKind::ConnectionAborted, "the client went away")),
+            Err(e) if e.kind() == ErrorKind::TimedOut => {}
+            Err(e) if is_unknown(&e) => refuse(link, &unknown_request())?,
+            Err(e) => return Err(e),
+        }
+    }
 }
 
 /// Follows the running migration, or tells the end of the last one.
@@ -288,7 +328,7 @@ fn answer_meanwhile(link: &mut Link, desk: &dyn Desk) -> Result<Option<Request>>
     loop {
         match link.receive(Some(Instant::now())) {
             Ok(Some(hello @ Request::Hello { .. })) => return Ok(Some(hello)),
-            Ok(Some(Request::Migrate(_) | Request::Follow)) => {
+            Ok(Some(Request::Migrate(_) | Request::Follow | Request::Attach(_))) => {
                 refuse(link, &Problem::refused("control", "request", "a migration is being followed here already"))?;
             }
             Ok(Some(request)) => answer(link, desk, request)?,

@@ -138,6 +138,7 @@ fn a_status() -> Status {
         }]
         .into_iter()
         .collect(),
+        attached: [AttachedStatus { disk: text("a"), device: text("/dev/nbd0") }].into_iter().collect(),
     }
 }
 
@@ -173,6 +174,7 @@ fn a_recovered() -> Recovered {
 fn messages() -> Vec<String> {
     let set = |bandwidth_bytes, downtime_limit_ms| Request::Set(SetRequest { bandwidth_bytes, downtime_limit_ms });
     let refusal = Refusal { exit: 1, operation: text("claim"), object: text("g1"), cause: text("there is a record") };
+    let attach = |wait_s| Request::Attach(AttachRequest { disk: text("a"), device: text("/dev/nbd0"), wait_s });
     vec![
         ask("hello", &Request::Hello { version: VERSION, session: 0x1234_5678 }),
         ask("status", &Request::Status),
@@ -186,6 +188,9 @@ fn messages() -> Vec<String> {
         ask("follow", &Request::Follow),
         ask("who-owns", &Request::WhoOwns),
         ask("recover", &Request::Recover(Word::ForgetPeer)),
+        ask("attach", &attach(Some(300))),
+        ask("attach-patiently", &attach(None)),
+        ask("detach", &Request::Detach { device: text("/dev/nbd0") }),
         answer("hello", &Reply::Hello { version: VERSION, guest: text("g1"), session: 0x1234_5678 }),
         answer("ok", &Reply::Ok),
         answer("refused", &Reply::Refused(refusal)),
@@ -242,7 +247,7 @@ fn every_message_and_every_number_is_pinned() {
 
 #[test]
 fn no_message_is_missing() {
-    for (kind, count) in [("request ", 10), ("reply ", 8)] {
+    for (kind, count) in [("request ", 12), ("reply ", 8)] {
         let of_kind = messages().into_iter().filter(|line| line.starts_with(kind));
         let numbers: BTreeSet<String> =
             of_kind.map(|line| line.split(' ').nth(2).expect("bytes")[..2].into()).collect();
@@ -312,6 +317,7 @@ fn the_largest_messages_fit_a_frame() {
         peer: full(),
         hint: full(),
         disks: (0..DISKS_MAX).map(|_| disk.clone()).collect(),
+        attached: (0..DISKS_MAX).map(|_| AttachedStatus { disk: full(), device: full() }).collect(),
         ..a_status()
     };
     let ownership = Ownership {
@@ -365,7 +371,7 @@ fn what_goes_one_way_means_nothing_the_other_way() {
 #[test]
 fn a_newer_peers_appended_field_is_ignored_and_its_new_message_is_unknown() {
     assert_eq!(frame::decode(&frame(&[2, 1, 77, 78])), Ok(Request::Claim { discard_record: true }));
-    assert_eq!(frame::decode::<Request>(&frame(&[10])), Err(FrameError::Unknown));
+    assert_eq!(frame::decode::<Request>(&frame(&[12])), Err(FrameError::Unknown));
     assert_eq!(frame::decode::<Request>(&frame(&[])), Err(FrameError::Unknown));
 }
 

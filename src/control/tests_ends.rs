@@ -37,6 +37,53 @@ fn a_client(socket: Socket) -> Client {
     Client::greet("test", "g1", socket).expect("greets")
 }
 
+fn an_attach(wait_s: Option<u32>) -> Request {
+    Request::Attach(AttachRequest { disk: text("vda"), device: text("/dev/nbd0"), wait_s })
+}
+
+#[test]
+fn an_attach_waits_until_the_disk_is_owned_or_its_time_is_up() {
+    let desk = FakeDesk::default();
+    attended(&desk, |socket| {
+        let mut client = a_client(socket);
+        let problem = client.ask_patiently(&an_attach(Some(0))).expect_err("not owned");
+        assert_eq!(problem.to_string(), "blockferry: attach: vda: this host does not own the disk yet");
+        assert_eq!(problem.exit, Exit::Refused);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                desk.wait_for("attach vda /dev/nbd0 None");
+                desk.change(|inner| inner.owns = true);
+            });
+            assert_eq!(client.ask_patiently(&an_attach(None)), Ok(Reply::Ok));
+        });
+        let problem = client.tell(&Request::Detach { device: text("/dev/nbd0") }).expect_err("the desk says no");
+        assert_eq!(problem.to_string(), "blockferry: detach: /dev/nbd0: is in use");
+    });
+}
+
+#[test]
+fn an_attach_ends_with_its_client() {
+    let desk = FakeDesk::default();
+    // `attended` returns when the connection's thread has ended.
+    attended(&desk, |socket| {
+        let mut link = Link::new(Arc::new(socket));
+        let hello = Request::Hello { version: VERSION, session: 7 };
+        link.send(&hello, Instant::now() + WAIT).expect("sends");
+        link.send(&an_attach(None), Instant::now() + WAIT).expect("sends");
+        desk.wait_for("attach");
+        // Nothing else is done meanwhile, but a hello begins anew.
+        link.send(&Request::Switch, Instant::now() + WAIT).expect("sends");
+        link.send(&hello, Instant::now() + WAIT).expect("sends");
+        link.send(&an_attach(None), Instant::now() + WAIT).expect("sends");
+        let deadline = Some(Instant::now() + WAIT);
+        let mut replies = || link.receive::<Reply>(deadline).expect("a reply").expect("no end");
+        assert!(matches!(replies(), Reply::Hello { .. }));
+        assert!(matches!(replies(), Reply::Refused(refusal) if refusal.cause == "an attach is waiting here"));
+        assert!(matches!(replies(), Reply::Hello { .. }));
+    });
+    assert!(desk.calls().iter().all(|call| call.starts_with("attach")), "{:?}", desk.calls());
+}
+
 #[test]
 fn each_request_reaches_the_desk_and_its_answer_comes_back() {
     let desk = FakeDesk::default();

@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use crate::domain::Stays;
 use crate::error::{Dies, Exit, Problem};
 use crate::limits::{
-    ADDRESS_MAX, CAUSE_MAX, DISK_NAME_MAX, DISKS_MAX, GUEST_NAME_MAX, NEXT_STEPS_MAX, OPERATION_MAX, RECORD_TEXT_MAX,
-    REPORT_MAX,
+    ADDRESS_MAX, CAUSE_MAX, DISK_NAME_MAX, DISKS_MAX, GUEST_NAME_MAX, NBD_DEVICE_PATH_MAX, NEXT_STEPS_MAX,
+    OPERATION_MAX, RECORD_TEXT_MAX, REPORT_MAX,
 };
 
 /// The version of these messages. Both ends are the same executable as a rule, so there is no older one to speak.
@@ -29,6 +29,8 @@ pub type GuestName = String<GUEST_NAME_MAX>;
 pub type DiskName = String<DISK_NAME_MAX>;
 /// An address as it prints.
 pub type AddressText = String<ADDRESS_MAX>;
+/// A device of the kernel's nbd driver.
+pub type DevicePath = String<NBD_DEVICE_PATH_MAX>;
 /// A cause, or a hint.
 pub type Cause = String<CAUSE_MAX>;
 
@@ -69,6 +71,24 @@ pub enum Request {
     /// 9: ask the other host, and if the operator says so, do without it (M5, M6, M8); answered by
     /// [`Reply::Recovered`].
     Recover(Word),
+    /// 10: a disk becomes a device of this host; answered when it is, which is when this host owns the disk.
+    Attach(AttachRequest),
+    /// 11: a device is given up.
+    Detach {
+        /// The device.
+        device: DevicePath,
+    },
+}
+
+/// What `attach` asks for.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachRequest {
+    /// The disk.
+    pub disk: DiskName,
+    /// The device.
+    pub device: DevicePath,
+    /// How long this host's ownership is waited for, in seconds; `None`: as long as the client stays.
+    pub wait_s: Option<u32>,
 }
 
 /// The operator's word when a record waits for another host.
@@ -317,6 +337,17 @@ pub struct Status {
     pub hint: Cause,
     /// Every disk, in the order of the command line.
     pub disks: Vec<DiskStatus, DISKS_MAX>,
+    /// The disks that are devices of this host.
+    pub attached: Vec<AttachedStatus, DISKS_MAX>,
+}
+
+/// One device in [`Status`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachedStatus {
+    /// The disk.
+    pub disk: DiskName,
+    /// The device.
+    pub device: DevicePath,
 }
 
 /// Whether a migration can be followed.

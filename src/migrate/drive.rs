@@ -17,19 +17,20 @@ use super::preflight;
 use super::settle::{self, Trouble};
 use super::source::Job;
 use super::wire::{Epoch, Hello, Message, Mode, Prepare, Prepared, Role, Verify, cut};
+use crate::attach::Held;
 use crate::control::wire::{Convergence, DiskProgress, Done, Owner, Phase, text};
 use crate::error::Exit;
 use crate::export::{Quiesced, quiesce};
 use crate::guest::Guest;
 use crate::limits::{
-    ABSENT_MAX, CONNECTIONS_PER_DISK_MAX, DIAL_MAX, DISKS_MAX, DISTANT, FENCE_MAX, FLUSH_PERIOD, GO_PATIENCE,
-    LANES_DISTANT, LINK_LOOK, LINK_SILENCE_MAX, LOST_PATIENCE, PING_PERIOD, PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX,
-    RECONNECT_PAUSE, REDIAL_MAX, REPLY_TIMEOUT, RUNNING_PATIENCE, SEAL_MAX, SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK,
-    UNSEALED_PATIENCE,
+    ABSENT_MAX, ATTACHED_PROOF_MAX, ATTACHED_SYNC_MAX, CONNECTIONS_PER_DISK_MAX, DIAL_MAX, DISKS_MAX, DISTANT,
+    FENCE_MAX, FLUSH_PERIOD, GO_PATIENCE, LANES_DISTANT, LINK_LOOK, LINK_SILENCE_MAX, LOST_PATIENCE, PING_PERIOD,
+    PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REDIAL_MAX, REPLY_TIMEOUT, RUNNING_PATIENCE, SEAL_MAX,
+    SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
 };
 use crate::mirror::{Counts, Lost, Mirror, NotReady};
 use crate::ownership::{Event, KeepError, Peer, Record, Stamp};
-use outage::Outage;
+use outage::{Outage, stop};
 
 mod outage;
 
@@ -304,7 +305,7 @@ struct Drive<'a> {
     flushed: Instant,
 }
 
-impl Drive<'_> {
+impl<'a> Drive<'a> {
     /// Copies until the final pass would be short enough, and, with `--hold`, until somebody says switch.
     fn perform(&mut self) -> Result<(), Stop> {
         for (export, ready) in self.job.exports.iter().zip(self.prepared.disks.clone()) {
@@ -353,9 +354,9 @@ impl Drive<'_> {
         // M5: durable before anything that lets the destination seal.
         self.record(&offer)?;
         let mut tries = 0;
-        let quiesced = loop {
+        let (held, quiesced) = loop {
             match self.final_pass() {
-                Ok(quiesced) => break quiesced,
+                Ok(passed) => break passed,
                 Err(NotYet::Stop(stop)) => return Err(stop),
                 Err(NotYet::GoOn(cause)) => {
                     tries += 1;
@@ -379,6 +380,8 @@ impl Drive<'_> {
             if left > 0 || !quiesced.holds() {
                 return Err("the guest has written after the final pass".into());
             }
+            // W3: nor is anything left where it cannot be seen from here.
+            self.prove(&held, Instant::now() + ATTACHED_PROOF_MAX)?;
             self.job.close_decision("the guest is given away")?;
             self.show_phase(Phase::Give);
             self.record(&Event::Give { sealed: self.stamp })
@@ -395,12 +398,26 @@ impl Drive<'_> {
         }
         let since = quiesced.since();
         quiesced.fence();
+        let farewell = held.given(self.guest);
         self.lanes.end();
-        Ok(self.give(since, Instant::now() + RUNNING_PATIENCE))
+        let handed = self.give(since, Instant::now() + RUNNING_PATIENCE);
+        // W5: found out meanwhile, as a rule.
+        Ok(match (handed, farewell.late(ATTACHED_PROOF_MAX)) {
+            (Handed::Over(_), Some(late)) => Handed::OverBut(late),
+            (handed, _) => handed,
+        })
     }
 
-    /// Quiesces the guest and copies what is left: when this returns, the destination has everything, flushed (D5).
-    fn final_pass(&mut self) -> Result<Quiesced, NotYet> {
+    /// Quiesces the guest and copies what is left: when this returns, the destination has everything, flushed (D5), and
+    /// no page cache of this host holds more (W2).
+    fn final_pass(&mut self) -> Result<(Held<'a>, Quiesced), NotYet> {
+        let guest = self.guest;
+        let held =
+            guest.attached.hold().ok_or_else(|| NotYet::GoOn("a disk is being attached or detached".to_owned()))?;
+        if !held.is_empty() {
+            self.write_out(&held)?;
+            self.copy_until_converged().map_err(NotYet::Stop)?;
+        }
         self.show_phase(Phase::Final);
         let deadline = Instant::now() + QUIESCE_MAX;
         let exports: Vec<_> = self.guest.exports().filter(|export| !export.is_read_only()).cloned().collect();
@@ -409,7 +426,35 @@ impl Drive<'_> {
         self.mirrors.iter().for_each(|mirror| mirror.hurry(&quiesced));
         let ready = self.settle_mirrors(&quiesced, deadline);
         self.mirrors.iter().for_each(|mirror| mirror.relax());
-        ready.map(|()| quiesced)
+        ready.and_then(|()| self.prove(&held, deadline.min(Instant::now() + ATTACHED_PROOF_MAX)))?;
+        Ok((held, quiesced))
+    }
+
+    /// W1: has the kernel write out what the guest has written through `/dev/nbdN`, while the gates are open and the
+    /// mirror runs.
+    fn write_out(&mut self, held: &Held<'_>) -> Result<(), NotYet> {
+        if let Some(user) = self.guest.attached.user().filter(|_| !self.job.request.hold) {
+            return stop(&format!("{user}, and would be switched without a word: use --hold, and switch"));
+        }
+        let deadline = Instant::now() + ATTACHED_SYNC_MAX;
+        let mut syncs = held.sync().map_err(NotYet::GoOn)?;
+        while !syncs.wait(Instant::now()).map_err(|cause| NotYet::Stop(cause.into()))? {
+            if Instant::now() >= deadline {
+                let seconds = ATTACHED_SYNC_MAX.as_secs();
+                return Err(NotYet::GoOn(format!("{}: not written back in {seconds} s", syncs.slowest())));
+            }
+            self.look().map_err(NotYet::Stop)?;
+        }
+        Ok(())
+    }
+
+    /// W2, W3: with closed gates a sync ends only where nothing is left to be written.
+    fn prove(&self, held: &Held<'_>, deadline: Instant) -> Result<(), NotYet> {
+        let mut syncs = held.sync().map_err(NotYet::GoOn)?;
+        if syncs.wait(deadline).map_err(|cause| NotYet::Stop(cause.into()))? {
+            return Ok(());
+        }
+        Err(NotYet::GoOn(format!("{} is still being written: the VMM must be stopped", syncs.slowest())))
     }
 
     /// A connection that is lost now, or that does not get on, is not mended while the guest waits: that takes as long

@@ -79,6 +79,10 @@ impl Source {
             .map_err(|cause| Problem::usage("migrate", &request.destination, cause))?;
         address.check_plaintext("migrate", request.insecure_plaintext || guest.insecure_plaintext)?;
         let exports = choose(guest, request).map_err(|cause| refuse(&cause))?;
+        // W5: only the VMM can be still, and only its user can make it so.
+        if let Some(user) = guest.attached.user().filter(|_| !request.hold) {
+            return Err(refuse(&format_args!("{user}: stop that before the hand-over: --hold, and then switch")));
+        }
 
         let mut slot = self.lock();
         if let Some(job) = slot.as_ref().filter(|job| !job.is_over()) {

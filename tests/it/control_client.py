@@ -13,16 +13,16 @@ WORDS = {"state": "incoming receiving sealed owner offered given superseded unkn
          "owner": "here destination unknown elsewhere", "verify": "none written full", "convergence":
          "copying converged too-long guest-is-faster"}
 # Fields in order: u a varint, b a byte, t a text, d a digest, ? an option, * a sequence, a key of WORDS an enum.
-DISK = "name:t size:u stays:?stays gate:?gate"
-MOVING = ("name:t size:u left:u sent:u zeroes:u rate:u dirty_rate:u passes:u estimate_s:?u resent:u equal:u verified:u "
-          "unverified:u")
-RECEIPT = "verify:verify bytes:u root:d term:u generation:u"
+LISTS = {"*disk": "name:t size:u stays:?stays gate:?gate", "*device": "name:t device:t", "*moving":
+         "name:t size:u left:u sent:u zeroes:u rate:u dirty_rate:u passes:u estimate_s:?u resent:u equal:u verified:u "
+         "unverified:u", "receipt": "verify:verify bytes:u root:d term:u generation:u"}
 REPLIES = [
     ("hello", "version:u guest:t session:u"), ("ok", ""), ("refused", "exit:b operation:t object:t cause:t"),
-    ("status", "guest:t state:state term:u generation:u lineage:u peer:t migration:migration hint:t disks:*disk"),
+    ("status", "guest:t state:state term:u generation:u lineage:u peer:t migration:migration hint:t disks:*disk "
+     "attached:*device"),
     ("progress", "attempt:u phase:phase elapsed_ms:u convergence:convergence predicted_ms:?u downtime_limit_ms:u "
-     "bandwidth:u held:b disks:*moving lost_ms:?u lost_cause:t"), ("done", "attempt:u exit:b message:t owner:owner destination:t "
-     "sent:u zeroes:u passes:u total_ms:u switchover_us:?u resent:u equal:u receipt:?receipt")]
+     "bandwidth:u held:b disks:*moving lost_ms:?u lost_cause:t"), ("done", "attempt:u exit:b message:t owner:owner "
+     "destination:t sent:u zeroes:u passes:u total_ms:u switchover_us:?u resent:u equal:u receipt:?receipt")]
 
 def crc32c(data):
     crc = 0xFFFFFFFF
@@ -61,13 +61,13 @@ def read(data, kind):
     if kind == "b": return next(data)
     if kind[0] == "?": return read(data, kind[1:]) if next(data) else None
     if kind == "d": return bytes(next(data) for _ in range(32)).hex()
-    if kind == "receipt": return fields(data, RECEIPT)
+    if kind == "receipt": return fields(data, LISTS[kind])
     byte, value, shift = next(data), 0, 0
     while byte > 127:
         byte, value, shift = next(data), value | (byte & 127) << shift, shift + 7
     value |= byte << shift
     if kind == "t": return bytes([next(data) for _ in range(value)]).decode()
-    if kind[0] == "*": return [fields(data, DISK if kind == "*disk" else MOVING) for _ in range(value)]
+    if kind[0] == "*": return [fields(data, LISTS[kind]) for _ in range(value)]
     if kind == "convergence" and value == 3: return ("guest-is-faster", read(data, "u"), read(data, "u"))
     return WORDS[kind].split()[value] if kind in WORDS else value
 

@@ -24,7 +24,7 @@ UNDERSTOOD = {
     "hello": ("hello", [3, "g1", 0x12345678]),
     "ok": ("ok", []),
     "refused": ("refused", [1, "claim", "g1", "there is a record"]),
-    "status": ("status", ["g", "owner", 1, 2, 3, "p", "running", "h", [DISK]]),
+    "status": ("status", ["g", "owner", 1, 2, 3, "p", "running", "h", [DISK], [{"name": "a", "device": "/dev/nbd0"}]]),
     "progress": ("progress", [5, "passes", 6, ("guest-is-faster", 9, 8), 7, 10, 11, 1, [MOVING], 13, "c"]),
     "progress-first": ("progress", [5, "prepare", 0, "copying", None, 0, 0, 0, [], None, ""]),
     "done": ("done", [1, 3, "x", "destination", "d", 4, 5, 6, 7, 8, 9, 10, RECEIPT]),

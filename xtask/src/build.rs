@@ -101,32 +101,47 @@ fn build(way: Option<Way>) -> Result<PathBuf> {
         Some(way) => way,
         None => choose()?,
     };
+    let product = compile(way, PRODUCT, &target_dir)?;
+    let facts = check(&product, &target_dir.join("xtask"))?;
+    let (place, size) = install(&product, &target_dir.join("static").join(TARGET))?;
+    println!("xtask: build: {}: {size} bytes, way: {way}, {:.1} s", place.display(), started.elapsed().as_secs_f64());
+    println!("xtask: build: {facts}");
+    Ok(place)
+}
+
+/// Builds a program of this workspace that runs inside of a test's machine, static like the product.
+pub(crate) fn static_program(package: &str) -> Result<PathBuf> {
+    let product = compile(choose()?, package, &util::target_dir()?)?;
+    let refused = |cause: &dyn fmt::Display| Error::new("build", product.display(), cause);
+    let bytes = fs::read(&product).map_err(|error| refused(&error))?;
+    let elf = elf::parse(&bytes).map_err(|cause| refused(&cause))?;
+    judge(&elf).map_err(|cause| refused(&cause))?;
+    Ok(product)
+}
+
+/// Compiles the one program of a package of this workspace; returns where it is.
+fn compile(way: Way, package: &str, target_dir: &Path) -> Result<PathBuf> {
     let built_in = match way {
         Way::Installed if !has_standard_library()? => {
             return Err(Error::new("build", TARGET, "the toolchain has no standard library for it"));
         }
         Way::Rustup => {
             add_with_rustup()?;
-            target_dir.clone()
+            target_dir.to_owned()
         }
-        Way::Installed => target_dir.clone(),
+        Way::Installed => target_dir.to_owned(),
         Way::Debian => target_dir.join("debian"),
     };
     let mut cargo = match way {
         Way::Debian => debian_cargo(&built_in)?,
         Way::Installed | Way::Rustup => util::cargo()?,
     };
-    cargo.args(["build", "--release", "--locked", "--target", TARGET, "--package", PRODUCT, "--bin", PRODUCT]);
+    cargo.args(["build", "--release", "--locked", "--target", TARGET, "--package", package, "--bin", package]);
     if way == Way::Debian {
         cargo.args(["-Zbuild-std=std,panic_abort", "-Zbuild-std-features="]);
     }
     util::run("build", &mut cargo, BUILD, Output::Shown)?;
-    let product = built_in.join(TARGET).join("release").join(PRODUCT);
-    let facts = check(&product, &target_dir.join("xtask"))?;
-    let (place, size) = install(&product, &target_dir.join("static").join(TARGET))?;
-    println!("xtask: build: {}: {size} bytes, way: {way}, {:.1} s", place.display(), started.elapsed().as_secs_f64());
-    println!("xtask: build: {facts}");
-    Ok(place)
+    Ok(built_in.join(TARGET).join("release").join(package))
 }
 
 /// The first way that can work here. Once the compiler runs there is no second try: its errors are the user's.

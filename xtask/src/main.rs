@@ -8,11 +8,14 @@ mod bench_migrate;
 mod bench_server;
 mod build;
 mod ci;
+mod cpio;
 mod demo;
 mod demo_guest;
 mod demo_host;
 mod demo_image;
 mod elf;
+mod initramfs;
+mod kernel;
 mod peers;
 mod rules;
 mod source;
@@ -20,6 +23,9 @@ mod test;
 mod tidy;
 mod torture;
 mod util;
+mod vm;
+mod vm_machine;
+mod vm_pair;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -44,6 +50,11 @@ cargo xtask TASK: what is done to this tree
   torture [--seed N] [--rounds N] [--jobs N] [--fault NAME]
                   migrations in which something dies, breaks, fills up or loses its power, and a look at who owns
                   and what is lost: 100 rounds from seed 1, 2 at once; docs/torture.md has the faults
+  initramfs [--kernel FILE] [--out FILE]
+                  an image that a machine boots with the executable as its first process, and Debian's kernel for it
+                  (downloaded once, not installed): target/initramfs/blockferry.cpio and vmlinuz
+  vm [NAME]       boots that image in QEMU and looks what comes of it; then moves a guest between two machines, through
+                  a crash, an outage and a power loss. NAME: only the tests whose name contains it
   tidy            rustfmt, clippy, and the rules of the tree: imports, unsafe code, sizes, links
   ci              what .ci/run does before it tests: rustfmt, clippy and every peer are here, or it fails
   help            this text
@@ -56,6 +67,7 @@ Examples:
   cargo xtask demo
   cargo xtask bench server --runs 3
   cargo xtask torture --seed 7 --rounds 1 --fault kill-both
+  cargo xtask vm fw_cfg
   .ci/run
   target/static/x86_64-unknown-linux-musl/blockferry --version
 
@@ -75,6 +87,8 @@ fn main() -> ExitCode {
         "test" => test::main(arguments),
         "bench" => bench::main(arguments),
         "demo" => demo::main(arguments),
+        "initramfs" => initramfs::main(arguments),
+        "vm" => vm::main(arguments),
         "tidy" => tidy::main(arguments),
         "torture" => torture::main(arguments),
         "ci" => ci::main(arguments),

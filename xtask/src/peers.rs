@@ -26,6 +26,8 @@ const PEERS: &[(&str, &[&str])] = &[
     // What the fault harness makes its file systems and networks with.
     ("mkfs.ext4", &["e2fsprogs"]),
     ("ip", &["iproute2"]),
+    ("qemu-system-x86_64", &["qemu-system-x86"]),
+    ("mke2fs", &["e2fsprogs"]),
 ];
 
 /// Sees to it that every peer is here: installs what is missing, as root. The error names the packages, or the
@@ -65,8 +67,8 @@ mod tests {
     fn each_missing_package_is_named_once() {
         assert_eq!(packages(0, |_| true), Vec::<&str>::new());
         assert_eq!(packages(0, |program| program != "qemu-io"), ["qemu-utils"]);
-        let all =
-            "nbdkit libnbd-bin python3-libnbd python3 nbd-server nbd-client fio qemu-utils strace e2fsprogs iproute2";
+        let all = "nbdkit libnbd-bin python3-libnbd python3 nbd-server nbd-client fio qemu-utils strace e2fsprogs \
+                   iproute2 qemu-system-x86";
         assert_eq!(packages(0, |_| false).join(" "), all);
     }
 

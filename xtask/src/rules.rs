@@ -114,7 +114,9 @@ const WORDS: &[Rule] = &[
             "src/ownership.rs",
             "src/ownership/",
             "src/init.rs",
+            "src/init/",
             "src/attach.rs",
+            "src/attach/",
             "src/listener.rs",
             // --domain-xml
             "src/cli/serve.rs",

@@ -5,7 +5,7 @@
 //! from running; only what needs its product is left out. Each step has a time limit, and so has the whole.
 
 use crate::util::{self, Error, Output, Result};
-use crate::{build, peers, tidy};
+use crate::{build, peers, tidy, vm};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -59,9 +59,20 @@ fn fully(steps: &mut Steps) {
     if let Some(executable) = built {
         let run = |limit| cargo_test(&INTEGRATION, Some(&executable), limit);
         steps.step("integration tests of the static executable", run);
+        steps.step("virtual machines", |_| machines(&executable));
     } else {
         steps.left_out("integration tests of the static executable");
+        steps.left_out("virtual machines");
     }
+}
+
+/// The machines of `cargo xtask vm`. Like any peer, an emulator that is not here is a failure on a CI machine only.
+fn machines(executable: &Path) -> Result<()> {
+    if !util::is_ci() && !vm::is_possible() {
+        eprintln!("xtask: test: virtual machines: SKIPPED: apt-get install qemu-system-x86 e2fsprogs");
+        return Ok(());
+    }
+    vm::run(executable, "")
 }
 
 /// The unit tests of the library and the program.

@@ -329,6 +329,12 @@ pub(crate) fn apt_install(operation: &str, packages: &[&str]) -> Result<()> {
     }
 }
 
+/// Fetches apt's lists. Only root may.
+pub(crate) fn apt_update(operation: &str) -> Result<()> {
+    let log = fresh_log("apt")?;
+    run(operation, apt_get().arg("update"), APT_UPDATE, Output::Log(&log)).map(drop)
+}
+
 /// apt-get that asks nothing, repeats a failed download and waits for another apt to finish.
 fn apt_get() -> Command {
     let mut command = Command::new("apt-get");

@@ -1,0 +1,94 @@
+//! What runs inside the machines of `cargo xtask vm`: it stands for a guest on /dev/nbdN, and is the test's hand on the
+//! inside. It is in the test's image only.
+//!
+//! It answers lines at the virtio port `test`, one line each, `ok ...` or `error ...`:
+//!
+//! | line | what it does |
+//! |---|---|
+//! | `write DEV SEED` | starts writing, through the page cache as most VMMs do, with a sync now and then |
+//! | `count` | says `issued=N synced=M`: how many writes there were, and how many when the last good sync began |
+//! | `pause` | writes no more, syncs nothing, keeps the device open, and says the same |
+//! | `stop` | syncs a last time, unless it is paused, closes the device, and says the same |
+//! | `wipe DEV` | writes zeroes everywhere, and syncs |
+//! | `verify DEV SEED SYNCED ISSUED` | reads everything and compares it |
+//! | `wait DEV` | waits until the device has a size |
+//! | `rss` | resident memory of `serve`, in KiB |
+//! | `run PROGRAM ARGUMENT...` | runs it to its end; its exit code and what it said |
+//! | `kill serve`, `kill steward` | SIGKILL for it |
+//! | `netem IFACE DELAY_MS LOSS_PERMILLE` | everything that leaves the interface is late, some of it is lost |
+
+mod netem;
+mod port;
+mod process;
+mod writer;
+
+use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use writer::Writer;
+
+/// How long a device may take to appear.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn main() -> ExitCode {
+    match port::open("test") {
+        Ok(mut port) => {
+            let mut writer = None;
+            while let Some(line) = port.line() {
+                let said = match answer(&line, &mut writer) {
+                    Ok(text) => format!("ok {text}\n"),
+                    Err(cause) => format!("error {cause}\n"),
+                };
+                port.say(&said);
+            }
+            ExitCode::SUCCESS
+        }
+        Err(cause) => {
+            eprintln!("testguest: port test: {cause}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn answer(line: &str, writer: &mut Option<Writer>) -> Result<String, String> {
+    let number = |text: &str| text.parse::<u64>().map_err(|_| format!("'{text}' is no number"));
+    let words: Vec<&str> = line.split_ascii_whitespace().collect();
+    match words.as_slice() {
+        ["write", device, seed] if writer.is_none() => {
+            *writer = Some(Writer::start(device, number(seed)?)?);
+            Ok(String::new())
+        }
+        ["count"] => writer.as_ref().map(Writer::count).ok_or_else(|| "nobody writes".to_owned()),
+        ["pause"] => writer.as_ref().ok_or_else(|| "nobody writes".to_owned())?.pause(),
+        ["stop"] => writer.take().ok_or_else(|| "nobody writes".to_owned())?.stop(),
+        ["verify", device, seed, synced, issued] => {
+            writer::verify(device, number(seed)?, number(synced)?, number(issued)?)
+        }
+        ["wipe", device] => writer::wipe(device),
+        ["wait", device] => wait_for(device),
+        ["rss"] => process::resident_kib("serve").map(|kib| format!("kib={kib}")),
+        ["run", words @ ..] => process::run(words),
+        ["kill", "serve"] => process::kill("serve"),
+        ["kill", "steward"] => process::kill_parent(),
+        ["netem", interface, delay_ms, loss] => {
+            netem::set(interface, number(delay_ms)?, number(loss)?).map(|()| String::new())
+        }
+        _ => Err(format!("'{line}' is not understood")),
+    }
+}
+
+/// Waits until the kernel knows how large a device is: an nbd device has no size before it is attached.
+fn wait_for(device: &str) -> Result<String, String> {
+    let name = device.strip_prefix("/dev/").ok_or("no device")?;
+    let size = format!("/sys/block/{name}/size");
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let sectors = std::fs::read_to_string(&size).ok().and_then(|text| text.trim().parse::<u64>().ok());
+        match sectors {
+            Some(sectors) if sectors > 0 => return Ok(format!("bytes={}", sectors * 512)),
+            _ if Instant::now() > deadline => return Err(format!("{device} has no size")),
+            _ => thread::sleep(Duration::from_millis(20)),
+        }
+    }
+}

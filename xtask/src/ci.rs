@@ -12,7 +12,7 @@ const COMPONENT: Duration = Duration::from_secs(180);
 /// The parts of the toolchain that `tidy` needs: cargo's command and rustup's name.
 const COMPONENTS: [(&str, &str); 2] = [("fmt", "rustfmt"), ("clippy", "clippy")];
 /// What is asked for its version, so that a log tells what was tested with what.
-const VERSIONS: [&[&str]; 8] = [
+const VERSIONS: [&[&str]; 9] = [
     &["rustc", "--version"],
     &["cc", "--version"],
     &["nbdkit", "--version"],
@@ -21,6 +21,7 @@ const VERSIONS: [&[&str]; 8] = [
     &["nbd-client", "-V"],
     &["fio", "--version"],
     &["qemu-img", "--version"],
+    &["qemu-system-x86_64", "--version"],
 ];
 
 /// `cargo xtask ci`.

@@ -34,7 +34,7 @@ pub(crate) fn main(arguments: &[String]) -> Result<()> {
 fn quickly(steps: &mut Steps) {
     steps.step("rules", |_| tidy::rules());
     steps.step("fmt", tidy::fmt);
-    steps.step("tests of xtask", |limit| cargo_test(&["--package", "xtask"], None, limit));
+    steps.step("tests of xtask", |limit| cargo_test(&CHORES, None, limit));
     steps.step("unit tests", |limit| cargo_test(&UNITS, None, limit));
     steps.step("integration tests", |limit| cargo_test(&INTEGRATION, None, limit));
 }
@@ -52,7 +52,7 @@ fn fully(steps: &mut Steps) {
     steps.step("rules", |_| tidy::rules());
     steps.step("fmt", tidy::fmt);
     steps.step("clippy", tidy::clippy);
-    steps.step("tests of xtask", |limit| cargo_test(&["--package", "xtask"], None, limit));
+    steps.step("tests of xtask", |limit| cargo_test(&CHORES, None, limit));
     steps.step("unit tests", |limit| cargo_test(&UNITS, None, limit));
     steps.step("examples in the documentation", |limit| cargo_test(&["--package", "blockferry", "--doc"], None, limit));
     let built = steps.step("static executable", |_| build::static_executable());
@@ -75,6 +75,8 @@ fn machines(executable: &Path) -> Result<()> {
     vm::run(executable, "")
 }
 
+/// The chores, and what they put into a test's machines.
+const CHORES: [&str; 4] = ["--package", "xtask", "--package", "testguest"];
 /// The unit tests of the library and the program.
 const UNITS: [&str; 4] = ["--package", "blockferry", "--lib", "--bins"];
 /// Every integration crate in `tests/`.

@@ -23,7 +23,7 @@ const DISK: u64 = 16 << 20;
 type Test = fn(&Lab) -> Result<String>;
 
 /// The tests, the cheapest first.
-const TESTS: [(&str, Test); 10] = [
+const TESTS: [(&str, Test); 11] = [
     ("image_is_reproducible", image_is_reproducible),
     ("version_is_printed_and_the_machine_powers_off", version_is_printed),
     ("bad_command_line_is_one_line_and_powers_off", bad_command_line),
@@ -31,6 +31,7 @@ const TESTS: [(&str, Test); 10] = [
     ("fw_cfg_says_what_to_run", fw_cfg_says_what_to_run),
     ("bad_modules_are_lines_and_companions_run", bad_modules_and_companions),
     ("disk_that_cannot_be_mounted_is_an_end", disk_that_cannot_be_mounted),
+    ("mounted_disk_is_released_at_the_end", mounted_disk_is_released),
     ("server_that_fails_is_started_again", server_is_started_again),
     ("serve_comes_up_with_its_address", serve_comes_up),
     ("guest_moves_there_and_back_through_crash_outage_and_power_loss", vm_pair::run),
@@ -227,6 +228,21 @@ fn disk_that_cannot_be_mounted(lab: &Lab) -> Result<String> {
     let wanted = vec!["blockferry: init: mount /dev/vda at /var/lib/blockferry: Invalid argument"];
     expect("what it said", &wanted, &lines)?;
     Ok(lines.concat())
+}
+
+/// A disk that was mounted needs no recovery after the machine's end.
+fn mounted_disk_is_released(lab: &Lab) -> Result<String> {
+    let disk = lab.ext4("mounted.raw")?;
+    let append = "blockferry.mount=/dev/vda:/var/lib/blockferry:ext4 -- --version";
+    let said = lab.boot_image("mounted", &lab.image, append, disks(&[&disk]))?.ends()?;
+    expect("result", &"blockferry-result: exit=0 starts=1 end=poweroff", &result(&said)?)?;
+    let program = util::find_program("dumpe2fs").ok_or_else(|| Error::new("vm", "dumpe2fs", "not here"))?;
+    let seen = util::capture("vm", Command::new(program).arg("-h").arg(&disk), QUESTION)?.stdout;
+    let features = seen.lines().find(|line| line.starts_with("Filesystem features:")).unwrap_or_default();
+    let mounts = seen.lines().find(|line| line.starts_with("Mount count:")).unwrap_or_default();
+    expect("times that it was mounted", &Some("1"), &mounts.split_whitespace().nth(2))?;
+    expect("needs recovery", &false, &features.contains("needs_recovery"))?;
+    Ok(mounts.to_owned())
 }
 
 /// A server whose address is not this machine's: it fails, again and again, and each pause is longer.

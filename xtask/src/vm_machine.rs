@@ -123,11 +123,6 @@ impl Machine {
         Ok(())
     }
 
-    /// Takes its power away, as a cut would.
-    pub(crate) fn cut_power(self) {
-        drop(self.program);
-    }
-
     /// An error of this machine, with the end of what it said. Connections of ours that came and went say nothing.
     pub(crate) fn wrong(&self, cause: &str) -> Error {
         let said = self.said();

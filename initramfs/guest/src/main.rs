@@ -15,6 +15,8 @@
 //! | `rss` | resident memory of `serve`, in KiB |
 //! | `run PROGRAM ARGUMENT...` | runs it to its end; its exit code and what it said |
 //! | `kill serve`, `kill steward` | SIGKILL for it |
+//! | `die-after DEV` | from now on: when the device is not connected any more, the machine stops at once, as in a power
+//! loss |
 //! | `netem IFACE DELAY_MS LOSS_PERMILLE` | everything that leaves the interface is late, some of it is lost |
 
 mod netem;
@@ -71,6 +73,7 @@ fn answer(line: &str, writer: &mut Option<Writer>) -> Result<String, String> {
         ["run", words @ ..] => process::run(words),
         ["kill", "serve"] => process::kill("serve"),
         ["kill", "steward"] => process::kill_parent(),
+        ["die-after", device] => die_after(device),
         ["netem", interface, delay_ms, loss] => {
             netem::set(interface, number(delay_ms)?, number(loss)?).map(|()| String::new())
         }
@@ -91,4 +94,22 @@ fn wait_for(device: &str) -> Result<String, String> {
             _ => thread::sleep(Duration::from_millis(20)),
         }
     }
+}
+
+/// Looks, all the time, whether an nbd device is still connected; when it is not, the kernel restarts the machine
+/// without a word to anybody. `serve` disconnects devices when it has given the guest away and before it has heard that
+/// this arrived: nobody outside could be quick enough.
+fn die_after(device: &str) -> Result<String, String> {
+    let name = device.strip_prefix("/dev/").ok_or("no device")?;
+    let connected = std::path::PathBuf::from(format!("/sys/block/{name}/pid"));
+    if !connected.exists() {
+        return Err(format!("{device} is not connected"));
+    }
+    thread::spawn(move || {
+        while connected.exists() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        std::fs::write("/proc/sysrq-trigger", "b")
+    });
+    Ok(String::new())
 }

@@ -1,5 +1,6 @@
 //! A host: one `blockferry serve` process and the commands that are given to it, all of them the built executable.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -22,8 +23,21 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(150);
 /// The executable that is tested: what ships, if somebody says where it is.
 #[must_use]
 pub(crate) fn blockferry() -> Command {
-    let built = std::env::var_os("BLOCKFERRY_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_blockferry").into());
-    Command::new(built)
+    Command::new(executable())
+}
+
+/// Where it is.
+#[must_use]
+pub(crate) fn executable() -> OsString {
+    std::env::var_os("BLOCKFERRY_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_blockferry").into())
+}
+
+/// A program and its first arguments.
+fn by_words(words: &[OsString]) -> Command {
+    let (program, rest) = words.split_first().expect("a program");
+    let mut command = Command::new(program);
+    command.args(rest);
+    command
 }
 
 /// How a command ended.
@@ -92,6 +106,8 @@ pub(crate) struct Host {
     guest: String,
     control: Address,
     log: PathBuf,
+    /// The executable that it and its commands are.
+    run_by: Vec<OsString>,
 }
 
 impl Host {
@@ -104,11 +120,23 @@ impl Host {
     /// The same for a guest of another name.
     #[must_use]
     pub(crate) fn start_guest(folder: &Path, name: &'static str, guest: &str, disks: &[&str]) -> Self {
+        Self::start_run_by(&[executable()], folder, name, guest, disks)
+    }
+
+    /// The same with another executable: a program and what stands before its arguments.
+    #[must_use]
+    pub(crate) fn start_run_by(
+        run_by: &[OsString],
+        folder: &Path,
+        name: &'static str,
+        guest: &str,
+        disks: &[&str],
+    ) -> Self {
         let place = |what: &str| folder.join(format!("{name}.{what}"));
         let unix = |what: &str| format!("unix://{}", place(what).display());
         let log = place("log");
         let stderr = File::options().create(true).append(true).open(&log).expect("a log");
-        let mut command = blockferry();
+        let mut command = by_words(run_by);
         command.args(["serve", guest, "--volatile-state", "--listen", "tcp://127.0.0.1:0"]).arg("--state");
         command.arg(place("state")).args(["--nbd", &unix("nbd"), "--control", &unix("control")]);
         // Two doors for the guest, so that a relay can stand before one of them.
@@ -120,7 +148,7 @@ impl Host {
         let tcp_door = word(&ready, "nbd=tcp://");
         let tcp_door = format!("tcp://{tcp_door}");
         let (door, control) = (address(&unix("nbd")), address(&unix("control")));
-        Self { program, listen, door, tcp_door, name, guest: guest.to_owned(), control, log }
+        Self { program, listen, door, tcp_door, name, guest: guest.to_owned(), control, log, run_by: run_by.to_vec() }
     }
 
     /// A source: owns its disks.
@@ -134,7 +162,7 @@ impl Host {
     /// What `blockferry COMMAND GUEST ...` would be for this host.
     #[must_use]
     pub(crate) fn command(&self, words: &[&str]) -> Command {
-        let mut command = blockferry();
+        let mut command = by_words(&self.run_by);
         let (name, rest) = words.split_first().expect("a command");
         command.args([name, self.guest.as_str()]).args(rest).args(["--control", &self.control.to_string()]);
         command

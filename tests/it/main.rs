@@ -5,6 +5,8 @@ mod bad_input;
 mod client;
 mod export_cli;
 mod exported;
+mod footprint;
+mod foreign;
 mod handshake;
 mod harness;
 mod host;

@@ -7,17 +7,21 @@ mod bench_copy;
 mod bench_migrate;
 mod bench_server;
 mod build;
+mod build_debian;
 mod ci;
 mod demo;
 mod demo_guest;
 mod demo_host;
 mod demo_image;
 mod elf;
+mod footprint;
 mod peers;
 mod rules;
 mod source;
+mod target;
 mod test;
 mod tidy;
+mod unwinder;
 mod util;
 
 use std::io::Write;
@@ -27,9 +31,9 @@ use std::process::ExitCode;
 const HELP: &str = "\
 cargo xtask TASK: what is done to this tree
 
-  build [--target x86_64-unknown-linux-musl] [--way installed|rustup|debian]
+  build [--target x86_64-unknown-linux-musl|aarch64-unknown-linux-musl] [--way installed|rustup|debian]
                   the static executable, in the first way that works here, checked:
-                  target/static/x86_64-unknown-linux-musl/blockferry
+                  target/static/TARGET/blockferry
   test [--quick]  everything: tidy, unit tests, the static executable, integration tests that drive it; installs
                   missing peers when root. --quick: no clippy, no static executable, nothing installed
   demo            moves a guest that writes without a pause from one host process to another, then looks up every
@@ -40,6 +44,7 @@ cargo xtask TASK: what is done to this tree
                     server   export beside nbdkit, qemu-nbd, nbd-server, under fio
                     copy     the live mirror beside two qemu-storage-daemons, under the same writes
                     migrate  whole migrations under fio's verified writes: lost writes, switchover, cost
+  syscalls        traces a migration and an export, and writes the table of system calls in docs/footprint.md
   tidy            rustfmt, clippy, and the rules of the tree: imports, unsafe code, sizes, links
   ci              what .ci/run does before it tests: rustfmt, clippy and every peer are here, or it fails
   help            this text
@@ -47,6 +52,7 @@ cargo xtask TASK: what is done to this tree
 Examples:
   cargo xtask build
   cargo xtask build --way debian
+  cargo xtask build --target aarch64-unknown-linux-musl
   cargo xtask test
   cargo xtask test --quick
   cargo xtask demo
@@ -69,6 +75,7 @@ fn main() -> ExitCode {
         "build" => build::main(arguments),
         "test" => test::main(arguments),
         "bench" => bench::main(arguments),
+        "syscalls" => footprint::syscalls(arguments),
         "demo" => demo::main(arguments),
         "tidy" => tidy::main(arguments),
         "ci" => ci::main(arguments),

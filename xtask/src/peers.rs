@@ -13,6 +13,8 @@ const PEERS: &[(&str, &[&str])] = &[
     ("nbd-server", &["nbd-server"]),
     ("nbd-client", &["nbd-client"]),
     ("fio", &["fio"]),
+    // Shows system calls, and has them fail.
+    ("strace", &["strace"]),
     ("qemu-img", &["qemu-utils"]),
     ("qemu-io", &["qemu-utils"]),
     ("qemu-nbd", &["qemu-utils"]),
@@ -57,7 +59,7 @@ mod tests {
     fn each_missing_package_is_named_once() {
         assert_eq!(packages(0, |_| true), Vec::<&str>::new());
         assert_eq!(packages(0, |program| program != "qemu-io"), ["qemu-utils"]);
-        let all = "nbdkit libnbd-bin python3-libnbd nbd-server nbd-client fio qemu-utils";
+        let all = "nbdkit libnbd-bin python3-libnbd nbd-server nbd-client fio strace qemu-utils";
         assert_eq!(packages(0, |_| false).join(" "), all);
     }
 

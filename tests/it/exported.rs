@@ -63,6 +63,11 @@ impl Exported {
         Arc::new(Socket::new(TcpStream::connect(("127.0.0.1", self.port)).expect("the TCP door is open").into()))
     }
 
+    /// The process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.program.id()
+    }
+
     /// What it has said on stderr.
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.folder.path().join("log")).expect("the log")

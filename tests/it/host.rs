@@ -1,5 +1,6 @@
 //! A host: one `blockferry serve` process and the commands that are given to it, all of them the built executable.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -22,8 +23,21 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(150);
 /// The executable that is tested: what ships, if somebody says where it is.
 #[must_use]
 pub(crate) fn blockferry() -> Command {
-    let built = std::env::var_os("BLOCKFERRY_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_blockferry").into());
-    Command::new(built)
+    Command::new(executable())
+}
+
+/// Where it is.
+#[must_use]
+pub(crate) fn executable() -> OsString {
+    std::env::var_os("BLOCKFERRY_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_blockferry").into())
+}
+
+/// A program and its first arguments.
+fn by_words(words: &[OsString]) -> Command {
+    let (program, rest) = words.split_first().expect("a program");
+    let mut command = Command::new(program);
+    command.args(rest);
+    command
 }
 
 /// How a command ended.
@@ -92,6 +106,8 @@ pub(crate) struct Host {
     guest: String,
     control: Address,
     log: PathBuf,
+    /// The executable that it and its commands are.
+    run_by: Vec<OsString>,
 }
 
 impl Host {
@@ -111,7 +127,7 @@ impl Host {
     /// The same with any options that say which disks there are.
     #[must_use]
     pub(crate) fn start_with(folder: &Path, name: &'static str, guest: &str, disks: &[&str]) -> Self {
-        Self::launch(blockferry(), folder, name, guest, disks, &["--volatile-state"])
+        Self::launch((blockferry(), vec![executable()]), folder, name, guest, disks, &["--volatile-state"])
     }
 
     /// `start`, with a state directory that outlives the process, run by `command`: the executable, or a program that
@@ -119,11 +135,25 @@ impl Host {
     #[must_use]
     pub(crate) fn lasting(command: Command, folder: &Path, name: &'static str, disks: &[&str]) -> Self {
         let disks: Vec<&str> = disks.iter().flat_map(|disk| ["--disk", disk]).collect();
-        Self::launch(command, folder, name, "g1", &disks, &[])
+        Self::launch((command, vec![executable()]), folder, name, "g1", &disks, &[])
     }
 
+    /// The same with another executable: a program and what stands before its arguments.
+    #[must_use]
+    pub(crate) fn start_run_by(
+        run_by: &[OsString],
+        folder: &Path,
+        name: &'static str,
+        guest: &str,
+        disks: &[&str],
+    ) -> Self {
+        let disks: Vec<&str> = disks.iter().flat_map(|disk| ["--disk", disk]).collect();
+        Self::launch((by_words(run_by), run_by.to_vec()), folder, name, guest, &disks, &["--volatile-state"])
+    }
+
+    /// Starts it with a command, and remembers how its other commands are run.
     fn launch(
-        mut command: Command,
+        (mut command, run_by): (Command, Vec<OsString>),
         folder: &Path,
         name: &'static str,
         guest: &str,
@@ -145,7 +175,7 @@ impl Host {
         let tcp_door = word(&ready, "nbd=tcp://");
         let tcp_door = format!("tcp://{tcp_door}");
         let (door, control) = (address(&unix("nbd")), address(&unix("control")));
-        Self { program, listen, door, tcp_door, name, guest: guest.to_owned(), control, log }
+        Self { program, listen, door, tcp_door, name, guest: guest.to_owned(), control, log, run_by }
     }
 
     /// A source: owns its disks.
@@ -159,7 +189,7 @@ impl Host {
     /// What `blockferry COMMAND GUEST ...` would be for this host.
     #[must_use]
     pub(crate) fn command(&self, words: &[&str]) -> Command {
-        let mut command = blockferry();
+        let mut command = by_words(&self.run_by);
         let (name, rest) = words.split_first().expect("a command");
         command.args([name, self.guest.as_str()]).args(rest).args(["--control", &self.control.to_string()]);
         command

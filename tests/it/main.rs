@@ -7,6 +7,8 @@ mod control;
 mod domain_xml;
 mod export_cli;
 mod exported;
+mod footprint;
+mod foreign;
 mod handshake;
 mod harness;
 mod host;

@@ -35,7 +35,7 @@ pub(crate) struct Bench {
 /// `cargo xtask bench [chain|server|copy|migrate]... [--runs N] [--json]`.
 pub(crate) fn main(arguments: &[String]) -> Result<()> {
     let asked = parse(arguments)?;
-    let executable = build::static_executable()?;
+    let executable = build::static_executable()?.place;
     let bench = Bench { executable, scratch: Scratch::new("bench")?, log: util::fresh_log("bench")? };
     if !asked.json {
         println!("\n{}", machine());

@@ -33,7 +33,7 @@ pub(crate) fn main(arguments: &[String]) -> Result<()> {
     if let Some(word) = arguments.first() {
         return Err(Error::usage("demo", word, "demo takes no arguments"));
     }
-    let executable = build::static_executable()?;
+    let executable = build::static_executable()?.place;
     let scratch = Scratch::new("demo")?;
     let stage = Stage::set(&scratch, &executable)?;
     let moved = stage.move_guest()?;

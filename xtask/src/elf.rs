@@ -5,6 +5,8 @@
 
 /// `e_machine` of x86_64.
 pub(crate) const X86_64: u16 = 62;
+/// `e_machine` of aarch64.
+pub(crate) const AARCH64: u16 = 183;
 
 const ET_EXEC: u64 = 2;
 const ET_DYN: u64 = 3;

@@ -27,7 +27,7 @@ pub(crate) fn main(arguments: &[String]) -> Result<()> {
         let value = attached.or_else(|| words.next().cloned()).filter(|value| !value.is_empty());
         *place = Some(PathBuf::from(value.ok_or_else(|| Error::usage("initramfs", option, "needs a value"))?));
     }
-    let executable = build::static_executable()?;
+    let executable = build::static_executable()?.place;
     let kernel = kernel::find(from.as_deref())?;
     let image = pack(&executable, &kernel, &["manifest"], &[])?;
     let folder = util::target_dir()?.join("initramfs");

@@ -7,6 +7,7 @@ mod bench_copy;
 mod bench_migrate;
 mod bench_server;
 mod build;
+mod build_debian;
 mod ci;
 mod cpio;
 mod demo;
@@ -14,14 +15,17 @@ mod demo_guest;
 mod demo_host;
 mod demo_image;
 mod elf;
+mod footprint;
 mod initramfs;
 mod kernel;
 mod peers;
 mod rules;
 mod source;
+mod target;
 mod test;
 mod tidy;
 mod torture;
+mod unwinder;
 mod util;
 mod vm;
 mod vm_machine;
@@ -34,9 +38,9 @@ use std::process::ExitCode;
 const HELP: &str = "\
 cargo xtask TASK: what is done to this tree
 
-  build [--target x86_64-unknown-linux-musl] [--way installed|rustup|debian]
+  build [--target x86_64-unknown-linux-musl|aarch64-unknown-linux-musl] [--way installed|rustup|debian]
                   the static executable, in the first way that works here, checked:
-                  target/static/x86_64-unknown-linux-musl/blockferry
+                  target/static/TARGET/blockferry
   test [--quick]  everything: tidy, unit tests, the static executable, integration tests that drive it; installs
                   missing peers when root. --quick: no clippy, no static executable, nothing installed
   demo            moves a guest that writes without a pause from one host process to another, then looks up every
@@ -55,6 +59,7 @@ cargo xtask TASK: what is done to this tree
                   (downloaded once, not installed): target/initramfs/blockferry.cpio and vmlinuz
   vm [NAME]       boots that image in QEMU and looks what comes of it; then moves a guest between two machines, through
                   a crash, an outage and a power loss. NAME: only the tests whose name contains it
+  syscalls        traces a migration and an export, and writes the table of system calls in docs/footprint.md
   tidy            rustfmt, clippy, and the rules of the tree: imports, unsafe code, sizes, links
   ci              what .ci/run does before it tests: rustfmt, clippy and every peer are here, or it fails
   help            this text
@@ -62,6 +67,7 @@ cargo xtask TASK: what is done to this tree
 Examples:
   cargo xtask build
   cargo xtask build --way debian
+  cargo xtask build --target aarch64-unknown-linux-musl
   cargo xtask test
   cargo xtask test --quick
   cargo xtask demo
@@ -86,6 +92,7 @@ fn main() -> ExitCode {
         "build" => build::main(arguments),
         "test" => test::main(arguments),
         "bench" => bench::main(arguments),
+        "syscalls" => footprint::syscalls(arguments),
         "demo" => demo::main(arguments),
         "initramfs" => initramfs::main(arguments),
         "vm" => vm::main(arguments),

@@ -21,13 +21,12 @@ const PEERS: &[(&str, &[&str])] = &[
     ("qemu-nbd", &["qemu-utils"]),
     // Debian 13 and backports have it in qemu-utils, Debian 12 does not.
     ("qemu-storage-daemon", &["qemu-utils", "qemu-system-common"]),
-    // Kills a process at a system call.
+    // Shows system calls, has them fail, and kills at one.
     ("strace", &["strace"]),
     // What the fault harness makes its file systems and networks with.
     ("mkfs.ext4", &["e2fsprogs"]),
     ("ip", &["iproute2"]),
     ("qemu-system-x86_64", &["qemu-system-x86"]),
-    ("mke2fs", &["e2fsprogs"]),
 ];
 
 /// Sees to it that every peer is here: installs what is missing, as root. The error names the packages, or the

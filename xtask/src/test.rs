@@ -4,9 +4,11 @@
 //! the static executable, by `BLOCKFERRY_BIN`: what is tested is what ships. A step that fails does not keep the others
 //! from running; only what needs its product is left out. Each step has a time limit, and so has the whole.
 
+use crate::target::Target;
 use crate::util::{self, Error, Output, Result};
-use crate::{build, peers, tidy, vm};
+use crate::{build, footprint, peers, tidy, vm};
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// How long all steps together may take: less than a continuous integration machine's patience.
@@ -57,12 +59,16 @@ fn fully(steps: &mut Steps) {
     steps.step("examples in the documentation", |limit| cargo_test(&["--package", "blockferry", "--doc"], None, limit));
     let built = steps.step("static executable", |_| build::static_executable());
     if let Some(executable) = built {
-        let run = |limit| cargo_test(&INTEGRATION, Some(&executable), limit);
+        let run = |limit| cargo_test(&INTEGRATION, Some(&executable.place), limit);
         steps.step("integration tests of the static executable", run);
-        steps.step("virtual machines", |_| machines(&executable));
+        steps.step("footprint of the static executable", |limit| footprint::test(&executable, limit));
+        steps.step("virtual machines", |_| machines(&executable.place));
+        steps.step("aarch64", |limit| aarch64(&executable.place, limit));
     } else {
         steps.left_out("integration tests of the static executable");
+        steps.left_out("footprint of the static executable");
         steps.left_out("virtual machines");
+        steps.left_out("aarch64");
     }
 }
 
@@ -75,6 +81,35 @@ fn machines(executable: &Path) -> Result<()> {
     vm::run(executable, "")
 }
 
+/// Builds the executable for aarch64 and runs it, emulated, against programs of this machine. On a CI machine what is
+/// missing is a failure; elsewhere it is a loud skip. An executable that was built and is not right is a failure
+/// everywhere.
+fn aarch64(native: &Path, limit: Duration) -> Result<()> {
+    let target = Target::AARCH64;
+    let emulator = || match util::find_program(target.emulator) {
+        Some(emulator) => Ok(emulator),
+        None => util::apt_install("test", &["qemu-user-static"]).and_then(|()| {
+            let missing = || Error::new("test", target.emulator, "not here, though qemu-user-static is installed");
+            util::find_program(target.emulator).ok_or_else(missing)
+        }),
+    };
+    let ready = emulator().and_then(|_| build::prepare(target));
+    let way = match ready {
+        Ok(way) => way,
+        Err(error) if util::is_ci() => return Err(error),
+        Err(error) => {
+            eprintln!("SKIP: aarch64: {error}");
+            return Ok(());
+        }
+    };
+    let started = Instant::now();
+    let built = build::static_executable_in(target, way)?;
+    footprint::size(target, &built)?;
+    let mut cargo = cargo_test_command(Some(native))?;
+    cargo.args(["--test", "it", "foreign::"]).env("BLOCKFERRY_AARCH64_BIN", &built.place);
+    util::run("test", &mut cargo, limit.saturating_sub(started.elapsed()), Output::Shown).map(drop)
+}
+
 /// The chores, and what they put into a test's machines.
 const CHORES: [&str; 4] = ["--package", "xtask", "--package", "testguest"];
 /// The unit tests of the library and the program.
@@ -84,8 +119,13 @@ const INTEGRATION: [&str; 4] = ["--package", "blockferry", "--test", "*"];
 
 /// `cargo test`, its result lines on stdout. With `executable`, that is the program the tests are to drive.
 fn cargo_test(arguments: &[&str], executable: Option<&Path>, limit: Duration) -> Result<()> {
+    util::run("test", cargo_test_command(executable)?.args(arguments), limit, Output::Shown).map(drop)
+}
+
+/// `cargo test`, to which arguments are added.
+pub(crate) fn cargo_test_command(executable: Option<&Path>) -> Result<Command> {
     let mut cargo = util::cargo()?;
-    cargo.args(["test", "--locked", "--no-fail-fast"]).args(arguments).env("PATH", util::wide_path());
+    cargo.args(["test", "--locked", "--no-fail-fast"]).env("PATH", util::wide_path());
     if util::is_ci() {
         cargo.env("BLOCKFERRY_REQUIRE_PEERS", "1");
     }
@@ -93,7 +133,7 @@ fn cargo_test(arguments: &[&str], executable: Option<&Path>, limit: Duration) ->
         Some(executable) => cargo.env("BLOCKFERRY_BIN", executable),
         None => cargo.env_remove("BLOCKFERRY_BIN"),
     };
-    util::run("test", &mut cargo, limit, Output::Shown).map(drop)
+    Ok(cargo)
 }
 
 /// Steps that were run, and how they ended.

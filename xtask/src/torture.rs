@@ -28,7 +28,7 @@ struct Asked {
 /// `cargo xtask torture [--seed N] [--rounds N] [--jobs N] [--fault NAME]`.
 pub(crate) fn main(arguments: &[String]) -> Result<()> {
     let asked = parse(arguments)?;
-    let executable = build::static_executable()?;
+    let executable = build::static_executable()?.place;
     let mut words = format!("seed={},rounds={},jobs={}", asked.seed, asked.rounds, asked.jobs);
     if let Some(fault) = &asked.fault {
         words.push_str(&format!(",fault={fault}"));

@@ -48,7 +48,7 @@ pub(crate) fn main(arguments: &[String]) -> Result<()> {
         return Err(Error::usage("vm", only, "no test has a name like that"));
     }
     peers::install("vm")?;
-    run(&build::static_executable()?, only)
+    run(&build::static_executable()?.place, only)
 }
 
 /// Runs the tests whose name contains `only` with this executable; all of them, whatever the others say.

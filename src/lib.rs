@@ -7,6 +7,7 @@ pub mod address;
 pub mod cause;
 pub mod cli;
 pub mod control;
+pub mod digest;
 pub mod dirty;
 pub mod disk;
 pub mod domain;

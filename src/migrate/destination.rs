@@ -8,17 +8,22 @@
 //! Everything that must not happen at once happens under the stage's lock: a data connection is checked and entered
 //! under it, and a fence ends all connections and waits for their writers under it (D4).
 
+mod digest;
+
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use digest::{Asker, Digests, NoAnswer};
+
 use super::link::{Link, LinkError};
 use super::wire::{
     BootId, Capabilities, Challenge, DiskOffer, DiskReady, Epoch, ExportName, Hello, Message, Mode, Prepare, Prepared,
-    Problem, Role, Token, VERSION_HIGHEST, VERSION_LOWEST, cut,
+    Problem, Role, Token, VERSION_HIGHEST, VERSION_LOWEST, Verify, cut,
 };
 use crate::cause::Cause;
+use crate::digest::{Digest, Hasher};
 use crate::disk::{Content, Disk};
 use crate::domain::{Source, Stays};
 use crate::export::{Door, Export, Gate, Visit};
@@ -77,6 +82,8 @@ struct Reception {
     were_empty: Vec<String>,
     /// Guest writes refused before it began (M11).
     refused_before: u64,
+    /// What the source has been told of the disks' content.
+    digests: Arc<Digests>,
 }
 
 /// What the source is told of each disk.
@@ -99,7 +106,7 @@ fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
         return Err(format!("the peer speaks of guest '{}', this is '{}'", theirs.guest.escape_debug(), guest.name));
     }
     meet(guest, &theirs);
-    let mut session = Session { theirs, challenge: Some(challenge), stamp: None };
+    let mut session = Session { theirs, challenge: Some(challenge), stamp: None, asker: None };
     let mut heard = Instant::now();
     loop {
         match link.receive(Instant::now() + LINK_LOOK) {
@@ -158,6 +165,8 @@ struct Session {
     challenge: Option<Challenge>,
     /// The attempt that it last spoke of.
     stamp: Option<Stamp>,
+    /// Once it has asked for digests.
+    asker: Option<(Asker, Hasher)>,
 }
 
 impl Destination {
@@ -166,6 +175,9 @@ impl Destination {
     /// # Errors
     /// The peer broke the protocol, or nothing may be answered (M4): the connection ends, with this line for the log.
     fn answer(&self, guest: &Guest, session: &mut Session, message: Message) -> Result<Option<Message>, String> {
+        if let Message::Digest { stamp, disk, offset_bytes, regions } = message {
+            return self.digest(guest, session, stamp, (disk, offset_bytes, regions)).map(Some);
+        }
         let mut inner = self.lock();
         session.stamp = message.stamp().copied().or(session.stamp);
         let receiving = match &inner.stage {
@@ -182,7 +194,7 @@ impl Destination {
                 Ok(inner.why_ended(&stamp).unwrap_or_else(|| failed(stamp, &"it has ended")))
             }
             (true, Message::Fence { stamp, epoch }) => Ok(inner.fence(guest, stamp, epoch)),
-            (true, Message::Seal { stamp, .. }) => inner.seal(guest, stamp),
+            (true, Message::Seal { stamp, digests }) => inner.seal(guest, stamp, &digests),
             (true, Message::Abort { stamp, cause }) => {
                 log::info!("migration: attempt {:.8} aborted by the source: {}", stamp.attempt, cause.escape_debug());
                 if !inner.stop_receiving() {
@@ -234,6 +246,40 @@ impl Destination {
             (_, other) => Err(format!("the peer sent {} to a destination", other.name())),
         };
         answer.map(Some)
+    }
+
+    /// Answers DIGEST: found good under the lock, hashed outside of it.
+    ///
+    /// # Errors
+    /// As [`Destination::answer`].
+    fn digest(
+        &self,
+        guest: &Guest,
+        session: &mut Session,
+        stamp: Stamp,
+        (disk, offset_bytes, regions): (u8, u64, u8),
+    ) -> Result<Message, String> {
+        let (asker, hasher) = session.asker.get_or_insert_with(|| (Asker::next(), Hasher::default()));
+        let asked = {
+            let inner = self.lock();
+            match &inner.stage {
+                Stage::Receiving(reception) if stamp.matches(&reception.stamp) => {
+                    reception.digests.question(*asker, disk, offset_bytes, regions)
+                }
+                _ => return inner.why_ended(&stamp).map_or_else(|| record(guest, stamp), Ok),
+            }
+        };
+        match asked.and_then(|question| question.answer(hasher, *asker, stamp)) {
+            Ok(answer) => Ok(answer),
+            Err(NoAnswer::Broken(cause)) => Err(cause),
+            Err(NoAnswer::Unreadable { region, cause }) => {
+                let mut inner = self.lock();
+                if matches!(&inner.stage, Stage::Receiving(reception) if stamp.matches(&reception.stamp)) {
+                    inner.give_up(guest, &cause);
+                }
+                Ok(Message::Failed { stamp, cause: cut(&cause), region: Some(region) })
+            }
+        }
     }
 
     /// Takes in what the source of a sealed attempt says when it is asked; returns what it is told in return.
@@ -366,6 +412,7 @@ impl Inner {
             created: Vec::new(),
             were_empty: Vec::new(),
             refused_before: refused_writes(guest),
+            digests: Digests::new(Verify::None, &[]),
         };
         if let Err(cause) = guest.write_ahead(&[&[event.clone(), Event::Abort(stamp)]]) {
             problems.add("", &cause);
@@ -398,6 +445,8 @@ impl Inner {
             reception.remove_created();
             return refused(problems);
         };
+        // Their sizes are known only now.
+        reception.digests = Digests::new(offer.verify, &reception.exports);
         self.remains.retain(|name| !reception.exports.iter().any(|export| export.name() == name));
         let answer =
             Prepared { stamp, instance: guest.instance, epoch: reception.epoch, token: reception.token, disks };
@@ -457,7 +506,8 @@ impl Inner {
                 let ours = self.remains.iter().any(|name| name.as_str() == offer.name);
                 let content = target.content().map_err(|error| format!("cannot be read: {error}"))?;
                 if content == Content::Data && mode == Mode::CopyAll && !ours {
-                    return Err(format!("{} is not empty (--overwrite overwrites it)", path.display()));
+                    let ways = "--overwrite overwrites it, --copy-storage-inc sends only what differs";
+                    return Err(format!("{} is not empty ({ways})", path.display()));
                 }
                 target.free_space().map_err(|error| error.to_string())?
             }
@@ -489,8 +539,8 @@ impl Inner {
         Message::Fenced { stamp, instance: guest.instance, epoch: reception.epoch }
     }
 
-    /// Everything has been sent: joins the writers, makes all durable, and only then says so.
-    fn seal(&mut self, guest: &Guest, stamp: Stamp) -> Result<Message, String> {
+    /// Everything has been sent: joins the writers, compares the digests, makes all durable, and only then says so.
+    fn seal(&mut self, guest: &Guest, stamp: Stamp, roots: &[Digest]) -> Result<Message, String> {
         let Stage::Receiving(reception) = &mut self.stage else { return record(guest, stamp) };
         let began = Instant::now();
         let images = guest.images();
@@ -499,7 +549,7 @@ impl Inner {
         } else if refused_writes(guest) > reception.refused_before {
             Err("a client of the destination's guest door wrote before the hand-over".to_owned())
         } else {
-            reception.make_durable()
+            reception.digests.compare(roots).and_then(|_| reception.make_durable())
         };
         let images = match durable.and(images) {
             Ok(images) => images,
@@ -583,7 +633,7 @@ impl Reception {
         let mut ready = heapless::Vec::new();
         for export in &self.exports {
             let ours = remains.iter().any(|name| name == export.name());
-            if (ours || offer.mode == Mode::Overwrite)
+            if (offer.mode == Mode::Overwrite || ours && offer.mode == Mode::CopyAll)
                 && let Err(error) = export.discard_all()
             {
                 log::info!("migration: disk {} cannot be emptied, all of it is sent: {error}", export.name());
@@ -594,8 +644,9 @@ impl Reception {
             if ours || offer.mode == Mode::CopyAll {
                 self.were_empty.push(export.name().to_owned());
             }
+            let compare = offer.mode == Mode::Incremental && !reads_as_zero;
             // As many as there are offers, which fit.
-            let _ = ready.push(DiskReady { reads_as_zero, connections, compare: false });
+            let _ = ready.push(DiskReady { reads_as_zero, connections, compare });
             let writer = Arc::clone(export);
             let thread = std::thread::Builder::new().name("write back".to_owned()).stack_size(CONNECTION_STACK);
             // Ends by itself when the gate is no longer at Receiving.

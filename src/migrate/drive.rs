@@ -15,8 +15,10 @@ use super::link::{Link, LinkError};
 use super::meter::{Meter, Verdict};
 use super::settle::{self, Trouble};
 use super::source::Job;
+use super::verify::{self, Checkers};
 use super::wire::{DiskOffer, Epoch, Hello, Message, Mode, Prepare, Prepared, Role, Verify, cut};
-use crate::control::wire::{Convergence, DiskProgress, Done, Owner, Phase, text};
+use crate::control::wire::{self, Convergence, DiskProgress, Done, Owner, Phase, Receipt, text};
+use crate::digest::{Digest, root_of_all};
 use crate::dirty::{DirtyMap, Region};
 use crate::error::Exit;
 use crate::export::{Export, Quiesced, quiesce};
@@ -26,7 +28,7 @@ use crate::limits::{
     LINK_SILENCE_MAX, PING_PERIOD, PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REPLY_TIMEOUT,
     RUNNING_PATIENCE, SEAL_MAX, SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
 };
-use crate::mirror::{Counts, Mirror, NotReady};
+use crate::mirror::{Counts, Mirror, NotReady, Plan, Verified};
 use crate::ownership::{Event, KeepError, Peer, Record, Stamp};
 
 /// Why a migration does not go on. Which exit code that is depends on where it happens.
@@ -89,6 +91,7 @@ pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
         Ok(Handed::Over(switchover)) => {
             let mut done = done(job, Exit::Done, Owner::Destination, "");
             done.switchover_us = Some(u64::try_from(switchover.as_micros()).unwrap_or(u64::MAX));
+            done.receipt = Some(drive.receipt());
             done
         }
         Ok(Handed::OverBut(cause)) => done(job, Exit::GaveAway, Owner::Destination, &cause),
@@ -107,6 +110,7 @@ pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
     done.sent_bytes = counts.iter().map(|c| c.sent).sum();
     done.zero_bytes = counts.iter().map(|c| c.zeroed).sum();
     done.passes = counts.iter().map(|c| c.passes).max().unwrap_or(0);
+    done.equal_bytes = counts.iter().map(|c| c.equal).sum();
     done
 }
 
@@ -154,10 +158,18 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
     let message = Message::Prepare(Prepare {
         stamp,
         challenge: theirs.challenge,
-        mode: if job.request.overwrite { Mode::Overwrite } else { Mode::CopyAll },
+        mode: match (job.request.overwrite, job.request.incremental) {
+            (true, _) => Mode::Overwrite,
+            (false, true) => Mode::Incremental,
+            (false, false) => Mode::CopyAll,
+        },
         disks,
         connections: job.request.connections,
-        verify: Verify::None,
+        verify: match job.request.verify {
+            wire::Verify::None => Verify::None,
+            wire::Verify::Written => Verify::Written,
+            wire::Verify::Full => Verify::Full,
+        },
     });
     let prepared = match ask_to_prepare(job, &mut link, &message, &stamp, &theirs) {
         Ok(prepared) => prepared,
@@ -181,10 +193,12 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
         link,
         mirrors: Vec::new(),
         lanes: Lanes::default(),
+        checkers: Checkers::default(),
+        roots: heapless::Vec::new(),
         unknown: Vec::new(),
         down: false,
         link_lost: round_trip.is_err(),
-        meter: Meter::new(job.exports.len()),
+        meter: Meter::new(job.exports.len(), round_trip.unwrap_or_default()),
         heard: Instant::now(),
         pinged: Instant::now(),
         flushed: Instant::now(),
@@ -295,6 +309,10 @@ struct Drive<'a> {
     round_trip: Duration,
     mirrors: Vec<Arc<Mirror>>,
     lanes: Lanes,
+    /// Those who ask for digests. Declared behind the link and the lanes, and ended before the mirrors go.
+    checkers: Checkers,
+    /// One digest for each disk, once the guest is quiesced and everything is verified.
+    roots: heapless::Vec<Digest, DISKS_MAX>,
     /// Regions whose copies may still be in a buffer of the destination: in flight until it is fenced (D4).
     unknown: Vec<Region>,
     /// The lanes are ended and not open again.
@@ -311,17 +329,46 @@ struct Drive<'a> {
 impl Drive<'_> {
     /// Copies until the final pass would be short enough, and, with `--hold`, until somebody says switch.
     fn perform(&mut self) -> Result<(), Stop> {
-        for (export, ready) in self.job.exports.iter().zip(self.prepared.disks.clone()) {
+        let bells = Checkers::bells(self.job.exports.len());
+        for (number, (export, ready)) in self.job.exports.iter().zip(self.prepared.disks.clone()).enumerate() {
             let fault = |cause: String| format!("disk {}: {cause}", export.name());
-            let mirror = Mirror::arm(export, &self.job.budget).map_err(fault)?;
+            let verified = match self.job.request.verify {
+                wire::Verify::None => Verified::Nothing,
+                wire::Verify::Written => Verified::Written,
+                wire::Verify::Full => Verified::Full,
+            };
+            let compare = ready.compare && !ready.reads_as_zero;
+            let plan = Plan { verified, compare, bell: Arc::clone(&bells[number % bells.len()]) };
+            let mirror = Mirror::arm(export, &self.job.budget, &plan).map_err(fault)?;
             // D1: the first extent is asked for after arming.
             mirror.scan(ready.reads_as_zero).map_err(|error| fault(error.to_string()))?;
             self.mirrors.push(mirror);
         }
-        if let Err(cause) = self.open_lanes() {
+        let peer = verify::Peer {
+            guest: self.guest,
+            address: &self.job.address,
+            stamp: self.stamp,
+            instance: self.prepared.instance,
+        };
+        self.checkers = Checkers::start(&peer, &self.mirrors, &bells)?;
+        self.compare()?;
+        // A link that was lost meanwhile has brought them with it when it was mended.
+        if !self.lanes.are_open()
+            && let Err(cause) = self.open_lanes()
+        {
             self.recover(&cause, Instant::now() + RECONNECT_MAX)?;
         }
         self.copy_until_converged()
+    }
+
+    /// D12: what the destination has already is found out first; what differs is dirty, and copied later.
+    fn compare(&mut self) -> Result<(), Stop> {
+        while self.mirrors.iter().any(|mirror| mirror.is_comparing()) {
+            self.look()?;
+            let counts = self.counts();
+            self.show(&counts, Verdict::TooLong, false);
+        }
+        Ok(())
     }
 
     fn copy_until_converged(&mut self) -> Result<(), Stop> {
@@ -353,6 +400,7 @@ impl Drive<'_> {
         let give = [offer.clone(), Event::Give { sealed: self.stamp }, Event::Running(self.stamp)];
         let end = [offer.clone(), Event::End { attempt }, Event::Unsealed(self.stamp)];
         self.guest.write_ahead(&[&give, &end])?;
+        self.mirrors.iter().for_each(|mirror| mirror.verify_soon());
         // M5: durable before anything that lets the destination seal.
         self.record(&offer)?;
         let mut tries = 0;
@@ -375,10 +423,11 @@ impl Drive<'_> {
         };
         // Nothing is left to copy: the lanes go quietly, before the destination ends them.
         self.mirrors.iter().for_each(|mirror| mirror.stop());
+        self.checkers.stop();
         // From here on the gates open only for an attempt that has ended.
         let given = self.seal().and_then(|()| {
             // Nobody can have opened a gate meanwhile; were it so, a write would be missing at the destination.
-            let left: u64 = self.counts().iter().map(|counts| counts.outstanding.granules).sum();
+            let left: u64 = self.counts().iter().map(|counts| counts.outstanding.granules + counts.unverified).sum();
             if left > 0 || !quiesced.holds() {
                 return Err("the guest has written after the final pass".into());
             }
@@ -426,9 +475,13 @@ impl Drive<'_> {
                     self.down = true;
                     return Err(NotYet::GoOn(format!("disk {}: the final pass takes too long", mirror.name())));
                 }
+                Err(NotReady::Unverified(cause)) => {
+                    return Err(NotYet::GoOn(format!("disk {}: {cause}", mirror.name())));
+                }
                 Err(NotReady::Failed(failure)) => return Err(NotYet::Stop(failure.text.into())),
             }
         }
+        self.roots = self.mirrors.iter().filter_map(|mirror| mirror.root()).map(|(root, _)| root).collect();
         let copied = |name: &str| self.mirrors.iter().any(|mirror| mirror.name() == name);
         quiesced.flush(copied).map_err(|cause| NotYet::Stop(cause.into()))
     }
@@ -437,7 +490,7 @@ impl Drive<'_> {
     fn seal(&mut self) -> Result<(), Stop> {
         self.show_phase(Phase::Seal);
         let deadline = Instant::now() + SEAL_MAX;
-        let message = Message::Seal { stamp: self.stamp, digests: heapless::Vec::new() };
+        let message = Message::Seal { stamp: self.stamp, digests: self.roots.clone() };
         let mut ask = Some(&message);
         while Instant::now() < deadline {
             match self.converse(ask.take()) {
@@ -657,6 +710,18 @@ impl Drive<'_> {
         self.lanes.open(&self.job.address, &self.prepared, self.epoch, &self.mirrors, wanted.min(most))
     }
 
+    /// What was verified of what was handed over.
+    fn receipt(&self) -> Receipt {
+        let verified = self.mirrors.iter().filter_map(|mirror| mirror.root()).map(|(_, bytes)| bytes).sum();
+        Receipt {
+            verify: self.job.request.verify,
+            verified_bytes: verified,
+            root: if self.roots.is_empty() { [0; 32] } else { root_of_all(&self.roots) },
+            term: u64::from(self.stamp.order.term),
+            generation: self.stamp.order.generation,
+        }
+    }
+
     fn record(&self, event: &Event) -> Result<(), Stop> {
         match self.guest.apply(event) {
             Ok(_) => Ok(()),
@@ -719,6 +784,9 @@ impl Drive<'_> {
                 dirty_rate_bytes: rates.dirtied,
                 passes: counts.passes,
                 estimate_s: estimate.and_then(|seconds| u32::try_from(seconds).ok()),
+                equal_bytes: counts.equal,
+                verified_bytes: counts.verified,
+                unverified_bytes: counts.unverified,
                 ..DiskProgress::default()
             }
         };
@@ -745,6 +813,7 @@ fn abort(mut drive: Drive<'_>, cause: &str) -> Result<(), String> {
     }
     // Given back without a fence: nobody copies them any more.
     drop(drive.lanes.end());
+    drive.checkers.end();
     drive.unknown.clear();
     drive.mirrors.clear();
     let deadline = Instant::now() + UNSEALED_PATIENCE;

@@ -54,6 +54,11 @@ impl Lanes {
         })
     }
 
+    /// Whether there are any.
+    pub(super) fn are_open(&self) -> bool {
+        !self.lanes.is_empty()
+    }
+
     /// Opens one lane and starts its thread. Returns whether there may be more.
     fn open_one(&mut self, address: &Address, mirror: &Arc<Mirror>, name: &str) -> Result<bool, String> {
         let socket = Arc::new(address.connect(CONNECT_TIMEOUT).map_err(|error| reason(&error))?);

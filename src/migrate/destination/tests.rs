@@ -9,7 +9,7 @@ use super::*;
 use crate::disk::Cache;
 use crate::domain;
 use crate::export::{Fault, Patience, quiesce};
-use crate::migrate::wire::{Verify, export_name};
+use crate::migrate::wire::export_name;
 use crate::options::ServeOptions;
 use crate::ownership::{Host, Lineage, Order, Word};
 
@@ -62,7 +62,7 @@ impl Bench {
     fn say(&self, message: Message) -> Message {
         let mut theirs = hello(&self.guest, Role::Source, Challenge([2; 16]), &pair().0);
         theirs.host = SOURCE;
-        let mut session = Session { theirs, challenge: Some(Challenge([1; 16])), stamp: None };
+        let mut session = Session { theirs, challenge: Some(Challenge([1; 16])), stamp: None, asker: None };
         self.guest.destination.answer(&self.guest, &mut session, message).expect("no end").expect("an answer")
     }
 

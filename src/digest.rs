@@ -10,11 +10,25 @@
 
 use std::io;
 
+use serde::{Deserialize, Serialize};
+
 use crate::disk::{AlignedBuffer, Disk};
 use crate::limits::{DIGEST_QUESTION_MAX, DIGEST_READ, DIGEST_REGION_MIN, DIGEST_TABLE_MAX, DIGESTS_MAX};
 
 /// BLAKE3 of a region's bytes.
 pub type Digest = [u8; 32];
+
+/// What of a copy is verified.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Verified {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// What was copied, or found equal.
+    Written,
+    /// Everything.
+    Full,
+}
 
 const WORD: u64 = 64;
 

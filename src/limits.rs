@@ -30,6 +30,8 @@ pub const DISKS_MAX: usize = 32;
 
 /// Longest file of an ownership record, in bytes; a test says that the longest record fits.
 pub const RECORD_FILE_MAX: usize = 4 * KIB;
+/// Longest file of a receipt, in bytes; a test says that the longest one fits.
+pub const RECEIPT_FILE_MAX: usize = 512;
 /// Longest wait for somebody who only looks into a state directory.
 pub const STATE_LOCK_TIMEOUT: Duration = Duration::from_millis(200);
 /// Longest text that shows a record to its operator, in bytes.

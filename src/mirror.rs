@@ -38,9 +38,10 @@ use std::time::{Duration, Instant};
 
 pub use budget::Budget;
 use checks::Checks;
-pub use checks::{Ask, Bell, Verified};
+pub use checks::{Ask, Bell};
 use lane::{Flight, Lane, LaneEnd, Orders};
 
+use crate::digest::Verified;
 use crate::dirty::{DirtyMap, Outstanding, Region};
 use crate::disk::Disk;
 use crate::export::{Export, Quiesced};

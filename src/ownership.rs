@@ -16,6 +16,7 @@ mod host;
 mod id;
 mod images;
 mod keeper;
+mod receipt;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -31,6 +32,7 @@ pub use file::Content;
 pub use id::{Attempt, Host, ID_BYTES, ID_DIGITS, Images, Instance, Lineage, Word};
 pub use images::ImageList;
 pub use keeper::{KeepError, Keeper, Save, Write};
+pub use receipt::Receipt;
 pub use store::{Found, Look, Store, look, show};
 pub use transition::{heard_promise, heard_record, next, promise};
 

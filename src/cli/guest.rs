@@ -240,6 +240,9 @@ fn status_text(status: &Status) -> String {
         let gate = disk.gate.map_or("-", |gate| gate.word());
         let _ = writeln!(out, "  {:width$}  {bytes:>8}  {fate:16}  {gate}", OneLine(&disk.name).to_string());
     }
+    if let Some(kept) = &status.receipt {
+        out.push_str(&crate::progress::kept_line(kept));
+    }
     if !status.hint.is_empty() {
         let _ = writeln!(out, "next: {}", OneLine(&status.hint));
     }

@@ -115,7 +115,13 @@ fn a_status() -> Status {
         }]
         .into_iter()
         .collect(),
+        receipt: Some(a_receipt()),
     }
+}
+
+fn a_receipt() -> Kept {
+    let receipt = Receipt { verify: Verify::Full, verified_bytes: 21, root: [22; 32], term: 23, generation: 24 };
+    Kept { receipt, attempt: 25, lineage: 26, gave: true, peer: text("q"), sent_bytes: Some(27), equal_bytes: None }
 }
 
 fn an_ownership() -> Ownership {
@@ -131,6 +137,7 @@ fn an_ownership() -> Ownership {
         next: text("n"),
         record: text("r"),
         rejected: true,
+        receipt: None,
     }
 }
 
@@ -171,12 +178,13 @@ fn every_reply_has_its_number_and_bytes() {
     let refusal = Refusal { exit: 1, operation: text("o"), object: text("b"), cause: text("c") };
     pinned(&Reply::Refused(refusal), &[2, 1, 1, b'o', 1, b'b', 1, b'c']);
     let status = [3, 1, b'g', 3, 1, 2, 3, 1, b'p', 1, 1, b'h', 1, 1, b'a', 0x80, 4, 1, 2, 1, 3];
-    pinned(&Reply::Status(a_status()), &status);
+    let kept = [&[1, 2, 21][..], &[22; 32], &[23, 24, 25, 26, 1, 1, b'q', 1, 27, 0]].concat();
+    pinned(&Reply::Status(a_status()), &[&status, &kept[..]].concat());
     let progress = [4, 5, 2, 6, 3, 9, 8, 1, 7, 10, 11, 1, 1, 1, b'a', 1, 2, 3, 4, 5, 6, 7, 1, 8, 9, 10, 11, 12, 1, 13];
     pinned(&Reply::Progress(a_progress()), &progress);
     let done = [&[5, 1, 3, 1, b'x', 1, 1, b'd', 4, 5, 6, 7, 1, 8, 9, 10, 1, 1, 11][..], &[12; 32], &[13, 14]].concat();
     pinned(&Reply::Done(a_done()), &done);
-    let ownership = [1, b'g', 5, 3, 1, 2, 4, 1, b'a', 1, b't', 1, b'n', 1, b'r', 1];
+    let ownership = [1, b'g', 5, 3, 1, 2, 4, 1, b'a', 1, b't', 1, b'n', 1, b'r', 1, 0];
     pinned(&Reply::Ownership(an_ownership()), &[&[6], &ownership[..]].concat());
     let rest = [1, b'p', 1, b'h', 1, b'd', 1, b'l', 1, b'v', 1, 1, b's'];
     pinned(&Reply::Recovered(a_recovered()), &[&[7], &ownership[..], &rest].concat());
@@ -251,6 +259,16 @@ fn the_largest_messages_fit_a_frame() {
         ..a_progress()
     };
     let disk = DiskStatus { name: full(), size_bytes: most, stays: Some(Stays::Shared), gate: Some(Gate::Fenced) };
+    let whole = Receipt { verified_bytes: most, root: [0xff; 32], term: most, generation: most, ..a_receipt().receipt };
+    let kept = Kept {
+        receipt: whole,
+        attempt: u128::MAX,
+        lineage: u128::MAX,
+        gave: true,
+        peer: full(),
+        sent_bytes: Some(most),
+        equal_bytes: Some(most),
+    };
     let status = Status {
         guest: full(),
         term: most,
@@ -259,6 +277,7 @@ fn the_largest_messages_fit_a_frame() {
         peer: full(),
         hint: full(),
         disks: (0..DISKS_MAX).map(|_| disk.clone()).collect(),
+        receipt: Some(kept.clone()),
         ..a_status()
     };
     let ownership = Ownership {
@@ -270,6 +289,7 @@ fn the_largest_messages_fit_a_frame() {
         text: full(),
         next: full(),
         record: full(),
+        receipt: Some(kept),
         ..an_ownership()
     };
     let recovered = Recovered {

@@ -184,7 +184,7 @@ fn what_is_not_understood_is_answered_before_the_connection_closes() {
     };
     assert_eq!(
         first_reply(framed(&Request::Hello { version: 1 })),
-        "blockferry: control: version: the command speaks version 1, the running process version 3"
+        "blockferry: control: version: the command speaks version 1, the running process version 4"
     );
     assert_eq!(first_reply(framed(&Request::Switch)), "blockferry: control: request: no hello came before it");
     assert_eq!(

@@ -20,7 +20,7 @@ use crate::limits::{
 };
 
 /// The version of these messages. Both ends are the same executable as a rule, so there is no older one to speak.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// A guest's name.
 pub type GuestName = String<GUEST_NAME_MAX>;
@@ -147,6 +147,25 @@ pub struct Receipt {
     pub term: u64,
     /// The order that was handed over: its generation.
     pub generation: u64,
+}
+
+/// The receipt that a host keeps of the last hand-over that it took part in.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// What was verified.
+    pub receipt: Receipt,
+    /// The attempt's number.
+    pub attempt: u128,
+    /// The guest's history.
+    pub lineage: u128,
+    /// This host gave the guest; else it got it.
+    pub gave: bool,
+    /// The other host.
+    pub peer: AddressText,
+    /// Data sent; known to the source only.
+    pub sent_bytes: Option<u64>,
+    /// What needed not be sent; known to the source only.
+    pub equal_bytes: Option<u64>,
 }
 
 /// What `set` changes; `None` leaves it.
@@ -311,6 +330,8 @@ pub struct Status {
     pub hint: Cause,
     /// Every disk, in the order of the command line.
     pub disks: Vec<DiskStatus, DISKS_MAX>,
+    /// Of the last hand-over that this host took part in.
+    pub receipt: Option<Kept>,
 }
 
 /// Whether a migration can be followed.
@@ -557,6 +578,8 @@ pub struct Ownership {
     pub record: String<RECORD_TEXT_MAX>,
     /// The record counts for nothing (M7).
     pub rejected: bool,
+    /// Of the last hand-over that this host took part in.
+    pub receipt: Option<Kept>,
 }
 
 /// What became of a [`Request::Recover`].

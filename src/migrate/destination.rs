@@ -34,7 +34,7 @@ use crate::limits::{
 };
 use crate::nbd::handshake::{Description, Directory, OpenError};
 use crate::nbd::server;
-use crate::ownership::{Answer, Attempt, Event, Images, KeepError, Peer, Promise, Record, Stamp, State, next};
+use crate::ownership::{Answer, Attempt, Event, Images, KeepError, Peer, Promise, Receipt, Record, Stamp, State, next};
 use crate::socket::Socket;
 
 /// What this process receives.
@@ -51,6 +51,8 @@ struct Inner {
     /// Disks that hold the remains of an attempt that ended here and had found them empty: our own, to be emptied for
     /// the next one (D10).
     remains: Vec<String>,
+    /// Of the attempt that was sealed last, until it owns.
+    sealed: Option<Receipt>,
 }
 
 /// An attempt that this side has ended.
@@ -73,6 +75,7 @@ enum Stage {
 #[derive(Debug)]
 struct Reception {
     stamp: Stamp,
+    from: Peer,
     epoch: Epoch,
     token: Token,
     exports: Vec<Arc<Export>>,
@@ -117,6 +120,9 @@ fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
                 let Some(answer) = answer else { continue };
                 log::debug!("migration door: answered {}", answer.name());
                 link.send(&answer, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
+                if matches!(answer, Message::Running { .. }) {
+                    guest.destination.keep_receipt(guest);
+                }
                 // The answer may have taken long; the peer's silence begins now.
                 heard = Instant::now();
             }
@@ -301,6 +307,17 @@ impl Destination {
         }
     }
 
+    /// Keeps the receipt of the attempt by which this host owns, if there is one. The switchover is over.
+    pub(super) fn keep_receipt(&self, guest: &Guest) {
+        let receipt = self.lock().sealed.take();
+        let record = guest.record().ok().flatten();
+        if let (Some(receipt), Some(Record { state: State::Owner { attempt }, .. })) = (receipt, record)
+            && attempt == receipt.attempt
+        {
+            guest.keep_receipt(receipt);
+        }
+    }
+
     /// Gives up a sealed guest at the operator's word (M2), or whatever else can be forgotten (M6). The source may be
     /// told "unsealed" from then on, so that nobody may go on using what was read here (M11).
     ///
@@ -385,7 +402,7 @@ impl Inner {
         let stamp = offer.stamp;
         let fresh = session.challenge.take_if(|ours| *ours == offer.challenge).is_some();
         let from = Peer { host: session.theirs.host, address: session.theirs.address.clone() };
-        let event = Event::Prepare { stamp, from, fresh };
+        let event = Event::Prepare { stamp, from: from.clone(), fresh };
         let refused = |problems: Problems| Ok(Message::Refused { stamp, problems: problems.0 });
 
         let mut problems = Problems::default();
@@ -406,6 +423,7 @@ impl Inner {
         }
         let mut reception = Reception {
             stamp,
+            from,
             epoch: Epoch(0),
             token: Token::random().map_err(|error| error.to_string())?,
             exports: found.iter().map(|(export, _)| Arc::clone(export)).collect(),
@@ -544,12 +562,13 @@ impl Inner {
         let Stage::Receiving(reception) = &mut self.stage else { return record(guest, stamp) };
         let began = Instant::now();
         let images = guest.images();
+        let mut verified = (0, [0; 32]);
         let durable = if !reception.end_writers() {
             Err("requests in flight do not end".to_owned())
         } else if refused_writes(guest) > reception.refused_before {
             Err("a client of the destination's guest door wrote before the hand-over".to_owned())
         } else {
-            reception.digests.compare(roots).and_then(|_| reception.make_durable())
+            reception.digests.compare(roots).and_then(|same| reception.make_durable().map(|()| verified = same))
         };
         let images = match durable.and(images) {
             Ok(images) => images,
@@ -559,6 +578,19 @@ impl Inner {
             }
         };
         let fsync_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let (verified_bytes, root) = verified;
+        self.sealed = Some(Receipt {
+            attempt: stamp.attempt,
+            lineage: stamp.lineage,
+            order: stamp.order,
+            peer: reception.from.clone(),
+            gave: false,
+            verified: reception.digests.verified(),
+            verified_bytes,
+            root,
+            sent_bytes: None,
+            equal_bytes: None,
+        });
         // M2: from here on nothing of this attempt is cleaned up.
         self.stage = Stage::Idle;
         match guest.apply(&Event::Seal { stamp, images }) {

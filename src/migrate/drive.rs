@@ -17,8 +17,8 @@ use super::settle::{self, Trouble};
 use super::source::Job;
 use super::verify::{self, Checkers};
 use super::wire::{DiskOffer, Epoch, Hello, Message, Mode, Prepare, Prepared, Role, Verify, cut};
-use crate::control::wire::{self, Convergence, DiskProgress, Done, Owner, Phase, Receipt, text};
-use crate::digest::{Digest, root_of_all};
+use crate::control::wire::{self, Convergence, DiskProgress, Done, Owner, Phase, text};
+use crate::digest::{Digest, Verified, root_of_all};
 use crate::dirty::{DirtyMap, Region};
 use crate::error::Exit;
 use crate::export::{Export, Quiesced, quiesce};
@@ -28,8 +28,9 @@ use crate::limits::{
     LINK_SILENCE_MAX, PING_PERIOD, PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REPLY_TIMEOUT,
     RUNNING_PATIENCE, SEAL_MAX, SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
 };
-use crate::mirror::{Counts, Mirror, NotReady, Plan, Verified};
-use crate::ownership::{Event, KeepError, Peer, Record, Stamp};
+use crate::mirror::{Counts, Mirror, NotReady, Plan};
+use crate::ownership::{Event, KeepError, Peer, Receipt, Record, Stamp};
+use crate::standing::kept;
 
 /// Why a migration does not go on. Which exit code that is depends on where it happens.
 #[derive(Debug)]
@@ -87,11 +88,11 @@ pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
     };
     let result = drive.perform().and_then(|()| drive.finish());
     let counts = drive.counts();
+    let handed = result.is_ok().then(|| drive.receipt(&counts));
     let mut done = match result {
         Ok(Handed::Over(switchover)) => {
             let mut done = done(job, Exit::Done, Owner::Destination, "");
             done.switchover_us = Some(u64::try_from(switchover.as_micros()).unwrap_or(u64::MAX));
-            done.receipt = Some(drive.receipt());
             done
         }
         Ok(Handed::OverBut(cause)) => done(job, Exit::GaveAway, Owner::Destination, &cause),
@@ -107,10 +108,15 @@ pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
             Err(unknown) => done(job, Exit::Unknown, Owner::Unknown, &unknown),
         },
     };
+    if let Some(receipt) = &handed {
+        // The switchover is over; only now may it cost time.
+        guest.keep_receipt(receipt.clone());
+    }
     done.sent_bytes = counts.iter().map(|c| c.sent).sum();
     done.zero_bytes = counts.iter().map(|c| c.zeroed).sum();
     done.passes = counts.iter().map(|c| c.passes).max().unwrap_or(0);
     done.equal_bytes = counts.iter().map(|c| c.equal).sum();
+    done.receipt = handed.filter(|_| done.owner == Owner::Destination).map(|receipt| kept(&receipt).receipt);
     done
 }
 
@@ -195,6 +201,7 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
         lanes: Lanes::default(),
         checkers: Checkers::default(),
         roots: heapless::Vec::new(),
+        verified_bytes: 0,
         unknown: Vec::new(),
         down: false,
         link_lost: round_trip.is_err(),
@@ -313,6 +320,8 @@ struct Drive<'a> {
     checkers: Checkers,
     /// One digest for each disk, once the guest is quiesced and everything is verified.
     roots: heapless::Vec<Digest, DISKS_MAX>,
+    /// Bytes that they cover.
+    verified_bytes: u64,
     /// Regions whose copies may still be in a buffer of the destination: in flight until it is fenced (D4).
     unknown: Vec<Region>,
     /// The lanes are ended and not open again.
@@ -332,11 +341,7 @@ impl Drive<'_> {
         let bells = Checkers::bells(self.job.exports.len());
         for (number, (export, ready)) in self.job.exports.iter().zip(self.prepared.disks.clone()).enumerate() {
             let fault = |cause: String| format!("disk {}: {cause}", export.name());
-            let verified = match self.job.request.verify {
-                wire::Verify::None => Verified::Nothing,
-                wire::Verify::Written => Verified::Written,
-                wire::Verify::Full => Verified::Full,
-            };
+            let verified = verified(self.job.request.verify);
             let compare = ready.compare && !ready.reads_as_zero;
             let plan = Plan { verified, compare, bell: Arc::clone(&bells[number % bells.len()]) };
             let mirror = Mirror::arm(export, &self.job.budget, &plan).map_err(fault)?;
@@ -481,7 +486,13 @@ impl Drive<'_> {
                 Err(NotReady::Failed(failure)) => return Err(NotYet::Stop(failure.text.into())),
             }
         }
-        self.roots = self.mirrors.iter().filter_map(|mirror| mirror.root()).map(|(root, _)| root).collect();
+        self.roots.clear();
+        self.verified_bytes = 0;
+        for (root, bytes) in self.mirrors.iter().filter_map(|mirror| mirror.root()) {
+            // As many as there are disks.
+            let _ = self.roots.push(root);
+            self.verified_bytes += bytes;
+        }
         let copied = |name: &str| self.mirrors.iter().any(|mirror| mirror.name() == name);
         quiesced.flush(copied).map_err(|cause| NotYet::Stop(cause.into()))
     }
@@ -711,14 +722,18 @@ impl Drive<'_> {
     }
 
     /// What was verified of what was handed over.
-    fn receipt(&self) -> Receipt {
-        let verified = self.mirrors.iter().filter_map(|mirror| mirror.root()).map(|(_, bytes)| bytes).sum();
+    fn receipt(&self, counts: &[Counts]) -> Receipt {
         Receipt {
-            verify: self.job.request.verify,
-            verified_bytes: verified,
+            attempt: self.stamp.attempt,
+            lineage: self.stamp.lineage,
+            order: self.stamp.order,
+            peer: self.peer.clone(),
+            gave: true,
+            verified: verified(self.job.request.verify),
+            verified_bytes: self.verified_bytes,
             root: if self.roots.is_empty() { [0; 32] } else { root_of_all(&self.roots) },
-            term: u64::from(self.stamp.order.term),
-            generation: self.stamp.order.generation,
+            sent_bytes: Some(counts.iter().map(|c| c.sent).sum()),
+            equal_bytes: Some(counts.iter().map(|c| c.equal).sum()),
         }
     }
 
@@ -792,6 +807,14 @@ impl Drive<'_> {
         };
         // No more mirrors than disks, which fit.
         self.mirrors.iter().zip(counts).enumerate().map(disk).take(DISKS_MAX).collect()
+    }
+}
+
+fn verified(verify: wire::Verify) -> Verified {
+    match verify {
+        wire::Verify::None => Verified::Nothing,
+        wire::Verify::Written => Verified::Written,
+        wire::Verify::Full => Verified::Full,
     }
 }
 

@@ -10,21 +10,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{Failure, Mirror};
-use crate::digest::{Digest, Hasher, Table, place, question_regions};
+use crate::digest::{Digest, Hasher, Table, Verified, place, question_regions};
 use crate::dirty::{Claim, Found};
 use crate::limits::{ASSUMED_HASH_RATE, LANE_LOOK, VERIFY_PERIOD};
-
-/// What of a copy is verified.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Verified {
-    /// Nothing.
-    #[default]
-    Nothing,
-    /// What was copied, or found equal.
-    Written,
-    /// Everything.
-    Full,
-}
 
 /// The checks of one mirror.
 #[derive(Debug)]

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::super::wire::{self, Message, Region, Verify, cut};
-use crate::digest::{Digest, Hasher, Table, place, question_regions, region_bytes};
+use crate::digest::{Digest, Hasher, Table, Verified, place, question_regions, region_bytes};
 use crate::disk::Disk;
 use crate::error::reason;
 use crate::export::Export;
@@ -80,8 +80,12 @@ impl Digests {
     }
 
     /// What is verified.
-    pub(super) fn verify(&self) -> Verify {
-        self.verify
+    pub(super) fn verified(&self) -> Verified {
+        match self.verify {
+            Verify::None => Verified::Nothing,
+            Verify::Written => Verified::Written,
+            Verify::Full => Verified::Full,
+        }
     }
 
     /// Checks a question strictly: whole regions of a disk of this attempt, and no more of them than may be asked for.

@@ -487,7 +487,9 @@ mod tests {
                     \"host\":\"000000000000000000000000000000ff\",\"address\":\"tcp://b:1\",\"text\":\"t\"";
         assert_eq!(
             ownership(&told),
-            format!("{{\"type\":\"ownership\",{head},\"record\":null,\"rejected\":false,\"next\":null,\"exit\":4,\"receipt\":null}}\n")
+            format!(
+                "{{\"type\":\"ownership\",{head},\"record\":null,\"rejected\":false,\"next\":null,\"exit\":4,\"receipt\":null}}\n"
+            )
         );
         let told = Recovered {
             ownership: told,

@@ -109,7 +109,7 @@ fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
         return Err(format!("the peer speaks of guest '{}', this is '{}'", theirs.guest.escape_debug(), guest.name));
     }
     meet(guest, &theirs);
-    let mut session = Session { theirs, challenge: Some(challenge), stamp: None, asker: None };
+    let mut session = Session { theirs, challenge: Some(challenge), stamp: None, asker: Asker::next(), hasher: None };
     let mut heard = Instant::now();
     loop {
         match link.receive(Instant::now() + LINK_LOOK) {
@@ -171,8 +171,10 @@ struct Session {
     challenge: Option<Challenge>,
     /// The attempt that it last spoke of.
     stamp: Option<Stamp>,
-    /// Once it has asked for digests.
-    asker: Option<(Asker, Hasher)>,
+    /// Among those that ask for digests; later connections count more.
+    asker: Asker,
+    /// Once it has asked.
+    hasher: Option<Hasher>,
 }
 
 impl Destination {
@@ -265,17 +267,18 @@ impl Destination {
         stamp: Stamp,
         (disk, offset_bytes, regions): (u8, u64, u8),
     ) -> Result<Message, String> {
-        let (asker, hasher) = session.asker.get_or_insert_with(|| (Asker::next(), Hasher::default()));
+        let asker = session.asker;
+        let hasher = session.hasher.get_or_insert_default();
         let asked = {
             let inner = self.lock();
             match &inner.stage {
                 Stage::Receiving(reception) if stamp.matches(&reception.stamp) => {
-                    reception.digests.question(*asker, disk, offset_bytes, regions)
+                    reception.digests.question(asker, disk, offset_bytes, regions)
                 }
                 _ => return inner.why_ended(&stamp).map_or_else(|| record(guest, stamp), Ok),
             }
         };
-        match asked.and_then(|question| question.answer(hasher, *asker, stamp)) {
+        match asked.and_then(|question| question.answer(hasher, asker, stamp)) {
             Ok(answer) => Ok(answer),
             Err(NoAnswer::Broken(cause)) => Err(cause),
             Err(NoAnswer::Unreadable { region, cause }) => {

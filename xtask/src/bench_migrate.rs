@@ -109,8 +109,9 @@ pub(crate) fn run(bench: &Bench, runs: usize) -> Result<(Table, Result<()>)> {
             .to_owned(),
         format!("bare chain over TCP in this run: {chain:.3} CPU s/GiB, with fsync {durable:.3}, both ends together"),
     ];
-    let title =
-        format!("{runs} migrations of each kind of 1 GiB, half holes, over TCP, under fio: 500 verified 4 KiB writes a second");
+    let title = format!(
+        "{runs} migrations of each kind of 1 GiB, half holes, over TCP, under fio: 500 verified 4 KiB writes a second"
+    );
     let verdict = if lost.is_empty() { Ok(()) } else { Err(Error::new("bench", "migrate", lost.join("; "))) };
     Ok((Table { title, columns: COLUMNS, rows, notes }, verdict))
 }

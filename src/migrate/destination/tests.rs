@@ -62,7 +62,8 @@ impl Bench {
     fn say(&self, message: Message) -> Message {
         let mut theirs = hello(&self.guest, Role::Source, Challenge([2; 16]), &pair().0);
         theirs.host = SOURCE;
-        let mut session = Session { theirs, challenge: Some(Challenge([1; 16])), stamp: None, asker: None };
+        let mut session =
+            Session { theirs, challenge: Some(Challenge([1; 16])), stamp: None, asker: Asker::next(), hasher: None };
         self.guest.destination.answer(&self.guest, &mut session, message).expect("no end").expect("an answer")
     }
 

@@ -13,7 +13,7 @@ use std::io;
 use serde::{Deserialize, Serialize};
 
 use crate::disk::{AlignedBuffer, Disk};
-use crate::limits::{DIGEST_QUESTION_MAX, DIGEST_READ, DIGEST_REGION_MIN, DIGEST_TABLE_MAX, DIGESTS_MAX};
+use crate::limits::{DIGEST_QUESTION_MAX, DIGEST_READ, DIGEST_REGION_MIN, DIGEST_TABLE_MAX, DIGESTS_MAX, ZERO_STEP};
 
 /// BLAKE3 of a region's bytes.
 pub type Digest = [u8; 32];
@@ -130,7 +130,7 @@ impl Hasher {
 
     fn zeroes(&mut self, length: u64) -> Digest {
         if self.zeroes.0 != length {
-            const ZEROES: [u8; 4096] = [0; 4096];
+            const ZEROES: [u8; ZERO_STEP] = [0; ZERO_STEP];
             self.state.reset();
             let mut left = usize::try_from(length).unwrap_or(usize::MAX);
             while left > 0 {

@@ -28,7 +28,7 @@
 //! is read under the one lock under which granules move. All of the map lives under that lock: it is held for a few
 //! dozen nanoseconds, and a guest write needs it once.
 //!
-//! **What is copied is verified (D14).** Beside the dirty granules stand the *unverified* regions, in `dirty/checks.rs`,
+//! **What is copied is verified (D14).** Beside the dirty granules stand the *unverified* regions (`dirty/checks.rs`),
 //! under the same lock: [`DirtyMap::mark`] and [`DirtyMap::take`] make them.
 //!
 //! The map is two kinds of bits: the lowest level has one for each granule, each higher level has one for each word of

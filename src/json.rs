@@ -488,7 +488,8 @@ mod tests {
         assert_eq!(
             ownership(&told),
             format!(
-                "{{\"type\":\"ownership\",{head},\"record\":null,\"rejected\":false,\"next\":null,\"exit\":4,\"receipt\":null}}\n"
+                "{{\"type\":\"ownership\",{head},\"record\":null,\"rejected\":false,\"next\":null,\"exit\":4,\
+                 \"receipt\":null}}\n"
             )
         );
         let told = Recovered {

@@ -224,6 +224,8 @@ pub const CLAIMS_MAX: usize = QUESTIONS_MAX;
 pub const CLAIM_STEPS: usize = 64;
 /// A verification pass begins no sooner than this after the one before: what is written twice meanwhile is hashed once.
 pub const VERIFY_PERIOD: Duration = Duration::from_millis(100);
+/// Pause before a map is asked again for something to hash that had none just now.
+pub const DIGEST_PAUSE: Duration = Duration::from_micros(200);
 /// Rate of hashing that is predicted with before any was measured, in bytes a second.
 pub const ASSUMED_HASH_RATE: u64 = 500 * MIB as u64;
 

@@ -64,7 +64,8 @@ pub(super) const SPEC: Spec = Spec {
         opt(
             "verify",
             Takes::One("MODE"),
-            "what both sides hash and compare before the hand-over: what was\nwritten, full (everything) or none [written]",
+            "what both sides hash and compare before the hand-over: what was\n\
+             written, full (everything) or none [written]",
         ),
         CONTROL,
         PLAINTEXT,

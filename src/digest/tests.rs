@@ -29,7 +29,7 @@ fn a_region_is_hashed_as_it_reads_and_holes_read_as_zero() {
     let dir = tempfile::tempdir().expect("a scratch directory");
     let size = 5 * REGION + 1024;
     let disk = Disk::create(&dir.path().join("a"), size, Cache::Writeback).expect("created");
-    let bytes: Vec<u8> = (0..REGION).map(|at| (at % 251) as u8).collect();
+    let bytes: Vec<u8> = (0..REGION).map(|at| (at % 251).to_le_bytes()[0]).collect();
     disk.write(&bytes, 2 * REGION, false).expect("written");
     // A region that is partly a hole, and the short one at the end.
     disk.write(&[7; 4096], 4 * REGION + 8192, false).expect("written");
@@ -58,7 +58,7 @@ fn a_large_region_is_hashed_in_pieces_to_the_same_digest() {
     // Its regions have 128 KiB, twice what is read at once.
     let size = 16 * GIB;
     let disk = Disk::create(&dir.path().join("a"), size, Cache::Writeback).expect("created");
-    let bytes: Vec<u8> = (0..2 * MIB).map(|at| (at / 7 % 253) as u8).collect();
+    let bytes: Vec<u8> = (0..2 * MIB).map(|at| (at / 7).to_le_bytes()[0]).collect();
     disk.write(&bytes, 3 << 30, false).expect("written");
     let region = region_bytes(size);
     let mut digests = [[0; 32]; 3];

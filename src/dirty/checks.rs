@@ -1,10 +1,10 @@
 //! The regions of a disk that must be hashed on both sides, and those that are being hashed (D12, D14).
 //!
-//! Two kinds of [`Claim`] are handed out, a run of regions each. One to *compare* is a copy by other means: its granules
-//! are dirty, are cleared (D2) and are in flight like those of a [`super::Region`] (D4); regions found equal are
-//! acknowledged, all others are dirty again. One to *verify* is no copy: it is handed out only where nothing is dirty or
-//! in flight, and while it is held no copy is begun there. [`Outstanding`] counts the first kind and never the second
-//! (D5): a verification that comes to nothing leaves the destination as complete as it was.
+//! Two kinds of [`Claim`] are handed out, a run of regions each. One to *compare* is a copy by other means: its
+//! granules are dirty, are cleared (D2) and are in flight like those of a [`super::Region`] (D4); regions found equal
+//! are acknowledged, all others are dirty again. One to *verify* is no copy: it is handed out only where nothing is
+//! dirty or in flight, and while it is held no copy is begun there. [`Outstanding`] counts the first kind and never the
+//! second (D5): a verification that comes to nothing leaves the destination as complete as it was.
 //!
 //! # Why a mismatch can be believed
 //!

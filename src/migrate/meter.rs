@@ -2,8 +2,8 @@
 //!
 //! The driver of a migration feeds a [`Meter`] with the mirrors' counts a few times a second. *Converged* means: the
 //! predicted final pass, that is what is outstanding at the rate at which this migration has been seen to copy when it
-//! was copying all the time, what is unverified at the rate of hashing, and the last flush, fits the allowed downtime. The rate of a moment does not serve for
-//! that: a mirror that has little to do copies little.
+//! was copying all the time, what is unverified at the rate of hashing, and the last flush, fits the allowed downtime.
+//! The rate of a moment does not serve for that: a mirror that has little to do copies little.
 
 use std::time::{Duration, Instant};
 

@@ -2,7 +2,8 @@
 //!
 //! `wire` is bytes, `link` one phase connection, `dial` opens one. `destination` is the receiving side. On the sending
 //! side `source` is what the user talks to, `drive` the phases in their order, `lanes` the data connections, `verify`
-//! those that ask for digests, `meter` the rates. On both, `settle` says what is left to be said after an attempt, and `recover` lets the operator decide.
+//! those that ask for digests, `meter` the rates. On both, `settle` says what is left to be said after an attempt, and
+//! `recover` lets the operator decide.
 
 pub mod destination;
 mod dial;

@@ -19,8 +19,8 @@ use crate::digest::{Digest, Hasher, place, question_regions, region_bytes};
 use crate::dirty::Claim;
 use crate::guest::Guest;
 use crate::limits::{
-    DIAL_MAX, DIGEST_CONNECTIONS_MAX, DIGESTS_MAX, DRIVER_STACK, LINK_LOOK, LINK_SILENCE_MAX, PING_PERIOD,
-    QUESTIONS_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REPLY_TIMEOUT, VERIFY_PERIOD,
+    DIAL_MAX, DIGEST_CONNECTIONS_MAX, DIGEST_PAUSE, DIGESTS_MAX, DRIVER_STACK, LINK_LOOK, LINK_SILENCE_MAX,
+    PING_PERIOD, QUESTIONS_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REPLY_TIMEOUT, VERIFY_PERIOD,
 };
 use crate::mirror::{Ask, Bell, Failure, Mirror};
 use crate::ownership::{Instance, Stamp};
@@ -258,11 +258,11 @@ impl Checker {
                     *turn = at;
                     return Ok(Duration::ZERO);
                 }
-                Ask::Rest(time) => rest = rest.min(time.max(Duration::from_micros(200))),
+                Ask::Rest(time) => rest = rest.min(time.max(DIGEST_PAUSE)),
                 Ask::Compared => {
                     if !questions.iter().any(|question| question.disk == at) {
                         mirror.end_comparison();
-                        rest = Duration::from_micros(200);
+                        rest = DIGEST_PAUSE;
                     }
                 }
             }

@@ -94,8 +94,8 @@ pub struct DiskReady {
     pub reads_as_zero: bool,
     /// Connections that may be open to it at once.
     pub connections: u8,
-    /// It may hold much of what is to come, an older copy or what an earlier attempt had sent: digests tell what differs
-    /// (rule D12). Never set together with `reads_as_zero`.
+    /// It may hold much of what is to come, an older copy or what an earlier attempt had sent: digests tell what
+    /// differs (rule D12). Never set together with `reads_as_zero`.
     pub compare: bool,
 }
 

@@ -1,7 +1,7 @@
 //! What was verified of the copy that was handed over last, on either side of it: one small file beside the record.
 //!
-//! It is worth nothing for who owns, and nobody waits for it: it is written when the switchover is over, and a host that
-//! dies between the two has the guest, or has given it, without a receipt. One that is broken counts as none.
+//! It is worth nothing for who owns, and nobody waits for it: it is written when the switchover is over, and a host
+//! that dies between the two has the guest, or has given it, without a receipt. One that is broken counts as none.
 //!
 //! | offset | bytes | field |
 //! |---|---|---|

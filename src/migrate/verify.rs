@@ -344,3 +344,6 @@ impl Checker {
         link.send(message, Instant::now() + REPLY_TIMEOUT).map_err(|error| End::Lost(error.to_string()))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -146,6 +146,8 @@ pub struct Counts {
     pub unverified: u64,
     /// Bytes a second that both sides hash.
     pub hash_rate: u64,
+    /// Verification passes that have come to their end.
+    pub verify_walks: u64,
 }
 
 /// What is to be hashed on both sides.
@@ -264,6 +266,7 @@ impl Mirror {
             verified: self.checks.agreed(),
             unverified: unsettled.unverified,
             hash_rate: self.checks.rate(),
+            verify_walks: self.checks.walks(),
         }
     }
 

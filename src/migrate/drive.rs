@@ -26,7 +26,7 @@ use crate::guest::Guest;
 use crate::limits::{
     CONNECTIONS_PER_DISK_MAX, DIAL_MAX, DISKS_MAX, DISTANT, FENCE_MAX, FLUSH_PERIOD, GO_PATIENCE, LANES_DISTANT,
     LINK_SILENCE_MAX, PING_PERIOD, PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REPLY_TIMEOUT,
-    RUNNING_PATIENCE, SEAL_MAX, SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
+    RUNNING_PATIENCE, SATURATED_MIN, SEAL_MAX, SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
 };
 use crate::mirror::{Counts, Mirror, NotReady, Plan};
 use crate::ownership::{Event, KeepError, Peer, Receipt, Record, Stamp};
@@ -202,6 +202,7 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
         checkers: Checkers::default(),
         roots: heapless::Vec::new(),
         verified_bytes: 0,
+        walks: heapless::Vec::new(),
         unknown: Vec::new(),
         down: false,
         link_lost: round_trip.is_err(),
@@ -322,6 +323,8 @@ struct Drive<'a> {
     roots: heapless::Vec<Digest, DISKS_MAX>,
     /// Bytes that they cover.
     verified_bytes: u64,
+    /// Verification passes of each disk when the bulk pass was over.
+    walks: heapless::Vec<u64, DISKS_MAX>,
     /// Regions whose copies may still be in a buffer of the destination: in flight until it is fenced (D4).
     unknown: Vec<Region>,
     /// The lanes are ended and not open again.
@@ -384,7 +387,10 @@ impl Drive<'_> {
             let limit = if self.job.is_switched() { QUIESCE_MAX / 2 } else { self.job.downtime_limit() };
             let verdict = self.meter.verdict(&counts, limit);
             let bulk_over = counts.iter().all(|c| c.passes > 1 || c.outstanding.granules == 0);
-            let converged = verdict == Verdict::Converged && bulk_over && counts.iter().all(|c| c.flushes > 0);
+            let converged = verdict == Verdict::Converged
+                && bulk_over
+                && counts.iter().all(|c| c.flushes > 0)
+                && self.has_caught_up(&counts);
             self.show(&counts, verdict, converged);
             if converged && (!self.job.request.hold || self.job.is_switched()) {
                 return Ok(());
@@ -395,6 +401,23 @@ impl Drive<'_> {
                 self.mirrors.iter().for_each(|mirror| mirror.ask_for_flush());
             }
         }
+    }
+
+    /// Whether the verification has followed the bulk pass to its end: what is left of that is not to be hashed while
+    /// the guest waits, even if the allowed downtime would do. Only after the bulk pass. A walk always ends, so this
+    /// keeps nobody waiting for long.
+    fn has_caught_up(&mut self, counts: &[Counts]) -> bool {
+        if !self.mirrors.iter().any(|mirror| mirror.verifies()) {
+            return true;
+        }
+        if self.walks.is_empty() {
+            self.walks = counts.iter().map(|c| c.verify_walks).collect();
+            self.mirrors.iter().for_each(|mirror| mirror.verify_soon());
+        }
+        counts.iter().zip(&self.walks).all(|(counts, before)| {
+            let walked = counts.verify_walks - before;
+            walked > 1 || walked == 1 && counts.unverified < SATURATED_MIN
+        })
     }
 
     /// Hands over.

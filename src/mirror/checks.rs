@@ -37,6 +37,8 @@ struct Pace {
     began: Instant,
     /// No pass begins before this.
     rest_until: Instant,
+    /// Verification passes that have come to the end of the disk.
+    walks: u64,
     /// Nobody verifies any more for now, and why.
     lost: Option<String>,
 }
@@ -83,7 +85,7 @@ pub enum Ask {
 impl Checks {
     pub(super) fn new(verified: Verified, compare: bool, size: u64, bell: &Arc<Bell>) -> Self {
         let now = Instant::now();
-        let pace = Pace { comparing: compare, walking: false, began: now, rest_until: now, lost: None };
+        let pace = Pace { comparing: compare, walking: false, began: now, rest_until: now, walks: 0, lost: None };
         Self {
             verified,
             table: (verified != Verified::Nothing).then(|| Mutex::new(Table::new(size))),
@@ -105,6 +107,10 @@ impl Checks {
 
     pub(super) fn rate(&self) -> u64 {
         self.rate.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn walks(&self) -> u64 {
+        self.pace().walks
     }
 
     pub(super) fn ring(&self) {
@@ -176,6 +182,7 @@ impl Mirror {
             Found::Later => Ask::Rest(Duration::ZERO),
             Found::End => {
                 pace.walking = false;
+                pace.walks += 1;
                 pace.rest_until = (pace.began + VERIFY_PERIOD).max(now + LANE_LOOK);
                 Ask::Rest(if urgent { LANE_LOOK } else { pace.rest_until - now })
             }

@@ -28,10 +28,18 @@
 //! is read under the one lock under which granules move. All of the map lives under that lock: it is held for a few
 //! dozen nanoseconds, and a guest write needs it once.
 //!
+//! **What is copied is verified (D14).** Beside the dirty granules stand the *unverified* regions (`dirty/checks.rs`),
+//! under the same lock: [`DirtyMap::mark`] and [`DirtyMap::take`] make them.
+//!
 //! The map is two kinds of bits: the lowest level has one for each granule, each higher level has one for each word of
 //! the level below that is not zero. Looking for dirty work touches one word a level however large the disk is.
 
+mod checks;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use checks::Checks;
+pub use checks::{Claim, Found, Settled, Unsettled};
 
 use crate::limits::{DIRTY_MAP_MAX, GRANULARITY_MIN, REGIONS_IN_FLIGHT_MAX};
 
@@ -53,6 +61,7 @@ struct Inner {
     cursor: u64,
     /// Granules that became dirty by a guest write, ever.
     marked: u64,
+    checks: Checks,
 }
 
 /// A run of granules.
@@ -65,6 +74,10 @@ struct Granules {
 impl Granules {
     fn end(self) -> u64 {
         self.first + self.count
+    }
+
+    fn overlaps(self, other: Self) -> bool {
+        self.first < other.end() && other.first < self.end()
     }
 }
 
@@ -89,6 +102,7 @@ impl DirtyMap {
             taken_granules: 0,
             cursor: 0,
             marked: 0,
+            checks: Checks::new(size, granularity),
         };
         Arc::new(Self { size, granularity, inner: Mutex::new(inner) })
     }
@@ -116,6 +130,7 @@ impl DirtyMap {
         let before = inner.bits.count;
         inner.bits.set(run);
         inner.marked += inner.bits.count - before;
+        inner.checks.mark(run);
     }
 
     /// The destination lacks `length` bytes at `offset`, for another reason than a guest write: the bulk pass begins
@@ -141,13 +156,13 @@ impl DirtyMap {
                 inner.cursor = 0;
                 return None;
             };
-            // D4: what is in flight is not handed out again.
-            if let Some(busy) = inner.taken.iter().find(|t| (t.first..t.end()).contains(&first)) {
+            // D4: what is in flight is not handed out again; nor what is being verified, which would be for nothing.
+            if let Some(busy) = inner.held().find(|t| (t.first..t.end()).contains(&first)) {
                 from = busy.end();
                 continue;
             }
             let mut end = inner.bits.next_clear(first, first + max_granules);
-            for busy in &inner.taken {
+            for busy in inner.held() {
                 if busy.first > first {
                     end = end.min(busy.first);
                 }
@@ -155,6 +170,7 @@ impl DirtyMap {
             break Granules { first, count: end - first };
         };
         inner.bits.clear(run);
+        inner.checks.mark(run);
         inner.taken_granules += run.count;
         inner.cursor = run.end();
         // There is room: checked above, under the same lock.
@@ -200,6 +216,13 @@ impl DirtyMap {
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    /// What nobody else may have: copies under way, and what is being verified.
+    fn held(&self) -> impl Iterator<Item = &Granules> {
+        self.taken.iter().chain(self.checks.claims())
     }
 }
 

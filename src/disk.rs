@@ -399,6 +399,18 @@ impl Disk {
         }
     }
 
+    /// As [`Disk::read`]; tells whether the page cache did not have it and has it only now, where that can be seen.
+    ///
+    /// # Errors
+    /// As [`Disk::read`].
+    pub fn read_and_tell(&self, buffer: &mut [u8], offset: u64) -> Result<bool> {
+        if self.read_cached(buffer, offset) {
+            return Ok(false);
+        }
+        self.read(buffer, offset)?;
+        Ok(self.direct.is_none() && self.nowait.load(Ordering::Relaxed))
+    }
+
     /// Writes all of `bytes` at `offset`; with `durable` (FUA) they are on stable storage afterwards.
     ///
     /// # Errors
@@ -539,6 +551,11 @@ impl Disk {
     /// Forgets what the page cache holds of the disk: somebody else has changed it. Only a hint.
     pub fn forget_cache(&self) {
         let _ = rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed);
+    }
+
+    /// Lets go of what the page cache holds of `length` bytes at `offset` and need not be written. Only a hint.
+    pub fn forget_range(&self, offset: u64, length: u64) {
+        let _ = rustix::fs::fadvise(&self.file, offset, std::num::NonZeroU64::new(length), Advice::DontNeed);
     }
 
     /// The extent at `offset`, at most up to `end`. What the file system cannot tell counts as data.

@@ -277,6 +277,19 @@ impl Export {
         }
     }
 
+    /// Whether somebody waits for something here.
+    #[cfg(test)]
+    pub(crate) fn is_draining(&self) -> bool {
+        self.lock().waiting > 0
+    }
+
+    /// Waits until everything that was admitted before is done and marked. `false`: some of it stays in the disk for
+    /// longer than [`DRAIN_MAX`].
+    #[must_use]
+    pub fn drain_admitted(&self) -> bool {
+        self.drain(self.lock(), Instant::now() + DRAIN_MAX)
+    }
+
     /// Ends dirty tracking with `map`; another one that was armed since stays.
     pub fn disarm(&self, map: &Arc<DirtyMap>) {
         self.lock().map.take_if(|armed| Arc::ptr_eq(armed, map));
@@ -549,7 +562,7 @@ impl Visit {
     }
 
     /// Passes the gate with a request that will change `length` bytes at `offset`.
-    fn admit(&self, patience: Patience, offset: u64, length: u64) -> Result<Admission<'_>, Fault> {
+    pub(crate) fn admit(&self, patience: Patience, offset: u64, length: u64) -> Result<Admission<'_>, Fault> {
         let export = &*self.export;
         if export.read_only {
             return Err(Fault::NotPermitted);
@@ -606,7 +619,7 @@ impl Drop for Visit {
 }
 
 /// A request that has passed the gate. Its end marks the map and counts it out (D2, D3).
-struct Admission<'a> {
+pub(crate) struct Admission<'a> {
     visit: &'a Visit,
     offset: u64,
     length: u64,

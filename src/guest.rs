@@ -20,7 +20,7 @@ use crate::migrate::source::Source as Sending;
 use crate::options::ServeOptions;
 use crate::ownership::{
     Answer, Content, Door, Event, Found, Host, How, ImageList, Images, Instance, Journal, KeepError, Keeper, Kind,
-    Order, Promise, Record, Stamp, State, Store, show,
+    Order, Promise, Receipt, Record, Stamp, State, Store, show,
 };
 
 /// One disk of the guest.
@@ -59,6 +59,8 @@ pub struct Guest {
     pub attached: Attachments,
     keeper: Mutex<Keeper>,
     store: Arc<Mutex<Store>>,
+    /// Of the last hand-over that this host took part in.
+    receipt: Mutex<Option<Receipt>>,
     /// What there is of a record that counts for nothing.
     rejected: String,
 }
@@ -91,6 +93,7 @@ impl Guest {
                 let _ = std::fs::remove_file(path);
             }
         })?;
+        let receipt = store.lock().unwrap_or_else(PoisonError::into_inner).receipt();
         let guest = Self {
             name: options.guest.clone(),
             disks,
@@ -104,6 +107,7 @@ impl Guest {
             settle: Settle::default(),
             attached: Attachments::default(),
             keeper: Mutex::new(keeper),
+            receipt: Mutex::new(receipt),
             store,
             rejected,
         };
@@ -143,6 +147,20 @@ impl Guest {
     #[must_use]
     pub fn rejected(&self) -> Option<(String, String)> {
         self.keeper().rejected().map(|why| (why.to_owned(), self.rejected.clone()))
+    }
+
+    /// The receipt of the last hand-over that this host took part in, if it has one.
+    #[must_use]
+    pub fn receipt(&self) -> Option<Receipt> {
+        self.receipt.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Keeps the receipt of a hand-over that is over. One that cannot be made durable is lost with the process.
+    pub fn keep_receipt(&self, receipt: Receipt) {
+        if let Err(error) = self.store().keep_receipt(&receipt) {
+            log::warn!("receipt: it is lost with this process: {}", reason(&error));
+        }
+        *self.receipt.lock().unwrap_or_else(PoisonError::into_inner) = Some(receipt);
     }
 
     /// The images that are here now, which records to come may speak of.

@@ -6,7 +6,7 @@
 use serde::Serialize;
 
 use crate::address::Address;
-use crate::control::wire::{Convergence, Done, Ownership, Progress, Recovered, Status, Verify};
+use crate::control::wire::{Convergence, Done, Kept, Ownership, Progress, Recovered, Status, Verify};
 use crate::error::{Exit, Problem};
 use crate::limits::JSON_LINE_MAX;
 use crate::ready::Ready;
@@ -120,6 +120,7 @@ struct StatusLine<'a> {
     migration: &'a str,
     next: Option<&'a str>,
     disks: &'a [StatusDisk<'a>],
+    receipt: Option<KeptLine<'a>>,
 }
 
 #[derive(Serialize)]
@@ -152,6 +153,7 @@ pub fn status(status: &Status) -> String {
         })
         .collect();
     let lineage = id(status.lineage);
+    let receipt = status.receipt.as_ref().map(KeptTexts::of);
     line(&StatusLine {
         r#type: "status",
         guest: &status.guest,
@@ -163,6 +165,7 @@ pub fn status(status: &Status) -> String {
         migration: status.migration.word(),
         next: some(&status.hint),
         disks: &disks,
+        receipt: receipt.as_ref().map(KeptTexts::line),
     })
 }
 
@@ -181,11 +184,13 @@ struct OwnershipLine<'a> {
     rejected: bool,
     next: Option<&'a str>,
     exit: u8,
+    receipt: Option<KeptLine<'a>>,
 }
 
 /// Who owns a guest.
 #[must_use]
 pub fn ownership(ownership: &Ownership) -> String {
+    let receipt = ownership.receipt.as_ref().map(KeptTexts::of);
     line(&OwnershipLine {
         r#type: "ownership",
         guest: &ownership.guest,
@@ -200,7 +205,55 @@ pub fn ownership(ownership: &Ownership) -> String {
         rejected: ownership.rejected,
         next: some(&ownership.next),
         exit: ownership.owner.exit().code(),
+        receipt: receipt.as_ref().map(KeptTexts::line),
     })
+}
+
+#[derive(Serialize)]
+struct KeptLine<'a> {
+    gave: bool,
+    peer: &'a str,
+    attempt: &'a str,
+    lineage: &'a str,
+    term: u64,
+    generation: u64,
+    verify: &'a str,
+    verified_bytes: u64,
+    root: Option<&'a str>,
+    sent_bytes: Option<u64>,
+    equal_bytes: Option<u64>,
+}
+
+/// A receipt, and its numbers as they print.
+struct KeptTexts<'a> {
+    kept: &'a Kept,
+    attempt: String,
+    lineage: String,
+    root: Option<String>,
+}
+
+impl<'a> KeptTexts<'a> {
+    fn of(kept: &'a Kept) -> Self {
+        let root = (kept.receipt.verify != Verify::None).then(|| hex(&kept.receipt.root));
+        Self { kept, attempt: id(kept.attempt), lineage: id(kept.lineage), root }
+    }
+
+    fn line(&self) -> KeptLine<'_> {
+        let receipt = &self.kept.receipt;
+        KeptLine {
+            gave: self.kept.gave,
+            peer: &self.kept.peer,
+            attempt: &self.attempt,
+            lineage: &self.lineage,
+            term: receipt.term,
+            generation: receipt.generation,
+            verify: receipt.verify.word(),
+            verified_bytes: receipt.verified_bytes,
+            root: self.root.as_deref(),
+            sent_bytes: self.kept.sent_bytes,
+            equal_bytes: self.kept.equal_bytes,
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -442,7 +495,7 @@ mod tests {
              \"disks\":[{\"name\":\"a\",\"size_bytes\":512,\"moves\":true,\"stays\":null,\"gate\":\"serving\",\
              \"device\":\"/dev/nbd3\"},\
              {\"name\":\"b\",\"size_bytes\":0,\"moves\":false,\"stays\":\"no source\",\"gate\":null,\
-             \"device\":null}]}\n"
+             \"device\":null}],\"receipt\":null}\n"
         );
     }
 
@@ -463,7 +516,10 @@ mod tests {
                     \"host\":\"000000000000000000000000000000ff\",\"address\":\"tcp://b:1\",\"text\":\"t\"";
         assert_eq!(
             ownership(&told),
-            format!("{{\"type\":\"ownership\",{head},\"record\":null,\"rejected\":false,\"next\":null,\"exit\":4}}\n")
+            format!(
+                "{{\"type\":\"ownership\",{head},\"record\":null,\"rejected\":false,\"next\":null,\"exit\":4,\
+                 \"receipt\":null}}\n"
+            )
         );
         let told = Recovered {
             ownership: told,

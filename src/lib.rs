@@ -8,6 +8,7 @@ pub mod attach;
 pub mod cause;
 pub mod cli;
 pub mod control;
+pub mod digest;
 pub mod dirty;
 pub mod disk;
 pub mod domain;

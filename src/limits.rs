@@ -36,6 +36,8 @@ pub const RECORD_FILE_MAX: usize = 4 * KIB;
 pub const JOURNAL_FILE_MAX: usize = KIB + DISKS_MAX * (DISK_NAME_MAX + PATH_MAX + 128);
 /// Longest path, in bytes.
 pub const PATH_MAX: usize = 4 * KIB;
+/// Longest file of a receipt, in bytes; a test says that the longest one fits.
+pub const RECEIPT_FILE_MAX: usize = 512;
 /// Longest text that shows a record to its operator, in bytes.
 pub const RECORD_TEXT_MAX: usize = 512;
 /// Most things that `recover` says to type, each in its place.
@@ -225,11 +227,33 @@ pub const DIGEST_REGION_MIN: u64 = 64 * KIB as u64;
 pub const DIGEST_TABLE_MAX: usize = 4 * MIB;
 /// Most digests in one message.
 pub const DIGESTS_MAX: usize = 32;
+/// Most bytes that one message asks to be hashed; or one region, if that is longer.
+pub const DIGEST_QUESTION_MAX: u64 = 2 * MIB as u64;
+/// Bytes read at once to be hashed: they stay in a core's own cache between the two.
+pub const DIGEST_READ: usize = 64 * KIB;
+/// Most questions of one connection that are not answered yet.
+pub const QUESTIONS_MAX: usize = 8;
+/// Most connections that ask for digests, for all disks together.
+pub const DIGEST_CONNECTIONS_MAX: usize = 4;
+/// Most runs of one disk that are held to be verified at once.
+pub const CLAIMS_MAX: usize = QUESTIONS_MAX;
+/// How many places of a map are looked at for something to verify before its lock is given up for a moment.
+pub const CLAIM_STEPS: usize = 64;
+/// A verification pass begins no sooner than this after the one before: what is written twice meanwhile is hashed once.
+pub const VERIFY_PERIOD: Duration = Duration::from_millis(100);
+/// Pause before a map is asked again for something to hash that had none just now.
+pub const DIGEST_PAUSE: Duration = Duration::from_micros(200);
+/// Rate of hashing that is predicted with before any was measured, in bytes a second.
+pub const ASSUMED_HASH_RATE: u64 = 500 * MIB as u64;
 
 const _: () = assert!(RECEIVE_BUFFER.is_multiple_of(DIRECT_ALIGN) && SLOT_BUFFER.is_multiple_of(DIRECT_ALIGN));
 const _: () = assert!(WRITE_BACK_BYTES < UNSYNCED_MAX, "writers must not wait before the write-back begins");
 const _: () = assert!(DISKS_MAX <= CONNECTIONS_MAX - PHASE_CONNECTIONS_MAX, "each disk has a connection");
 const _: () = assert!(REGION_MAX <= PAYLOAD_MAX as usize, "a region travels as one request");
+const _: () = assert!(CLAIMS_MAX <= REGIONS_IN_FLIGHT_MAX, "what is compared is held where copies are");
+const _: () = assert!(DIGESTS_MAX <= 32 && DIGESTS_MAX * 32 + 256 < FRAME_MAX, "an answer must fit a frame");
+const _: () = assert!(DIGEST_CONNECTIONS_MAX < PHASE_CONNECTIONS_MAX / 2 + 1, "room is left for the phases");
+const _: () = assert!(DIGEST_REGION_MIN >= 16 * GRANULARITY_MIN, "a region is a whole number of granules");
 // ---- doors and addresses -----------------------------------------------------------------------------------------
 
 /// Longest Unix socket path that the kernel takes, in bytes.

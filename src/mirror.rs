@@ -23,6 +23,7 @@
 //! An error *reply* is something else: the destination's disk has failed, or ours. It ends the migration (D8).
 
 mod budget;
+mod checks;
 mod lane;
 #[cfg(test)]
 mod model;
@@ -36,8 +37,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 pub use budget::Budget;
+use checks::Checks;
+pub use checks::{Ask, Bell};
 use lane::{Flight, Lane, LaneEnd, Orders};
 
+use crate::digest::Verified;
 use crate::dirty::{DirtyMap, Outstanding};
 use crate::disk::Disk;
 use crate::export::{Export, Quiesced};
@@ -58,6 +62,7 @@ pub struct Mirror {
     zeroed: AtomicU64,
     acknowledged: AtomicU64,
     resent: Arc<AtomicU64>,
+    checks: Checks,
 }
 
 #[derive(Debug)]
@@ -109,6 +114,8 @@ pub enum NotReady {
     Lost(String),
     /// The time for it is up.
     TooSlow,
+    /// The destination has everything, and not all of it is verified.
+    Unverified(String),
     /// The migration has failed.
     Failed(Failure),
 }
@@ -134,6 +141,27 @@ pub struct Counts {
     pub flush_took: Duration,
     /// Flushes answered.
     pub flushes: u64,
+    /// Bytes that the destination had already.
+    pub equal: u64,
+    /// Bytes hashed on both sides and found equal, repeated ones counted again.
+    pub verified: u64,
+    /// Bytes that must be verified yet.
+    pub unverified: u64,
+    /// Bytes a second that both sides hash.
+    pub hash_rate: u64,
+    /// Verification passes that have come to their end.
+    pub verify_walks: u64,
+}
+
+/// What is to be hashed on both sides.
+#[derive(Debug, Clone, Default)]
+pub struct Plan {
+    /// What is verified before the hand-over (D14).
+    pub verified: Verified,
+    /// The destination holds an older copy: what is equal is not sent (D12).
+    pub compare: bool,
+    /// Wakes whoever asks the destination.
+    pub bell: Arc<Bell>,
 }
 
 /// A region whose copy may or may not arrive: in flight until it is given back. Dropping it gives it back too, but
@@ -158,9 +186,13 @@ impl Mirror {
     ///
     /// # Errors
     /// One line: there is no disk, or its requests in flight do not end.
-    pub fn arm(export: &Arc<Export>, budget: &Arc<Budget>) -> Result<Arc<Self>, String> {
+    pub fn arm(export: &Arc<Export>, budget: &Arc<Budget>, plan: &Plan) -> Result<Arc<Self>, String> {
         let disk = export.disk().ok_or("the disk does not exist")?;
         let map = DirtyMap::new(disk.size());
+        if plan.verified != Verified::Nothing {
+            map.verify(plan.verified == Verified::Full);
+        }
+        let checks = Checks::new(plan.verified, plan.compare, disk.size(), &plan.bell);
         if map.granularity() > u64::from(PAYLOAD_MAX) {
             return Err(format!("a disk of {} bytes is larger than one request for each granule", disk.size()));
         }
@@ -190,6 +222,7 @@ impl Mirror {
             zeroed: AtomicU64::new(0),
             acknowledged: AtomicU64::new(0),
             resent: Arc::default(),
+            checks,
         }))
     }
 
@@ -239,8 +272,9 @@ impl Mirror {
             let state = self.lock();
             (state.passes, state.flush.took, state.flush.done)
         };
+        let unsettled = self.map.unsettled();
         Counts {
-            outstanding: self.map.outstanding(),
+            outstanding: unsettled.outstanding,
             sent: self.sent.load(Ordering::Relaxed),
             zeroed: self.zeroed.load(Ordering::Relaxed),
             acknowledged: self.acknowledged.load(Ordering::Relaxed),
@@ -249,6 +283,11 @@ impl Mirror {
             passes,
             flush_took,
             flushes,
+            equal: self.checks.equal(),
+            verified: self.checks.agreed(),
+            unverified: unsettled.unverified,
+            hash_rate: self.checks.rate(),
+            verify_walks: self.checks.walks(),
         }
     }
 
@@ -309,6 +348,7 @@ impl Mirror {
     pub fn hurry(&self, _: &Quiesced) {
         self.lock().urgent = true;
         self.changed.notify_all();
+        self.checks.ring();
     }
 
     /// The guest goes on: as before [`Mirror::hurry`].
@@ -316,8 +356,10 @@ impl Mirror {
         self.lock().urgent = false;
     }
 
-    /// The final pass: waits until nothing is outstanding and a flush that was asked for after that is answered (D5).
-    /// The guest is quiesced, so nothing can become dirty meanwhile, and ready is true when this returns and stays so.
+    /// The final pass: waits until nothing is outstanding and a flush that was asked for after that is answered (D5),
+    /// and until everything is verified that must be (D14). The guest is quiesced, so nothing can become dirty
+    /// meanwhile, and what nobody writes to and nobody copies cannot become unverified: ready is true when this returns
+    /// and stays so.
     ///
     /// # Errors
     /// [`NotReady`]; the caller still holds the guest quiesced and decides what then.
@@ -331,7 +373,15 @@ impl Mirror {
             if let Some(cause) = &state.lost_lanes {
                 return Err(NotReady::Lost(cause.clone()));
             }
-            if self.map.outstanding().granules == 0 {
+            let unsettled = self.map.unsettled();
+            let copied = unsettled.outstanding.granules == 0;
+            if copied
+                && unsettled.unverified > 0
+                && let Some(cause) = self.checks.lost()
+            {
+                return Err(NotReady::Unverified(cause));
+            }
+            if copied {
                 match flush_number {
                     None => {
                         // Not one that is already on its way: it may have left before the last acknowledgement.
@@ -340,11 +390,14 @@ impl Mirror {
                         flush_number = Some(number);
                         self.changed.notify_all();
                     }
-                    Some(number) if state.flush.done >= number => return Ok(()),
+                    Some(number) if state.flush.done >= number && unsettled.unverified == 0 => return Ok(()),
                     Some(_) => {}
                 }
             }
             let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() && copied && unsettled.unverified > 0 {
+                return Err(NotReady::Unverified("the verification takes too long".to_owned()));
+            }
             if left.is_zero() {
                 return Err(NotReady::TooSlow);
             }
@@ -424,8 +477,11 @@ impl Mirror {
         self.acknowledged.fetch_add(flight.region.length() as u64, Ordering::Relaxed);
         flight.region.acknowledge();
         // Looked at by the final pass only, and then somebody waits for it.
-        if self.lock().urgent && self.map.outstanding().granules == 0 {
-            self.changed.notify_all();
+        if self.lock().urgent {
+            if self.map.outstanding().granules == 0 {
+                self.changed.notify_all();
+            }
+            self.checks.ring();
         }
     }
 

@@ -5,7 +5,7 @@
 use std::io::Write;
 use std::time::Instant;
 
-use crate::control::wire::{Convergence, DiskProgress, Done, Owner, Phase, Progress};
+use crate::control::wire::{Convergence, DiskProgress, Done, Kept, Owner, Phase, Progress, Receipt, Verify};
 use crate::error::{Exit, OneLine, Problem};
 use crate::json;
 use crate::limits::PROGRESS_LINE_INTERVAL;
@@ -167,16 +167,45 @@ fn convergence(progress: &Progress) -> String {
 /// All disks in one plain line.
 fn total_line(guest: &str, progress: &Progress) -> String {
     let sum = |of: fn(&DiskProgress) -> u64| progress.disks.iter().map(of).fold(0, u64::saturating_add);
+    let some = |what: &str, bytes: u64| if bytes == 0 { String::new() } else { format!(", {} {what}", size(bytes)) };
     format!(
-        "{}; {} left, {}, dirty {}{}",
+        "{}; {} left, {}, dirty {}{}{}{}",
         whole_line(guest, progress),
         size(sum(|d| d.left_bytes)),
         rate(sum(|d| d.rate_bytes)),
         rate(sum(|d| d.dirty_rate_bytes)),
-        match sum(|d| d.resent_bytes) {
-            0 => String::new(),
-            resent => format!(", {} sent again", size(resent)),
-        },
+        some("sent again", sum(|d| d.resent_bytes)),
+        some("there already", sum(|d| d.equal_bytes)),
+        some("unverified", sum(|d| d.unverified_bytes)),
+    )
+}
+
+/// What a receipt says, in a few words.
+#[must_use]
+pub fn receipt_words(receipt: &Receipt, digits: usize) -> String {
+    if receipt.verify == Verify::None {
+        return "nothing was verified".to_owned();
+    }
+    let root: String = receipt.root.iter().map(|byte| format!("{byte:02x}")).collect();
+    let shown = root.get(..digits).unwrap_or(&root);
+    let more = if shown.len() < root.len() { "..." } else { "" };
+    format!("verified {}, root {shown}{more}", size(receipt.verified_bytes))
+}
+
+/// The line of a receipt that a host keeps.
+#[must_use]
+pub fn kept_line(kept: &Kept) -> String {
+    let (way, order) = (if kept.gave { "gave to" } else { "got from" }, &kept.receipt);
+    let count = |what: &str, bytes: Option<u64>| bytes.map(|bytes| format!(", {what} {}", size(bytes)));
+    format!(
+        "receipt: {way} {} order={}.{} attempt={:032x}: {}{}{}\n",
+        OneLine(&kept.peer),
+        order.term,
+        order.generation,
+        kept.attempt,
+        receipt_words(&kept.receipt, usize::MAX),
+        count("sent", kept.sent_bytes).unwrap_or_default(),
+        count("there already", kept.equal_bytes.filter(|bytes| *bytes > 0)).unwrap_or_default(),
     )
 }
 
@@ -192,9 +221,14 @@ fn again(resent_bytes: u64) -> String {
 /// The last line of a migration that went well.
 fn done_line(guest: &str, done: &Done) -> String {
     let switchover = done.switchover_us.map(|us| format!(", switchover {}", time_us(us))).unwrap_or_default();
+    let equal = match done.equal_bytes {
+        0 => String::new(),
+        bytes => format!(" ({} were there already)", size(bytes)),
+    };
+    let verified = done.receipt.as_ref().map(|receipt| format!(", {}", receipt_words(receipt, 16))).unwrap_or_default();
     let note = if done.message.is_empty() { String::new() } else { format!(" ({})", OneLine(&done.message)) };
     format!(
-        "{}: migrated to {}: sent {}{} and {} of zeroes in {} pass{}, {}{switchover}{note}",
+        "{}: migrated to {}: sent {}{} and {} of zeroes{equal} in {} pass{}, {}{switchover}{verified}{note}",
         OneLine(guest),
         OneLine(&done.destination),
         size(done.sent_bytes),

@@ -30,7 +30,7 @@ use crate::migrate::{recover, settle};
 use crate::options::{ExportOptions, Lifetime, ServeOptions};
 use crate::ownership::{Event, Journal, KeepError, Lineage, State, Word};
 use crate::ready::{self, Ready};
-use crate::standing::Standing;
+use crate::standing::{self, Standing};
 
 /// `blockferry serve`.
 ///
@@ -227,12 +227,14 @@ impl Desk for ControlDesk {
                 .iter()
                 .map(|(disk, device)| AttachedStatus { disk: text(disk), device: text(&device.to_string()) })
                 .collect(),
+            receipt: guest.receipt().as_ref().map(standing::kept),
         }
     }
 
     fn ownership(&self) -> Ownership {
         let guest = &*self.guest;
-        Standing { guest: &guest.name, record: &guest.record(), rejected: guest.rejected() }.ownership()
+        let standing = Standing { guest: &guest.name, record: &guest.record(), rejected: guest.rejected() };
+        Ownership { receipt: guest.receipt().as_ref().map(standing::kept), ..standing.ownership() }
     }
 
     fn recover(&self, word: wire::Word) -> Result<Recovered, Problem> {

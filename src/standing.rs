@@ -2,8 +2,9 @@
 //!
 //! Pure. Asked by the process that serves the guest, and by `who-owns` for a state directory that no process holds.
 
-use crate::control::wire::{Owner, Ownership, State as Shown, text};
-use crate::ownership::{KeepError, Kind, Offer, Peer, Record, State};
+use crate::control::wire::{Kept, Owner, Ownership, Receipt as Told, State as Shown, Verify, text};
+use crate::digest::Verified;
+use crate::ownership::{KeepError, Kind, Offer, Peer, Receipt, Record, State};
 
 /// What is known of a guest on this host.
 #[derive(Debug)]
@@ -14,6 +15,30 @@ pub struct Standing<'a> {
     pub record: &'a Result<Option<Record>, KeepError>,
     /// Why there is one that does not count, and what there is of it.
     pub rejected: Option<(String, String)>,
+}
+
+/// A receipt as the control door tells it.
+#[must_use]
+pub fn kept(receipt: &Receipt) -> Kept {
+    Kept {
+        receipt: Told {
+            verify: match receipt.verified {
+                Verified::Nothing => Verify::None,
+                Verified::Written => Verify::Written,
+                Verified::Full => Verify::Full,
+            },
+            verified_bytes: receipt.verified_bytes,
+            root: receipt.root,
+            term: u64::from(receipt.order.term),
+            generation: receipt.order.generation,
+        },
+        attempt: u128::from_be_bytes(receipt.attempt.0),
+        lineage: u128::from_be_bytes(receipt.lineage.0),
+        gave: receipt.gave,
+        peer: text(&receipt.peer.to_string()),
+        sent_bytes: receipt.sent_bytes,
+        equal_bytes: receipt.equal_bytes,
+    }
 }
 
 impl Standing<'_> {

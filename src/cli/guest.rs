@@ -244,6 +244,9 @@ fn status_text(status: &Status) -> String {
         }
         out.push('\n');
     }
+    if let Some(kept) = &status.receipt {
+        out.push_str(&crate::progress::kept_line(kept));
+    }
     if !status.hint.is_empty() {
         let _ = writeln!(out, "next: {}", OneLine(&status.hint));
     }

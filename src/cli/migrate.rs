@@ -23,6 +23,10 @@ pub struct MigrateOptions {
     pub destination: Address,
     /// Disks there that are not empty are overwritten.
     pub overwrite: bool,
+    /// Disks there hold an older copy: only what differs is sent.
+    pub incremental: bool,
+    /// What of the copy is verified before the hand-over.
+    pub verify: Verify,
     /// Exactly these disks move; empty: all that move by themselves.
     pub disks: Vec<String>,
     /// Bytes a second for all disks together; 0: no limit.
@@ -45,6 +49,7 @@ pub(super) const SPEC: Spec = Spec {
     about: "Move the guest's disks, and its ownership, to another host",
     options: &[
         opt("copy-storage-all", Takes::Nothing, "copy everything (default); the disks there must be empty"),
+        opt("copy-storage-inc", Takes::Nothing, "disks there hold an older copy: only what differs is sent"),
         opt("overwrite", Takes::Nothing, "disks there that are not empty are overwritten"),
         opt(
             "migrate-disks",
@@ -63,10 +68,14 @@ pub(super) const SPEC: Spec = Spec {
         opt("connections", Takes::One("N"), "data connections of one disk, 1 to 8 [1, more to a distant host]"),
         opt("synchronous", Takes::One("never"), "guest writes never wait for the mirror [never]"),
         opt("transport", Takes::One("MODE"), "nbd, or auto: today the same [auto]"),
-        opt("verify", Takes::One("none"), "today nothing is verified [none]"),
+        opt(
+            "verify",
+            Takes::One("MODE"),
+            "what both sides hash and compare before the hand-over: what was\n\
+             written, full (everything) or none [written]",
+        ),
         CONTROL,
         PLAINTEXT,
-        later("copy-storage-inc", Takes::Nothing),
         later("unsafe", Takes::Nothing),
         later("plain", Takes::Nothing),
         later("tls-dir", Takes::One("DIR")),
@@ -92,12 +101,18 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
     }
     matches.only("synchronous", &["never"], &["auto", "always"])?;
     matches.only("transport", &["nbd", "auto"], &["stream"])?;
-    matches.only("verify", &["none"], &["written", "full"])?;
+    let [all, inc, overwrite] = ["copy-storage-all", "copy-storage-inc", "overwrite"].map(|name| matches.flag(name));
+    if inc && (all || overwrite) {
+        let other = if all { "copy-storage-all" } else { "overwrite" };
+        return Err(SPEC.usage("--copy-storage-inc", format!("cannot be combined with --{other}")));
+    }
     let most = u8::try_from(CONNECTIONS_PER_DISK_MAX).unwrap_or(u8::MAX);
     Ok(Command::Migrate(MigrateOptions {
         door: guest_door(&SPEC, matches, guest)?,
         destination,
-        overwrite: matches.flag("overwrite"),
+        overwrite,
+        incremental: inc,
+        verify: matches.read("verify", parse_verify)?.unwrap_or_default(),
         disks: matches.read("migrate-disks", parse_names)?.unwrap_or_default(),
         bandwidth_bytes: matches.read("bandwidth", parse_size)?.unwrap_or(0),
         downtime_limit_ms: matches
@@ -108,6 +123,12 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
         detach: matches.flag("detach"),
         keep_partial: matches.flag("keep-partial"),
     }))
+}
+
+fn parse_verify(text: &str) -> Result<Verify, String> {
+    let modes = [Verify::Written, Verify::Full, Verify::None];
+    let known = modes.into_iter().find(|mode| mode.word() == text);
+    known.ok_or_else(|| format!("'{text}' is neither written, full nor none"))
 }
 
 /// `A,B`.
@@ -137,9 +158,9 @@ impl MigrateOptions {
             connections: self.connections,
             detach: self.detach,
             insecure_plaintext: self.door.insecure_plaintext,
+            incremental: self.incremental,
+            verify: self.verify,
             keep_partial: self.keep_partial,
-            verify: Verify::None,
-            ..MigrateRequest::default()
         }
     }
 }

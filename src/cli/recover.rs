@@ -13,7 +13,8 @@ use crate::error::{Exit, OneLine, Problem, reason};
 use crate::json;
 use crate::limits::CONNECT_TIMEOUT;
 use crate::ownership::{Change, Event, Found, Record, look, next};
-use crate::standing::Standing;
+use crate::progress::kept_line;
+use crate::standing::{Standing, kept};
 
 /// What `who-owns` was asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -136,7 +137,8 @@ fn read(options: &WhoOwnsOptions) -> Result<Ownership, String> {
         Found::Record(content) => (Some(restarted(content.record)), None),
         Found::Rejected { why, shown } => (None, Some((why, shown))),
     };
-    let ownership = Standing { guest, record: &Ok(record), rejected }.ownership();
+    let receipt = looked.receipt.as_ref().map(kept);
+    let ownership = Ownership { receipt, ..Standing { guest, record: &Ok(record), rejected }.ownership() };
     if ownership.owner != Owner::Here {
         return Ok(ownership);
     }
@@ -180,6 +182,9 @@ pub(super) fn ownership_text(ownership: &Ownership) -> String {
     }
     if !ownership.next.is_empty() {
         let _ = writeln!(out, "  next: {}", OneLine(&ownership.next));
+    }
+    if let Some(kept) = &ownership.receipt {
+        let _ = write!(out, "  {}", kept_line(kept));
     }
     out
 }

@@ -9,7 +9,9 @@ use crate::address::Address;
 use crate::attach::Device;
 use crate::control::fake::{FakeDesk, WAIT};
 use crate::control::server::Server;
-use crate::control::wire::{AttachRequest, Done, Owner, Ownership, Phase, Progress, Request, SetRequest, Word, text};
+use crate::control::wire::{
+    AttachRequest, Done, Owner, Ownership, Phase, Progress, Request, SetRequest, Verify, Word, text,
+};
 use crate::disk::Cache;
 use crate::domain::Disk;
 use crate::limits::{CONNECTIONS_PER_DISK_MAX, DOWNTIME_LIMIT_DEFAULT_MS};
@@ -145,6 +147,8 @@ fn migrate_has_its_defaults_and_accepts_what_is_today() {
         door: door("g1"),
         destination: Address::Tcp { host: "b".to_owned(), port: 49152 },
         overwrite: false,
+        incremental: false,
+        verify: Verify::Written,
         disks: vec![],
         bandwidth_bytes: 0,
         downtime_limit_ms: 300,
@@ -153,7 +157,9 @@ fn migrate_has_its_defaults_and_accepts_what_is_today() {
         detach: false,
     };
     assert_eq!(command("migrate g1 tcp://b:49152"), Command::Migrate(expected.clone()));
-    for today in ["--copy-storage-all", "--verify none", "--transport nbd", "--transport auto", "--synchronous never"] {
+    for today in
+        ["--copy-storage-all", "--verify written", "--transport nbd", "--transport auto", "--synchronous never"]
+    {
         assert_eq!(command(&format!("migrate g1 tcp://b:49152 {today}")), Command::Migrate(expected.clone()));
     }
 }
@@ -169,6 +175,15 @@ fn migrate_takes_every_option_and_they_all_travel() {
     assert_eq!(request.disks, ["vda", "vdb"].map(text::<64>));
     assert_eq!((request.bandwidth_bytes, request.downtime_limit_ms, request.connections), (100 << 20, 50, 3));
     assert!(request.overwrite && request.hold && request.detach && request.insecure_plaintext);
+    assert!(!request.incremental);
+    for (line, incremental, verify) in [
+        ("--copy-storage-inc --verify full", true, Verify::Full),
+        ("--verify none", false, Verify::None),
+        ("--verify=written", false, Verify::Written),
+    ] {
+        let Command::Migrate(options) = command(&format!("migrate g1 unix:///b {line}")) else { panic!("not migrate") };
+        assert_eq!((options.request().incremental, options.request().verify), (incremental, verify));
+    }
 }
 
 #[test]
@@ -180,10 +195,12 @@ fn every_wrong_migrate_says_what_is_wrong() {
         ("--synchronous x", "--synchronous: 'x' is not known; use never".to_owned()),
         ("--transport stream", "--transport: 'stream' is not built yet; use nbd or auto".to_owned()),
         ("--transport x", "--transport: 'x' is not known; use nbd or auto".to_owned()),
-        ("--verify written", "--verify: 'written' is not built yet; use none".to_owned()),
-        ("--verify full", "--verify: 'full' is not built yet; use none".to_owned()),
-        ("--verify x", "--verify: 'x' is not known; use none".to_owned()),
-        ("--copy-storage-inc", "--copy-storage-inc: not built yet".to_owned()),
+        ("--verify x", "--verify: 'x' is neither written, full nor none".to_owned()),
+        ("--copy-storage-inc --overwrite", "--copy-storage-inc: cannot be combined with --overwrite".to_owned()),
+        (
+            "--copy-storage-all --copy-storage-inc",
+            "--copy-storage-inc: cannot be combined with --copy-storage-all".to_owned(),
+        ),
         ("--unsafe", "--unsafe: not built yet".to_owned()),
         ("--plain", "--plain: not built yet".to_owned()),
         ("--tls-dir d", "--tls-dir: not built yet".to_owned()),

@@ -139,7 +139,13 @@ fn a_status() -> Status {
         .into_iter()
         .collect(),
         attached: [AttachedStatus { disk: text("a"), device: text("/dev/nbd0") }].into_iter().collect(),
+        receipt: Some(a_receipt()),
     }
+}
+
+fn a_receipt() -> Kept {
+    let receipt = Receipt { verify: Verify::Full, verified_bytes: 21, root: [22; 32], term: 23, generation: 24 };
+    Kept { receipt, attempt: 25, lineage: 26, gave: true, peer: text("q"), sent_bytes: Some(27), equal_bytes: None }
 }
 
 fn an_ownership() -> Ownership {
@@ -155,6 +161,7 @@ fn an_ownership() -> Ownership {
         next: text("n"),
         record: text("r"),
         rejected: true,
+        receipt: None,
     }
 }
 
@@ -309,6 +316,16 @@ fn the_largest_messages_fit_a_frame() {
         ..a_progress()
     };
     let disk = DiskStatus { name: full(), size_bytes: most, stays: Some(Stays::Shared), gate: Some(Gate::Fenced) };
+    let whole = Receipt { verified_bytes: most, root: [0xff; 32], term: most, generation: most, ..a_receipt().receipt };
+    let kept = Kept {
+        receipt: whole,
+        attempt: u128::MAX,
+        lineage: u128::MAX,
+        gave: true,
+        peer: full(),
+        sent_bytes: Some(most),
+        equal_bytes: Some(most),
+    };
     let status = Status {
         guest: full(),
         term: most,
@@ -318,6 +335,7 @@ fn the_largest_messages_fit_a_frame() {
         hint: full(),
         disks: (0..DISKS_MAX).map(|_| disk.clone()).collect(),
         attached: (0..DISKS_MAX).map(|_| AttachedStatus { disk: full(), device: full() }).collect(),
+        receipt: Some(kept.clone()),
         ..a_status()
     };
     let ownership = Ownership {
@@ -329,6 +347,7 @@ fn the_largest_messages_fit_a_frame() {
         text: full(),
         next: full(),
         record: full(),
+        receipt: Some(kept),
         ..an_ownership()
     };
     let recovered = Recovered {

@@ -173,6 +173,25 @@ pub struct Receipt {
     pub generation: u64,
 }
 
+/// The receipt that a host keeps of the last hand-over that it took part in.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// What was verified.
+    pub receipt: Receipt,
+    /// The attempt's number.
+    pub attempt: u128,
+    /// The guest's history.
+    pub lineage: u128,
+    /// This host gave the guest; else it got it.
+    pub gave: bool,
+    /// The other host.
+    pub peer: AddressText,
+    /// Data sent; known to the source only.
+    pub sent_bytes: Option<u64>,
+    /// What needed not be sent; known to the source only.
+    pub equal_bytes: Option<u64>,
+}
+
 /// What `set` changes; `None` leaves it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SetRequest {
@@ -339,6 +358,8 @@ pub struct Status {
     pub disks: Vec<DiskStatus, DISKS_MAX>,
     /// The disks that are devices of this host.
     pub attached: Vec<AttachedStatus, DISKS_MAX>,
+    /// Of the last hand-over that this host took part in.
+    pub receipt: Option<Kept>,
 }
 
 /// One device in [`Status`].
@@ -596,6 +617,8 @@ pub struct Ownership {
     pub record: String<RECORD_TEXT_MAX>,
     /// The record counts for nothing (M7).
     pub rejected: bool,
+    /// Of the last hand-over that this host took part in.
+    pub receipt: Option<Kept>,
 }
 
 /// What became of a [`Request::Recover`].

@@ -9,6 +9,7 @@
 //! under it, and a fence ends all connections and waits for their writers under it (D4).
 
 mod check;
+mod digest;
 mod directory;
 mod prepare;
 mod reception;
@@ -18,6 +19,7 @@ use std::fmt::Display;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Instant;
 
+use digest::{Asker, NoAnswer};
 pub use directory::MigrationDirectory;
 use reception::Reception;
 use remains::Fate;
@@ -25,10 +27,11 @@ use remains::Fate;
 use super::beat::while_working;
 use super::link::{Link, LinkError};
 use super::wire::{BootId, Capabilities, Challenge, Epoch, Hello, Message, Role, VERSION_HIGHEST, VERSION_LOWEST, cut};
+use crate::digest::{Digest, Hasher};
 use crate::export::{Door, Gate};
 use crate::guest::Guest;
 use crate::limits::{HELLO_TIMEOUT, LINK_IDLE_MAX, LINK_LOOK, REPLY_TIMEOUT};
-use crate::ownership::{Answer, Attempt, Event, Images, KeepError, Peer, Promise, Record, Stamp, State, next};
+use crate::ownership::{Answer, Attempt, Event, Images, KeepError, Peer, Promise, Receipt, Record, Stamp, State, next};
 use crate::socket::Socket;
 
 /// What this process receives.
@@ -42,6 +45,8 @@ struct Inner {
     stage: Stage,
     /// The attempt that this side ended last: the source is told why.
     ended: Option<Ended>,
+    /// Of the attempt that was sealed last, until it owns.
+    sealed: Option<Receipt>,
 }
 
 /// An attempt that this side has ended.
@@ -78,7 +83,7 @@ fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
         return Err(format!("the peer speaks of guest '{}', this is '{}'", theirs.guest.escape_debug(), guest.name));
     }
     meet(guest, &theirs);
-    let mut session = Session { theirs, challenge: Some(challenge), stamp: None };
+    let mut session = Session { theirs, challenge: Some(challenge), stamp: None, asker: Asker::next(), hasher: None };
     let mut heard = Instant::now();
     loop {
         match link.receive(Instant::now() + LINK_LOOK) {
@@ -88,11 +93,17 @@ fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
             }
             Ok(Some(message)) => {
                 log::debug!("migration door: received {}", message.name());
-                let answer = while_working(link, || guest.destination.answer(guest, &mut session, message))?;
+                // Asked by the thousand, and as long as a small read each.
+                let is_short = matches!(message, Message::Digest { .. });
+                let work = || guest.destination.answer(guest, &mut session, message);
+                let answer = if is_short { work() } else { while_working(link, work) }?;
                 heard = Instant::now();
                 let Some(answer) = answer else { continue };
                 log::debug!("migration door: answered {}", answer.name());
                 link.send(&answer, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
+                if matches!(answer, Message::Running { .. }) {
+                    guest.destination.keep_receipt(guest);
+                }
                 // The answer may have taken long; the peer's silence begins now.
                 heard = Instant::now();
             }
@@ -141,6 +152,10 @@ struct Session {
     challenge: Option<Challenge>,
     /// The attempt that it last spoke of.
     stamp: Option<Stamp>,
+    /// Among those that ask for digests; later connections count more.
+    asker: Asker,
+    /// Once it has asked.
+    hasher: Option<Hasher>,
 }
 
 impl Destination {
@@ -149,6 +164,9 @@ impl Destination {
     /// # Errors
     /// The peer broke the protocol, or nothing may be answered (M4): the connection ends, with this line for the log.
     fn answer(&self, guest: &Guest, session: &mut Session, message: Message) -> Result<Option<Message>, String> {
+        if let Message::Digest { stamp, disk, offset_bytes, regions } = message {
+            return self.digest(guest, session, stamp, (disk, offset_bytes, regions)).map(Some);
+        }
         let mut inner = self.lock();
         session.stamp = message.stamp().copied().or(session.stamp);
         let receiving = match &inner.stage {
@@ -164,7 +182,7 @@ impl Destination {
                 Ok(inner.why_ended(&stamp).unwrap_or_else(|| failed(stamp, &"it has ended")))
             }
             (true, Message::Fence { stamp, epoch }) => Ok(inner.fence(guest, stamp, epoch)),
-            (true, Message::Seal { stamp, .. }) => inner.seal(guest, stamp),
+            (true, Message::Seal { stamp, digests }) => inner.seal(guest, stamp, &digests),
             (true, Message::Abort { stamp, cause, keep }) => {
                 log::info!("migration: attempt {:.8} aborted by the source: {}", stamp.attempt, cause.escape_debug());
                 if !inner.stop_receiving() {
@@ -217,6 +235,41 @@ impl Destination {
         answer.map(Some)
     }
 
+    /// Answers DIGEST: found good under the lock, hashed outside of it.
+    ///
+    /// # Errors
+    /// As [`Destination::answer`].
+    fn digest(
+        &self,
+        guest: &Guest,
+        session: &mut Session,
+        stamp: Stamp,
+        (disk, offset_bytes, regions): (u8, u64, u8),
+    ) -> Result<Message, String> {
+        let asker = session.asker;
+        let hasher = session.hasher.get_or_insert_default();
+        let asked = {
+            let inner = self.lock();
+            match &inner.stage {
+                Stage::Receiving(reception) if stamp.matches(&reception.stamp) => {
+                    reception.digests.question(asker, disk, offset_bytes, regions)
+                }
+                _ => return inner.why_ended(&stamp).map_or_else(|| record(guest, stamp), Ok),
+            }
+        };
+        match asked.and_then(|question| question.answer(hasher, asker, stamp)) {
+            Ok(answer) => Ok(answer),
+            Err(NoAnswer::Broken(cause)) => Err(cause),
+            Err(NoAnswer::Unreadable { region, cause }) => {
+                let mut inner = self.lock();
+                if matches!(&inner.stage, Stage::Receiving(reception) if stamp.matches(&reception.stamp)) {
+                    inner.give_up(guest, &cause, Fate::Remove);
+                }
+                Ok(Message::Failed { stamp, cause: cut(&cause), region: Some(region) })
+            }
+        }
+    }
+
     /// Takes in what the source of a sealed attempt says when it is asked; returns what it is told in return.
     ///
     /// # Errors
@@ -233,6 +286,17 @@ impl Destination {
                 settle(guest, &Event::NotGiven(*stamp), *stamp).map(Some)
             }
             _ => Ok(None),
+        }
+    }
+
+    /// Keeps the receipt of the attempt by which this host owns, if there is one. The switchover is over.
+    pub(super) fn keep_receipt(&self, guest: &Guest) {
+        let receipt = self.lock().sealed.take();
+        let record = guest.record().ok().flatten();
+        if let (Some(receipt), Some(Record { state: State::Owner { attempt }, .. })) = (receipt, record)
+            && attempt == receipt.attempt
+        {
+            guest.keep_receipt(receipt);
         }
     }
 
@@ -333,19 +397,24 @@ impl Inner {
         Message::Fenced { stamp, instance: guest.instance, epoch: reception.epoch }
     }
 
-    /// Everything has been sent: joins the writers, makes all durable, and only then says so.
-    fn seal(&mut self, guest: &Guest, stamp: Stamp) -> Result<Message, String> {
+    /// Everything has been sent: joins the writers, compares the digests, makes all durable, and only then says so.
+    fn seal(&mut self, guest: &Guest, stamp: Stamp, roots: &[Digest]) -> Result<Message, String> {
         let Stage::Receiving(reception) = &mut self.stage else { return record(guest, stamp) };
         let began = Instant::now();
         let images = guest.images();
         let journal = guest.journal();
+        let mut verified = (0, [0; 32]);
         let durable = if !reception.end_writers() {
             Err("requests in flight do not end".to_owned())
         } else if refused_writes(guest) > reception.refused_before {
             Err("a client of the destination's guest door wrote before the hand-over".to_owned())
         } else {
             // M2: from here on nothing of this attempt is cleaned up, whatever becomes of it.
-            reception.make_durable().and_then(|()| guest.write_journal(journal.map(|journal| journal.retired())))
+            reception.digests.compare(roots).and_then(|same| {
+                verified = same;
+                reception.make_durable()?;
+                guest.write_journal(journal.map(|journal| journal.retired()))
+            })
         };
         let images = match durable.and(images) {
             Ok(images) => images,
@@ -355,6 +424,19 @@ impl Inner {
             }
         };
         let fsync_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let (verified_bytes, root) = verified;
+        self.sealed = Some(Receipt {
+            attempt: stamp.attempt,
+            lineage: stamp.lineage,
+            order: stamp.order,
+            peer: reception.from.clone(),
+            gave: false,
+            verified: reception.digests.verified(),
+            verified_bytes,
+            root,
+            sent_bytes: None,
+            equal_bytes: None,
+        });
         self.stage = Stage::Idle;
         match guest.apply(&Event::Seal { stamp, images }) {
             Ok(Answer::Sealed) => Ok(Message::Sealed { stamp, fsync_us }),

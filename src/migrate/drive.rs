@@ -16,20 +16,23 @@ use super::meter::{Meter, Verdict};
 use super::preflight;
 use super::settle::{self, Trouble};
 use super::source::Job;
+use super::verify::{self, Checkers};
 use super::wire::{Epoch, Hello, Message, Mode, Prepare, Prepared, Role, Verify, cut};
 use crate::attach::Held;
-use crate::control::wire::{Convergence, DiskProgress, Done, Owner, Phase, text};
+use crate::control::wire::{self, Convergence, DiskProgress, Done, Owner, Phase, text};
+use crate::digest::{Digest, Verified, root_of_all};
 use crate::error::Exit;
 use crate::export::{Quiesced, quiesce};
 use crate::guest::Guest;
 use crate::limits::{
     ABSENT_MAX, ATTACHED_PROOF_MAX, ATTACHED_SYNC_MAX, CONNECTIONS_PER_DISK_MAX, DIAL_MAX, DISKS_MAX, DISTANT,
     FENCE_MAX, FLUSH_PERIOD, GO_PATIENCE, LANES_DISTANT, LINK_LOOK, LINK_SILENCE_MAX, LOST_PATIENCE, PING_PERIOD,
-    PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REDIAL_MAX, REPLY_TIMEOUT, RUNNING_PATIENCE, SEAL_MAX,
-    SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
+    PREPARE_MAX, QUIESCE_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REDIAL_MAX, REPLY_TIMEOUT, RUNNING_PATIENCE,
+    SATURATED_MIN, SEAL_MAX, SWITCHOVER_PAUSE, SWITCHOVERS_MAX, TICK, UNSEALED_PATIENCE,
 };
-use crate::mirror::{Counts, Lost, Mirror, NotReady};
-use crate::ownership::{Event, KeepError, Peer, Record, Stamp};
+use crate::mirror::{Counts, Lost, Mirror, NotReady, Plan};
+use crate::ownership::{Event, KeepError, Peer, Receipt, Record, Stamp};
+use crate::standing::kept;
 use outage::{Outage, stop};
 
 mod outage;
@@ -93,6 +96,7 @@ pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
     };
     let result = drive.perform().and_then(|()| drive.finish());
     let counts = drive.counts();
+    let handed = result.is_ok().then(|| drive.receipt(&counts));
     let mut done = match result {
         Ok(Handed::Over(switchover)) => {
             let mut done = done(job, Exit::Done, Owner::Destination, "");
@@ -112,10 +116,16 @@ pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
             Err(unknown) => done(job, Exit::Unknown, Owner::Unknown, &unknown),
         },
     };
+    if let Some(receipt) = &handed {
+        // The switchover is over; only now may it cost time.
+        guest.keep_receipt(receipt.clone());
+    }
     done.sent_bytes = counts.iter().map(|c| c.sent).sum();
     done.zero_bytes = counts.iter().map(|c| c.zeroed).sum();
     done.resent_bytes = counts.iter().map(|c| c.resent).sum();
     done.passes = counts.iter().map(|c| c.passes).max().unwrap_or(0);
+    done.equal_bytes = counts.iter().map(|c| c.equal).sum();
+    done.receipt = handed.filter(|_| done.owner == Owner::Destination).map(|receipt| kept(&receipt).receipt);
     done
 }
 
@@ -164,10 +174,18 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
     let message = Message::Prepare(Prepare {
         stamp,
         challenge: theirs.challenge,
-        mode: if job.request.overwrite { Mode::Overwrite } else { Mode::CopyAll },
+        mode: match (job.request.overwrite, job.request.incremental) {
+            (true, _) => Mode::Overwrite,
+            (false, true) => Mode::Incremental,
+            (false, false) => Mode::CopyAll,
+        },
         disks,
         connections: job.request.connections,
-        verify: Verify::None,
+        verify: match job.request.verify {
+            wire::Verify::None => Verify::None,
+            wire::Verify::Written => Verify::Written,
+            wire::Verify::Full => Verify::Full,
+        },
         keep_partial: job.request.keep_partial,
     });
     let prepared = match ask_to_prepare(job, &mut link, &message, &stamp, &theirs) {
@@ -192,11 +210,15 @@ fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String>
         link,
         mirrors: Vec::new(),
         lanes: Lanes::default(),
+        checkers: Checkers::default(),
+        roots: heapless::Vec::new(),
+        verified_bytes: 0,
+        walks: heapless::Vec::new(),
         unknown: Vec::new(),
         down: false,
         link_lost: round_trip.is_err(),
         outage: Outage::default(),
-        meter: Meter::new(job.exports.len()),
+        meter: Meter::new(job.exports.len(), round_trip.unwrap_or_default()),
         owed: None,
         pinged: Instant::now(),
         flushed: Instant::now(),
@@ -290,6 +312,14 @@ struct Drive<'a> {
     round_trip: Duration,
     mirrors: Vec<Arc<Mirror>>,
     lanes: Lanes,
+    /// Those who ask for digests. Declared behind the link and the lanes, and ended before the mirrors go.
+    checkers: Checkers,
+    /// One digest for each disk, once the guest is quiesced and everything is verified.
+    roots: heapless::Vec<Digest, DISKS_MAX>,
+    /// Bytes that they cover.
+    verified_bytes: u64,
+    /// Verification passes of each disk when the bulk pass was over.
+    walks: heapless::Vec<u64, DISKS_MAX>,
     /// Regions whose copies may still be in a buffer of the destination: in flight until it is fenced (D4).
     unknown: Vec<Lost>,
     /// The lanes are ended and not open again.
@@ -308,18 +338,43 @@ struct Drive<'a> {
 impl<'a> Drive<'a> {
     /// Copies until the final pass would be short enough, and, with `--hold`, until somebody says switch.
     fn perform(&mut self) -> Result<(), Stop> {
-        for (export, ready) in self.job.exports.iter().zip(self.prepared.disks.clone()) {
+        let bells = Checkers::bells(self.job.exports.len());
+        for (number, (export, ready)) in self.job.exports.iter().zip(self.prepared.disks.clone()).enumerate() {
             let fault = |cause: String| format!("disk {}: {cause}", export.name());
-            let mirror = Mirror::arm(export, &self.job.budget).map_err(fault)?;
+            let verified = verified(self.job.request.verify);
+            let compare = ready.compare && !ready.reads_as_zero;
+            let plan = Plan { verified, compare, bell: Arc::clone(&bells[number % bells.len()]) };
+            let mirror = Mirror::arm(export, &self.job.budget, &plan).map_err(fault)?;
             // D1: the first extent is asked for after arming.
             mirror.scan(ready.reads_as_zero).map_err(|error| fault(error.to_string()))?;
             self.mirrors.push(mirror);
         }
-        match self.open_lanes() {
-            Err(NotYet::GoOn(cause)) => self.recover(&cause)?,
-            opened => opened?,
+        let peer = verify::Peer {
+            guest: self.guest,
+            address: &self.job.address,
+            stamp: self.stamp,
+            instance: self.prepared.instance,
+        };
+        self.checkers = Checkers::start(&peer, &self.mirrors, &bells)?;
+        self.compare()?;
+        // A link that was lost meanwhile has brought them with it when it was mended.
+        if !self.lanes.are_open() {
+            match self.open_lanes() {
+                Err(NotYet::GoOn(cause)) => self.recover(&cause)?,
+                opened => opened?,
+            }
         }
         self.copy_until_converged()
+    }
+
+    /// D12: what the destination has already is found out first; what differs is dirty, and copied later.
+    fn compare(&mut self) -> Result<(), Stop> {
+        while self.mirrors.iter().any(|mirror| mirror.is_comparing()) {
+            self.look()?;
+            let counts = self.counts();
+            self.show(&counts, Verdict::TooLong, false);
+        }
+        Ok(())
     }
 
     fn copy_until_converged(&mut self) -> Result<(), Stop> {
@@ -330,7 +385,10 @@ impl<'a> Drive<'a> {
             let limit = if self.job.is_switched() { QUIESCE_MAX / 2 } else { self.job.downtime_limit() };
             let verdict = self.meter.verdict(&counts, limit);
             let bulk_over = counts.iter().all(|c| c.passes > 1 || c.outstanding.granules == 0);
-            let converged = verdict == Verdict::Converged && bulk_over && counts.iter().all(|c| c.flushes > 0);
+            let converged = verdict == Verdict::Converged
+                && bulk_over
+                && counts.iter().all(|c| c.flushes > 0)
+                && self.has_caught_up(&counts);
             self.show(&counts, verdict, converged);
             if converged && (!self.job.request.hold || self.job.is_switched()) {
                 return Ok(());
@@ -343,6 +401,23 @@ impl<'a> Drive<'a> {
         }
     }
 
+    /// Whether the verification has followed the bulk pass to its end: what is left of that is not to be hashed while
+    /// the guest waits, even if the allowed downtime would do. Only after the bulk pass. A walk always ends, so this
+    /// keeps nobody waiting for long.
+    fn has_caught_up(&mut self, counts: &[Counts]) -> bool {
+        if !self.mirrors.iter().any(|mirror| mirror.verifies()) {
+            return true;
+        }
+        if self.walks.is_empty() {
+            self.walks = counts.iter().map(|c| c.verify_walks).collect();
+            self.mirrors.iter().for_each(|mirror| mirror.verify_soon());
+        }
+        counts.iter().zip(&self.walks).all(|(counts, before)| {
+            let walked = counts.verify_walks - before;
+            walked > 1 || walked == 1 && counts.unverified < SATURATED_MIN
+        })
+    }
+
     /// Hands over.
     fn finish(&mut self) -> Result<Handed, Stop> {
         let attempt = self.stamp.attempt;
@@ -351,6 +426,7 @@ impl<'a> Drive<'a> {
         let give = [offer.clone(), Event::Give { sealed: self.stamp }, Event::Running(self.stamp)];
         let end = [offer.clone(), Event::End { attempt }, Event::Unsealed(self.stamp)];
         self.guest.write_ahead(&[&give, &end])?;
+        self.mirrors.iter().for_each(|mirror| mirror.verify_soon());
         // M5: durable before anything that lets the destination seal.
         self.record(&offer)?;
         let mut tries = 0;
@@ -373,10 +449,11 @@ impl<'a> Drive<'a> {
         };
         // Nothing is left to copy: the lanes go quietly, before the destination ends them.
         self.mirrors.iter().for_each(|mirror| mirror.stop());
+        self.checkers.stop();
         // From here on the gates open only for an attempt that has ended.
         let given = self.seal().and_then(|()| {
             // Nobody can have opened a gate meanwhile; were it so, a write would be missing at the destination.
-            let left: u64 = self.counts().iter().map(|counts| counts.outstanding.granules).sum();
+            let left: u64 = self.counts().iter().map(|counts| counts.outstanding.granules + counts.unverified).sum();
             if left > 0 || !quiesced.holds() {
                 return Err("the guest has written after the final pass".into());
             }
@@ -468,8 +545,18 @@ impl<'a> Drive<'a> {
                     self.down = true;
                     return Err(NotYet::GoOn(format!("disk {}: the final pass takes too long", mirror.name())));
                 }
+                Err(NotReady::Unverified(cause)) => {
+                    return Err(NotYet::GoOn(format!("disk {}: {cause}", mirror.name())));
+                }
                 Err(NotReady::Failed(failure)) => return Err(NotYet::Stop(failure.text.into())),
             }
+        }
+        self.roots.clear();
+        self.verified_bytes = 0;
+        for (root, bytes) in self.mirrors.iter().filter_map(|mirror| mirror.root()) {
+            // As many as there are disks.
+            let _ = self.roots.push(root);
+            self.verified_bytes += bytes;
         }
         let copied = |name: &str| self.mirrors.iter().any(|mirror| mirror.name() == name);
         quiesced.flush(copied).map_err(|cause| NotYet::Stop(cause.into()))
@@ -479,7 +566,7 @@ impl<'a> Drive<'a> {
     fn seal(&mut self) -> Result<(), Stop> {
         self.show_phase(Phase::Seal);
         let deadline = Instant::now() + SEAL_MAX;
-        let message = Message::Seal { stamp: self.stamp, digests: heapless::Vec::new() };
+        let message = Message::Seal { stamp: self.stamp, digests: self.roots.clone() };
         let mut said = self.say(&message);
         let mut pause = None;
         while Instant::now() < deadline {
@@ -631,6 +718,22 @@ impl<'a> Drive<'a> {
         Ok(None)
     }
 
+    /// What was verified of what was handed over.
+    fn receipt(&self, counts: &[Counts]) -> Receipt {
+        Receipt {
+            attempt: self.stamp.attempt,
+            lineage: self.stamp.lineage,
+            order: self.stamp.order,
+            peer: self.peer.clone(),
+            gave: true,
+            verified: verified(self.job.request.verify),
+            verified_bytes: self.verified_bytes,
+            root: if self.roots.is_empty() { [0; 32] } else { root_of_all(&self.roots) },
+            sent_bytes: Some(counts.iter().map(|c| c.sent).sum()),
+            equal_bytes: Some(counts.iter().map(|c| c.equal).sum()),
+        }
+    }
+
     fn record(&self, event: &Event) -> Result<(), Stop> {
         match self.guest.apply(event) {
             Ok(_) => Ok(()),
@@ -694,11 +797,21 @@ impl<'a> Drive<'a> {
                 dirty_rate_bytes: rates.dirtied,
                 passes: counts.passes,
                 estimate_s: estimate.and_then(|seconds| u32::try_from(seconds).ok()),
-                ..DiskProgress::default()
+                equal_bytes: counts.equal,
+                verified_bytes: counts.verified,
+                unverified_bytes: counts.unverified,
             }
         };
         // No more mirrors than disks, which fit.
         self.mirrors.iter().zip(counts).enumerate().map(disk).take(DISKS_MAX).collect()
+    }
+}
+
+fn verified(verify: wire::Verify) -> Verified {
+    match verify {
+        wire::Verify::None => Verified::Nothing,
+        wire::Verify::Written => Verified::Written,
+        wire::Verify::Full => Verified::Full,
     }
 }
 
@@ -717,6 +830,7 @@ fn abort(mut drive: Drive<'_>, cause: &str) -> Result<(), String> {
     }
     // Given back without a fence: nobody copies them any more.
     drop(drive.lanes.end());
+    drive.checkers.end();
     drive.unknown.clear();
     drive.mirrors.clear();
     // Who was out of reach is not waited for: the source has ended the attempt, and asks on by itself if it must know.

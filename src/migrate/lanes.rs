@@ -104,6 +104,11 @@ impl Lanes {
         })
     }
 
+    /// Whether there are any.
+    pub(super) fn are_open(&self) -> bool {
+        !self.lanes.is_empty()
+    }
+
     /// Ends all lanes and joins their threads. Returns what was in flight, with an unknown outcome: it stays in flight
     /// as long as the caller holds it.
     pub(super) fn end(&mut self) -> Vec<Lost> {

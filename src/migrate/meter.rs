@@ -2,8 +2,8 @@
 //!
 //! The driver of a migration feeds a [`Meter`] with the mirrors' counts a few times a second. *Converged* means: the
 //! predicted final pass, that is what is outstanding at the rate at which this migration has been seen to copy when it
-//! was copying all the time, plus the last flush, fits the allowed downtime. The rate of a moment does not serve for
-//! that: a mirror that has little to do copies little.
+//! was copying all the time, what is unverified at the rate of hashing, and the last flush, fits the allowed downtime.
+//! The rate of a moment does not serve for that: a mirror that has little to do copies little.
 
 use std::time::{Duration, Instant};
 
@@ -54,12 +54,14 @@ pub(super) struct Meter {
     capacity: Option<f64>,
     busy_since: Option<(Instant, u64)>,
     last: Instant,
+    /// How far away the destination is.
+    round_trip: Duration,
 }
 
 impl Meter {
     /// A meter for so many disks, counting from now.
     #[must_use]
-    pub(super) fn new(disks: usize) -> Self {
+    pub(super) fn new(disks: usize, round_trip: Duration) -> Self {
         let now = Instant::now();
         let start = Sample { at: now, acknowledged: 0, marked: 0 };
         let samples = || Samples { ring: [start; SAMPLES], taken: 1 };
@@ -68,6 +70,7 @@ impl Meter {
             capacity: None,
             busy_since: None,
             last: now,
+            round_trip,
         }
     }
 
@@ -127,7 +130,15 @@ impl Meter {
         let rate = self.capacity.unwrap_or(ASSUMED_RATE as f64).max(1.0);
         let flush = counts.iter().map(|c| c.flush_took).max().unwrap_or_default();
         // A day is as good as never, and fits every type that shows it.
-        Duration::from_secs_f64((bytes as f64 / rate).min(86_400.0)) + flush
+        Duration::from_secs_f64((bytes as f64 / rate).min(86_400.0)) + flush + self.predicted_hashing(counts)
+    }
+
+    /// How long it would take to verify what is not: each disk at the rate at which its regions were seen to be hashed.
+    #[expect(clippy::cast_precision_loss, reason = "byte counts are far below 2^52")]
+    fn predicted_hashing(&self, counts: &[Counts]) -> Duration {
+        let seconds: f64 = counts.iter().map(|c| c.unverified as f64 / c.hash_rate.max(1) as f64).sum();
+        let asked = if counts.iter().any(|c| c.unverified > 0) { self.round_trip } else { Duration::ZERO };
+        Duration::from_secs_f64(seconds.min(86_400.0)) + asked
     }
 
     /// Whether the final pass would fit `limit`, or why not.
@@ -137,7 +148,10 @@ impl Meter {
             return Verdict::Converged;
         }
         let total = self.total();
-        if total.dirtied > 0 && total.dirtied >= total.copied {
+        // Where only the verification is not done yet, the guest is not to blame.
+        let copied =
+            counts.iter().all(|c| c.outstanding.bytes < SATURATED_MIN) && !self.predicted_hashing(counts).is_zero();
+        if total.dirtied > 0 && !copied && total.dirtied >= total.copied {
             Verdict::GuestIsFaster(total)
         } else {
             Verdict::TooLong

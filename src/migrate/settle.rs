@@ -257,7 +257,11 @@ fn take_in(guest: &Guest, answer: &Message, peer: &Peer) -> Result<Option<Messag
         Message::Record { record: Some(theirs), .. } => Event::Meet { title: theirs.title, peer: peer.clone() },
         // M3: the source's word ends SEALED.
         Message::Go { .. } | Message::Promise { promise: Promise::NotGiven, .. } => {
-            return guest.destination.hear(guest, answer).map_err(Trouble::NotDurable);
+            let said = guest.destination.hear(guest, answer).map_err(Trouble::NotDurable);
+            if matches!(said, Ok(Some(Message::Running { .. }))) {
+                guest.destination.keep_receipt(guest);
+            }
+            return said;
         }
         _ => return Ok(None),
     };

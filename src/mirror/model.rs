@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
-use super::{Budget, Mirror, NotReady};
+use super::{Budget, Mirror, NotReady, Plan};
 use crate::disk::{Cache, Disk};
 use crate::export::{Door, Export, Gate, Patience, Visit, quiesce};
 use crate::nbd::client::{Client, Wants};
@@ -130,7 +130,7 @@ fn play(before: &[Step], steps: &[Step], lanes: usize, target_reads_zero: bool) 
         Step::Cut => {}
     };
     before.iter().for_each(&mut one);
-    let mirror = Mirror::arm(&source, &Budget::new(0)).expect("armed");
+    let mirror = Mirror::arm(&source, &Budget::new(0), &Plan::default()).expect("armed");
     mirror.scan(target_reads_zero).expect("scanned");
     let open = || (0..lanes).map(|_| lane(&mirror, &destination)).collect::<Vec<_>>();
     let mut running = open();

@@ -28,14 +28,15 @@ use rustix::io::Errno;
 use super::file::{self, Content};
 use super::images::ImageList;
 use super::volatile::is_volatile;
-use super::{Attempt, Host, Images, Journal, Offer, Record, State, Write, host};
+use super::{Attempt, Host, Images, Journal, Offer, Receipt, Record, State, Write, host};
 use crate::error::reason;
-use crate::limits::{RECORD_FILE_MAX, RESTART_PATIENCE, RETRY_PAUSE};
+use crate::limits::{RECEIPT_FILE_MAX, RECORD_FILE_MAX, RESTART_PATIENCE, RETRY_PAUSE};
 
 const LOCK: &str = "lock";
 const ID: &str = "id";
 const RECORD: &str = "record";
 const JOURNAL: &str = "journal";
+const RECEIPT: &str = "receipt";
 /// What ends the name of a file that is nothing yet.
 const TEMPORARY: &str = ".tmp";
 const DIRECTORY_MODE: u32 = 0o700;
@@ -149,6 +150,23 @@ impl Store {
             self.speak_of(&content.images);
         }
         Ok(found)
+    }
+
+    /// The receipt of the last hand-over, if there is one.
+    #[must_use]
+    pub fn receipt(&self) -> Option<Receipt> {
+        find_receipt(&self.directory)
+    }
+
+    /// Keeps the receipt of a hand-over in the place of the one before.
+    ///
+    /// # Errors
+    /// The system's word: there is the one before, or this one.
+    pub fn keep_receipt(&self, receipt: &Receipt) -> io::Result<()> {
+        let temporary = self.directory.join(format!("{RECEIPT}{TEMPORARY}"));
+        write_whole(&temporary, &receipt.encode())?;
+        fs::rename(temporary, self.directory.join(RECEIPT))?;
+        sync_directory(&self.directory)
     }
 
     /// Says which images the records to come may speak of.
@@ -274,6 +292,8 @@ pub struct Look {
     pub held: bool,
     /// What is in it.
     pub found: Found,
+    /// The last receipt, if there is one.
+    pub receipt: Option<Receipt>,
 }
 
 /// Looks into a state directory and changes nothing there, whoever holds it.
@@ -286,7 +306,7 @@ pub fn look(directory: &Path) -> Result<Look, String> {
     let held = flock(&lock, FlockOperation::NonBlockingLockShared) == Err(Errno::AGAIN);
     let id = read_id(directory)?.ok_or("it has no id yet")?;
     let found = find(directory, host::on_this_machine(id)).map_err(said)?;
-    Ok(Look { held, found })
+    Ok(Look { held, found, receipt: find_receipt(directory) })
 }
 
 /// Reads the record of `host`.
@@ -306,6 +326,14 @@ fn find(directory: &Path, host: Host) -> io::Result<Found> {
         Ok(content) => Found::Record(Box::new(content)),
         Err(broken) => Found::Rejected { why: format!("is broken: {broken}"), shown: format!("{} bytes", bytes.len()) },
     })
+}
+
+/// Reads the receipt; one that cannot be read is none.
+fn find_receipt(directory: &Path) -> Option<Receipt> {
+    let mut bytes = Vec::new();
+    let file = File::open(directory.join(RECEIPT)).ok()?;
+    file.take(RECEIPT_FILE_MAX as u64 + 1).read_to_end(&mut bytes).ok()?;
+    Receipt::decode(&bytes)
 }
 
 /// A record in one line, with all that tells it from others.
@@ -348,7 +376,7 @@ fn clear(directory: &Path) -> io::Result<()> {
         let entry = entry?;
         let name = entry.file_name();
         let ours = name.to_str().is_some_and(|name| {
-            let begins = [RECORD, JOURNAL, ID].iter().any(|what| name.starts_with(what));
+            let begins = [RECORD, RECEIPT, JOURNAL, ID].iter().any(|what| name.starts_with(what));
             begins && name.ends_with(TEMPORARY)
         });
         if ours {

@@ -157,7 +157,10 @@ fn a_destination_whose_disks_do_not_fit_refuses() {
     }
     drop(Ledger::format(&at, 16 * MIB, 9, 100));
     pair.destination(&file("vda", &at));
-    let cause = format!("disk vda: {} is not empty (--overwrite overwrites it)", at.display());
+    let cause = format!(
+        "disk vda: {} is not empty (--overwrite overwrites it, --copy-storage-inc sends only what differs)",
+        at.display()
+    );
     pair.refuses(&[], &format!("refused by the destination: {cause}; nothing has changed"));
     pair.destination(&file("vdb", &at));
     let cause = "disk vda: the destination has no disk of this name";

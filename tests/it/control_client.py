@@ -4,7 +4,6 @@ usage: control_client.py SOCKET GUEST status|claim|cancel|migrate DEST [BYTES_A_
 SOCKET is a control door's, or that of the chardev behind a virtio port.
 """
 import os, socket, sys
-
 VERSION = 3
 WORDS = {"state": "incoming receiving sealed owner offered given superseded unknown",
          "gate": "incoming receiving sealed serving quiesced fenced closed",
@@ -15,11 +14,12 @@ WORDS = {"state": "incoming receiving sealed owner offered given superseded unkn
 # Fields in order: u a varint, b a byte, t a text, d a digest, ? an option, * a sequence, a key of WORDS an enum.
 LISTS = {"*disk": "name:t size:u stays:?stays gate:?gate", "*device": "name:t device:t", "*moving":
          "name:t size:u left:u sent:u zeroes:u rate:u dirty_rate:u passes:u estimate_s:?u resent:u equal:u verified:u "
-         "unverified:u", "receipt": "verify:verify bytes:u root:d term:u generation:u"}
+         "unverified:u", "receipt": "verify:verify bytes:u root:d term:u generation:u",
+         "kept": "receipt:receipt attempt:u lineage:u gave:b peer:t sent:?u equal:?u"}
 REPLIES = [
     ("hello", "version:u guest:t session:u"), ("ok", ""), ("refused", "exit:b operation:t object:t cause:t"),
     ("status", "guest:t state:state term:u generation:u lineage:u peer:t migration:migration hint:t disks:*disk "
-     "attached:*device"),
+     "attached:*device receipt:?kept"),
     ("progress", "attempt:u phase:phase elapsed_ms:u convergence:convergence predicted_ms:?u downtime_limit_ms:u "
      "bandwidth:u held:b disks:*moving lost_ms:?u lost_cause:t"), ("done", "attempt:u exit:b message:t owner:owner "
      "destination:t sent:u zeroes:u passes:u total_ms:u switchover_us:?u resent:u equal:u receipt:?receipt")]
@@ -61,7 +61,7 @@ def read(data, kind):
     if kind == "b": return next(data)
     if kind[0] == "?": return read(data, kind[1:]) if next(data) else None
     if kind == "d": return bytes(next(data) for _ in range(32)).hex()
-    if kind == "receipt": return fields(data, LISTS[kind])
+    if kind in ("receipt", "kept"): return fields(data, LISTS[kind])
     byte, value, shift = next(data), 0, 0
     while byte > 127:
         byte, value, shift = next(data), value | (byte & 127) << shift, shift + 7

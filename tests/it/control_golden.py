@@ -19,12 +19,14 @@ ASKED = {
 DISK = {"name": "a", "size": 512, "stays": "external", "gate": "serving"}
 MOVING = {"name": "a", "size": 1, "left": 2, "sent": 3, "zeroes": 4, "rate": 5, "dirty_rate": 6, "passes": 7,
           "estimate_s": 8, "resent": 9, "equal": 10, "verified": 11, "unverified": 12}
+KEPT = {"receipt": {"verify": "full", "bytes": 21, "root": "16" * 32, "term": 23, "generation": 24}, "attempt": 25,
+        "lineage": 26, "gave": 1, "peer": "q", "sent": 27, "equal": None}
 RECEIPT = {"verify": "written", "bytes": 11, "root": "0c" * 32, "term": 13, "generation": 14}
 UNDERSTOOD = {
     "hello": ("hello", [3, "g1", 0x12345678]),
     "ok": ("ok", []),
     "refused": ("refused", [1, "claim", "g1", "there is a record"]),
-    "status": ("status", ["g", "owner", 1, 2, 3, "p", "running", "h", [DISK], [{"name": "a", "device": "/dev/nbd0"}]]),
+    "status": ("status", ["g", "owner", 1, 2, 3, "p", "running", "h", [DISK], [{"name": "a", "device": "/dev/nbd0"}], KEPT]),
     "progress": ("progress", [5, "passes", 6, ("guest-is-faster", 9, 8), 7, 10, 11, 1, [MOVING], 13, "c"]),
     "progress-first": ("progress", [5, "prepare", 0, "copying", None, 0, 0, 0, [], None, ""]),
     "done": ("done", [1, 3, "x", "destination", "d", 4, 5, 6, 7, 8, 9, 10, RECEIPT]),

@@ -3,6 +3,7 @@
 // Disks are small here.
 #![allow(clippy::cast_possible_truncation)]
 
+mod digests;
 mod faults;
 mod load;
 mod outages;
@@ -359,7 +360,12 @@ fn there_and_back_again_between_the_same_processes() {
         if turn > 0 {
             let refused = from.migrate(&to.listen, &[]);
             assert_eq!(refused.code, Some(1), "{refused:?}");
-            assert!(refused.stderr.contains("is not empty (--overwrite overwrites it)"), "{refused:?}");
+            assert!(
+                refused
+                    .stderr
+                    .contains("is not empty (--overwrite overwrites it, --copy-storage-inc sends only what differs)"),
+                "{refused:?}"
+            );
         }
         from.migrate(&to.listen, options).well();
         ledger = writer.finish();

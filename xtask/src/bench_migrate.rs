@@ -22,13 +22,15 @@ const BEFORE: Duration = Duration::from_secs(1);
 const MIGRATION: Duration = Duration::from_secs(90);
 const FIO_END: Duration = Duration::from_secs(20);
 /// How long fio may take to read everything back.
-const VERIFY: Duration = Duration::from_secs(60);
+const READ_BACK: Duration = Duration::from_secs(60);
 const COLUMNS: &[Column] = &[
     Column { key: "median", title: "median", digits: 2 },
     Column { key: "best", title: "best", digits: 2 },
     Column { key: "worst", title: "worst", digits: 2 },
 ];
 const MIB: f64 = 1024.0 * 1024.0;
+/// What is verified: the default first, of which the table tells most.
+const VERIFY: [&str; 3] = ["written", "none", "full"];
 
 /// What one migration was like.
 struct Run {
@@ -49,21 +51,26 @@ pub(crate) fn run(bench: &Bench, runs: usize) -> Result<(Table, Result<()>)> {
         return Err(Error::new("bench", "fio", "not installed: apt-get install fio"));
     }
     let [chain, durable] = bench_chain::reference(bench)?;
-    let mut done = Vec::new();
+    let mut modes: [Vec<Run>; VERIFY.len()] = Default::default();
     let mut lost = Vec::new();
+    // In turns: what the machine does meanwhile, it does to all.
     for number in 0..runs {
-        let (run, wrong) = once(bench, number)?;
-        done.push(run);
-        lost.extend(wrong.map(|wrong| format!("migration {number}: {wrong}")));
+        for (verify, done) in VERIFY.iter().zip(&mut modes) {
+            let (run, wrong) = once(bench, number, verify)?;
+            done.push(run);
+            lost.extend(wrong.map(|wrong| format!("migration {number}, --verify {verify}: {wrong}")));
+        }
     }
-    let row = |name: &str, of: &dyn Fn(&Run) -> f64| {
+    let row_of = |name: &str, done: &[Run], of: &dyn Fn(&Run) -> f64| {
         let numbers: Vec<f64> = done.iter().map(of).collect();
         let best = numbers.iter().copied().fold(f64::INFINITY, f64::min);
         let worst = numbers.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         (name.to_owned(), vec![median(&numbers), Some(best), Some(worst)])
     };
+    let [done, none, _] = &modes;
+    let row = |name: &str, of: &dyn Fn(&Run) -> f64| row_of(name, done, of);
     let both = |run: &Run| run.cpu_s_per_gib[0] + run.cpu_s_per_gib[1];
-    let rows = vec![
+    let mut rows = vec![
         row("total time, s", &|run| run.total_s),
         row("switchover, ms", &|run| run.switchover_ms),
         row("passes", &|run| run.passes),
@@ -76,24 +83,41 @@ pub(crate) fn run(bench: &Bench, runs: usize) -> Result<(Table, Result<()>)> {
         row("CPU over the bare chain's, x", &|run| both(run) / chain),
         row("CPU over its with fsync, x", &|run| both(run) / durable),
     ];
-    let acknowledged: f64 = done.iter().map(|run| run.acknowledged).sum();
+    let ratio = |of: &dyn Fn(&Run) -> f64, done: &[Run]| {
+        let middle = |done: &[Run]| median(&done.iter().map(of).collect::<Vec<_>>()).unwrap_or(f64::NAN);
+        vec![Some(middle(done) / middle(none)), None, None]
+    };
+    for (verify, done) in VERIFY.iter().zip(&modes) {
+        if *verify != VERIFY[0] {
+            rows.push(row_of(&format!("{verify}: total time, s"), done, &|run| run.total_s));
+            rows.push(row_of(&format!("{verify}: switchover, ms"), done, &|run| run.switchover_ms));
+            rows.push(row_of(&format!("{verify}: CPU of both, s/GiB"), done, &both));
+        }
+        if *verify != "none" {
+            rows.push((format!("{verify} over none: total time, x"), ratio(&|run| run.total_s, done)));
+            rows.push((format!("{verify} over none: CPU of both, x"), ratio(&both, done)));
+        }
+    }
+    let acknowledged: f64 = modes.iter().flatten().map(|run| run.acknowledged).sum();
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a count")]
     let acknowledged = count(acknowledged as u64);
     let notes = vec![
-        format!("writes: {acknowledged} acknowledged, lost in {} of {runs} migrations", lost.len()),
+        format!("writes: {acknowledged} acknowledged, lost in {} of {} migrations", lost.len(), runs * VERIFY.len()),
+        "verified as by default (--verify written) where nothing else is said; medians over medians".to_owned(),
         "lost: acknowledged, and not found by fio's second run at the destination; or images that differ".to_owned(),
         "held: what the source has allocated at the end; CPU is per GiB of that, with the guest's own requests"
             .to_owned(),
         format!("bare chain over TCP in this run: {chain:.3} CPU s/GiB, with fsync {durable:.3}, both ends together"),
     ];
-    let title =
-        format!("{runs} migrations of 1 GiB, half holes, over TCP, under fio: 500 verified 4 KiB writes a second");
+    let title = format!(
+        "{runs} migrations of each kind of 1 GiB, half holes, over TCP, under fio: 500 verified 4 KiB writes a second"
+    );
     let verdict = if lost.is_empty() { Ok(()) } else { Err(Error::new("bench", "migrate", lost.join("; "))) };
     Ok((Table { title, columns: COLUMNS, rows, notes }, verdict))
 }
 
 /// One migration, and what is wrong with it.
-fn once(bench: &Bench, number: usize) -> Result<(Run, Option<String>)> {
+fn once(bench: &Bench, number: usize, verify: &str) -> Result<(Run, Option<String>)> {
     let images = ["a.raw", "b.raw"].map(|name| bench.scratch.path(name));
     for image in &images {
         // From the run before.
@@ -116,7 +140,7 @@ fn once(bench: &Bench, number: usize) -> Result<(Run, Option<String>)> {
     thread::sleep(BEFORE);
     let sides = [&source.program, &destination.program];
     let before = sides.map(Program::cpu_s);
-    let mut migrate = source.command("migrate", &[&destination.migration, "--json"]);
+    let mut migrate = source.command("migrate", &[&destination.migration, "--json", "--verify", verify]);
     let migrated = util::capture("bench", &mut migrate, MIGRATION)?;
     let after = sides.map(Program::cpu_s);
     if !migrated.status.success() {
@@ -130,7 +154,7 @@ fn once(bench: &Bench, number: usize) -> Result<(Run, Option<String>)> {
 
     let mut look = self::fio(bench, &destination, number);
     look.args(["--verify_only", "--verify_state_load=1", "--verify_state_save=0", "--continue_on_error=verify"]);
-    let looked = util::capture("bench", &mut look, VERIFY)?;
+    let looked = util::capture("bench", &mut look, READ_BACK)?;
     let read = terse(&looked.stdout).ok_or_else(|| Error::new("bench", "fio", &looked.stderr))?;
     let refused = offsets(&errors, "write offset=");
     let missing = offsets(&looked.stderr, " offset ");

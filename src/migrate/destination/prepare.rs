@@ -8,12 +8,13 @@ use std::fmt::Display;
 use std::sync::Arc;
 
 pub(super) use super::check::{Found, Problems, Target};
+use super::digest::Digests;
 use super::reception::{Reception, end_writers};
 use super::remains::{self, Fate};
 use super::{Inner, Session, Stage, check, refused_writes};
 use crate::disk::{Disk, sync_directory_of};
 use crate::guest::Guest;
-use crate::migrate::wire::{Epoch, Message, Prepare, Prepared, Token};
+use crate::migrate::wire::{Epoch, Message, Prepare, Prepared, Token, Verify};
 use crate::ownership::{Event, Journal, Peer, Refusal, Stamp, Why, next};
 
 impl Inner {
@@ -56,11 +57,13 @@ impl Inner {
         self.give_up(guest, "another attempt has begun", Fate::Keep);
         let mut reception = Reception {
             stamp,
+            from: from.clone(),
             epoch: Epoch(0),
             token: Token::random().map_err(|error| error.to_string())?,
             exports: targets.iter().map(|target| Arc::clone(&target.export)).collect(),
             keep_partial: offer.keep_partial,
             refused_before: refused_writes(guest),
+            digests: Digests::new(Verify::None, &[]),
         };
         // What was received until now is remains now.
         let before = guest.journal().filter(|journal| journal.lineage == stamp.lineage);
@@ -96,6 +99,8 @@ impl Inner {
             }
             return refused(problems);
         };
+        // Their sizes are known only now.
+        reception.digests = Digests::new(offer.verify, &reception.exports);
         let answer =
             Prepared { stamp, instance: guest.instance, epoch: reception.epoch, token: reception.token, disks };
         log::info!("migration: attempt {:.8} is received from host {:.8}", stamp.attempt, session.theirs.host);

@@ -5,17 +5,19 @@
 
 use std::sync::Arc;
 
+use super::digest::Digests;
 use super::prepare::{Found, Target};
 use crate::disk::Content;
 use crate::export::{Door, Export, Gate};
 use crate::limits::{CONNECTION_STACK, CONNECTIONS_MAX, CONNECTIONS_PER_DISK_MAX, DISKS_MAX, PHASE_CONNECTIONS_MAX};
 use crate::migrate::wire::{DiskReady, Epoch, Mode, Token};
-use crate::ownership::Stamp;
+use crate::ownership::{Peer, Stamp};
 
 /// The attempt.
 #[derive(Debug)]
 pub(super) struct Reception {
     pub(super) stamp: Stamp,
+    pub(super) from: Peer,
     pub(super) epoch: Epoch,
     pub(super) token: Token,
     pub(super) exports: Vec<Arc<Export>>,
@@ -23,6 +25,8 @@ pub(super) struct Reception {
     pub(super) keep_partial: bool,
     /// Guest writes refused before it began (M11).
     pub(super) refused_before: u64,
+    /// What the source has been told of the disks' content.
+    pub(super) digests: Arc<Digests>,
 }
 
 /// What the source is told of each disk.

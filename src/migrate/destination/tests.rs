@@ -70,7 +70,8 @@ impl Bench {
     fn say(&self, message: Message) -> Message {
         let mut theirs = hello(&self.guest, Role::Source, Challenge([2; 16]), &pair().0);
         theirs.host = SOURCE;
-        let mut session = Session { theirs, challenge: Some(Challenge([1; 16])), stamp: None };
+        let mut session =
+            Session { theirs, challenge: Some(Challenge([1; 16])), stamp: None, asker: Asker::next(), hasher: None };
         self.guest.destination.answer(&self.guest, &mut session, message).expect("no end").expect("an answer")
     }
 
@@ -292,4 +293,40 @@ fn whoever_does_not_know_the_attempt_does_not_learn_it() {
         panic!("a record");
     };
     assert_eq!(summary.attempt, Attempt([1; 16]));
+}
+
+#[test]
+fn digests_are_told_to_who_sends_this_attempt_and_only_while_it_is_received() {
+    let bench = Bench::new(true);
+    let prepared = bench.prepared(1);
+    let digest = |attempt| Message::Digest { stamp: bench.stamp(attempt), disk: 0, offset_bytes: 0, regions: 16 };
+    let Message::Digests { stamp, disk: 0, offset_bytes: 0, digests } = bench.say(digest(1)) else { panic!("none") };
+    assert!(stamp.matches(&prepared.stamp));
+    assert_eq!(digests.len(), 16);
+    let zeroes = *blake3::hash(&[0; 65536]).as_bytes();
+    assert!(digests.iter().all(|digest| *digest == zeroes));
+    assert!(matches!(bench.say(digest(2)), Message::Record { .. }), "another attempt");
+    assert!(matches!(bench.seal(1), Message::Sealed { .. }));
+    assert!(matches!(bench.say(digest(1)), Message::Record { .. }), "sealed: nobody asks any more");
+}
+
+#[test]
+fn a_disk_that_cannot_be_hashed_ends_the_attempt_and_names_the_region() {
+    let bench = Bench::new(true);
+    bench.prepared(1);
+    let path = bench.dir.path().join("vda");
+    let export = bench.export();
+    // Data, so that it is read, and then gone from under the export.
+    std::fs::write(&path, vec![1; 1 << 20]).expect("written");
+    std::fs::OpenOptions::new().write(true).open(&path).expect("there").set_len((1 << 16) + 512).expect("cut");
+    let digest = Message::Digest { stamp: bench.stamp(1), disk: 0, offset_bytes: 1 << 16, regions: 1 };
+    match bench.say(digest) {
+        Message::Failed { cause, region: Some(region), .. } => {
+            assert!(cause.starts_with("read: disk vda, 65536 bytes at 65536: "), "{cause}");
+            assert_eq!((region.offset_bytes, region.length_bytes), (65536, 65536));
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(export.gate(), Gate::Incoming);
+    assert!(matches!(bench.seal(1), Message::Failed { .. }));
 }

@@ -134,7 +134,9 @@ fn who_only_looks_changes_nothing() {
     let (mut keeper, host) = keeper(&bench, |host| Some(owner(host)));
     keeper.write_ahead(&[&[offer(host)]]).expect("written");
     let before = bench.files();
-    let Look { held, found: Found::Record(content) } = look(&bench.state).expect("looked") else { panic!("no record") };
+    let Look { held, found: Found::Record(content), .. } = look(&bench.state).expect("looked") else {
+        panic!("no record")
+    };
     assert_eq!((held, Kind::of(Some(&content.record))), (true, Kind::Owner));
     assert_eq!(bench.files(), before);
 }

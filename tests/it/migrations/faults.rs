@@ -397,7 +397,10 @@ fn a_destination_that_is_killed_and_comes_back_is_not_trusted() {
     let refused = pair.a.migrate(&relay.address, &[]);
     assert_eq!(refused.code, Some(1));
     assert!(
-        refused.stderr.contains("b.img is not empty (--overwrite overwrites it); nothing has changed"),
+        refused.stderr.contains(
+            "b.img is not empty (--overwrite overwrites it, --copy-storage-inc sends only what differs); nothing has \
+             changed"
+        ),
         "{refused:?}"
     );
     pair.a.migrate(&relay.address, &["--overwrite"]).well();

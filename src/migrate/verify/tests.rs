@@ -1,0 +1,186 @@
+//! A destination that answers what was not asked, and one whose disk holds something else.
+
+use std::os::unix::net::UnixStream;
+use std::thread;
+
+use super::*;
+use crate::digest::Verified;
+use crate::disk::{Cache, Disk as Image};
+use crate::domain;
+use crate::export::{Export, Gate};
+use crate::limits::MIB;
+use crate::migrate::wire;
+use crate::mirror::{Budget, Plan};
+use crate::options::ServeOptions;
+use crate::ownership::{Attempt, Host, Lineage, Order, Word};
+use crate::socket::Socket;
+
+const SIZE: u64 = MIB as u64 + 512;
+
+struct Bench {
+    dir: tempfile::TempDir,
+    checker: Checker,
+    link: Link,
+    peer: Link,
+    image: Arc<Image>,
+}
+
+fn stamp() -> Stamp {
+    Stamp {
+        lineage: Lineage([9; 16]),
+        word: Word([8; 16]),
+        attempt: Attempt([1; 16]),
+        source: Host([7; 16]),
+        destination: Host([6; 16]),
+        order: Order { term: 1, generation: 2 },
+    }
+}
+
+impl Bench {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().expect("a scratch directory");
+        let path = dir.path().join("vda");
+        let image = Arc::new(Image::create(&path, SIZE, Cache::Writeback).expect("created"));
+        image.write(&[7; 70_000], 100, false).expect("written");
+        let export = Export::new("vda", Some(Arc::clone(&image)), false, Gate::Serving);
+        let bell: Arc<Bell> = Arc::default();
+        let plan = Plan { verified: Verified::Full, compare: false, bell: Arc::clone(&bell) };
+        let mirror = Mirror::arm(&export, &Budget::new(0), &plan).expect("armed");
+        let options = ServeOptions {
+            guest: "g1".to_owned(),
+            disks: vec![domain::Disk::parse("sr0").expect("parsed")],
+            domain_xml: None,
+            state: dir.path().join("state"),
+            volatile_state: true,
+            nbd: Vec::new(),
+            listen: None,
+            control: Vec::new(),
+            control_ports: Vec::new(),
+            insecure_plaintext: true,
+            json: false,
+        };
+        let guest = Arc::new(Guest::open(&options, None).expect("opened"));
+        let checker = Checker {
+            instance: guest.instance,
+            guest,
+            address: Address::parse("tcp://127.0.0.1:1").expect("an address"),
+            stamp: stamp(),
+            disks: vec![Disk { number: 0, mirror }],
+            bell,
+            stop: Arc::default(),
+            hasher: Hasher::default(),
+            heard: Instant::now(),
+        };
+        let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+        let [link, peer] = [ours, theirs].map(|socket| Link::new(Arc::new(Socket::new(socket.into()))));
+        Self { dir, checker, link, peer, image }
+    }
+
+    /// Lets the checker talk to a peer that changes its answers with `lie`, as long as it listens. Returns how the
+    /// checker's side ended, and the mirror.
+    fn talk(self, mut lie: impl FnMut(&mut Message) + Send) -> (Result<(), String>, Arc<Mirror>) {
+        let Self { dir, mut checker, mut link, mut peer, image } = self;
+        let mirror = Arc::clone(&checker.disks[0].mirror);
+        let stop = Arc::clone(&checker.stop);
+        let watched = Arc::clone(&mirror);
+        let ended = thread::scope(|scope| {
+            scope.spawn(move || {
+                let mut hasher = Hasher::default();
+                let soon = || Instant::now() + Duration::from_secs(5);
+                while let Ok(Some(message)) = peer.receive(soon()) {
+                    let Message::Digest { stamp, disk, offset_bytes, regions } = message else { continue };
+                    let mut digests: heapless::Vec<wire::Digest, DIGESTS_MAX> = heapless::Vec::new();
+                    digests.resize(usize::from(regions), [0; 32]).expect("fits");
+                    hasher.regions(&image, offset_bytes / region_bytes(SIZE), &mut digests).expect("read");
+                    let mut answer = Message::Digests { stamp, disk, offset_bytes, digests };
+                    lie(&mut answer);
+                    if peer.send(&answer, soon()).is_err() {
+                        break;
+                    }
+                }
+            });
+            scope.spawn(move || {
+                let began = Instant::now();
+                while began.elapsed() < Duration::from_secs(5)
+                    && watched.counts().unverified > 0
+                    && watched.failure().is_none()
+                {
+                    thread::yield_now();
+                }
+                stop.store(true, Ordering::Release);
+            });
+            let mut questions = Questions::new();
+            let ended = checker.converse(&mut link, &mut questions).map_err(|end| match end {
+                End::Lost(cause) => cause,
+                End::Failed(_, failure) => failure.text,
+            });
+            drop(questions);
+            // The peer's thread ends with the connection.
+            link.socket().shutdown();
+            checker.stop.store(true, Ordering::Release);
+            ended
+        });
+        drop(dir);
+        (ended, mirror)
+    }
+}
+
+#[test]
+fn answers_that_fit_verify_everything() {
+    let (ended, mirror) = Bench::new().talk(|_| ());
+    assert_eq!(ended, Ok(()));
+    let (_, bytes) = mirror.root().expect("verified");
+    assert_eq!((bytes, mirror.counts().unverified), (SIZE, 0));
+    assert!(mirror.failure().is_none());
+}
+
+#[test]
+fn answers_that_do_not_fit_the_question_close_the_connection_and_verify_nothing() {
+    let lies: [fn(&mut Message); 5] = [
+        |answer| {
+            if let Message::Digests { digests, .. } = answer {
+                digests.pop();
+            }
+        },
+        |answer| {
+            if let Message::Digests { offset_bytes, .. } = answer {
+                *offset_bytes += 65536;
+            }
+        },
+        |answer| {
+            if let Message::Digests { disk, .. } = answer {
+                *disk = 1;
+            }
+        },
+        |answer| {
+            if let Message::Digests { digests, .. } = answer {
+                digests.push([0; 32]).expect("fits");
+            }
+        },
+        |answer| {
+            if let Message::Digests { digests, .. } = answer {
+                digests.clear();
+            }
+        },
+    ];
+    for lie in lies {
+        let (ended, mirror) = Bench::new().talk(lie);
+        assert_eq!(ended, Err("the destination's digests do not fit the question".to_owned()));
+        assert_eq!(mirror.root().map(|(_, bytes)| bytes), Some(0));
+        assert!(mirror.counts().unverified >= SIZE, "what was claimed is unverified again");
+        assert!(mirror.failure().is_none(), "that alone ends no migration");
+    }
+}
+
+#[test]
+fn d14_a_digest_that_differs_ends_the_migration_and_the_region_is_named() {
+    let (_, mirror) = Bench::new().talk(|answer| {
+        if let Message::Digests { digests, .. } = answer {
+            digests[1][0] ^= 1;
+        }
+    });
+    let failure = mirror.failure().expect("it has failed").text;
+    let cause = "verify: disk vda, 65536 bytes at 65536: the destination holds something else than was sent";
+    assert_eq!(failure, cause);
+    assert!(mirror.counts().unverified > 0);
+}

@@ -12,8 +12,9 @@
 //! that, before either side reads. Whatever makes the two sides differ later, a guest write here or a copy there, marks
 //! again what it touches; so a region whose mark is still clear when both digests are known was the same on both sides
 //! all the time, or something else has changed it. A guest write is on the disk a moment before its mark (D2): whoever
-//! finds a difference waits for the writes under way before it settles the claim (`mirror/checks.rs`). If a claim were handed out while a copy is in flight, the copy's
-//! mark would be cleared with its data still on the way, and a difference would be believed that is none.
+//! finds a difference waits for the writes under way before it settles the claim (`mirror/checks.rs`). If a claim were
+//! handed out while a copy is in flight, the copy's mark would be cleared with its data still on the way, and a
+//! difference would be believed that is none.
 
 use std::sync::Arc;
 

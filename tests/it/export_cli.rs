@@ -262,7 +262,7 @@ fn a_wrong_command_line_is_one_line_and_a_hint() {
             "--disk: disks vda and vdb have the same file /a",
         ),
         (&["serve", "g1", "--disk", "vda,file=/a,size=1000"], "--disk: disk vda: size: 1000 is not a multiple of 512"),
-        (&["serve", "g1", "--disk", "vda,file=/a", "--domain-xml", "/x"], "--domain-xml: not built yet"),
+        (&["serve", "g1", "--disk", "vda,file=/a", "--domain-xml", "/x"], "--domain-xml: it stands instead of --disk"),
     ] {
         is_misused(arguments, &format!("serve: {text}"), "serve --help");
     }
@@ -298,7 +298,7 @@ fn help_is_on_stdout_and_no_failure() {
     assert!(general.contains("\nusage: blockferry COMMAND [ARGUMENT]... [--OPTION]...\n"), "{general}");
     assert_eq!((help(&["--help"]), help(&["-h"])), (general.clone(), general.clone()));
     for (command, arguments) in [
-        ("serve", "GUEST --disk NAME[,...]... [--OPTION]..."),
+        ("serve", "GUEST --disk NAME[,...]...|--domain-xml FILE [--OPTION]..."),
         ("claim", "GUEST [--OPTION]..."),
         ("migrate", "GUEST DEST [--OPTION]..."),
         ("switch", "GUEST [--OPTION]..."),

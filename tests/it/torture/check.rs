@@ -133,11 +133,13 @@ pub(super) fn leftovers(site: &Site, standing: &Standing, made: bool, frozen: bo
         entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
     };
     for name in names(&site.state) {
-        let known = ["lock", "id", "record", "lost+found"].contains(&name.as_str());
+        let known = ["lock", "id", "record", "receipt", "lost+found"].contains(&name.as_str());
+        // What is left of an attempt is listed until somebody uses it or gives it up.
+        let listed = name == "journal" && ["incoming", "receiving", "sealed"].contains(&standing.state.as_str());
         // Who receives has written ahead what it will need; what could not be removed is removed with the next change.
         let may = standing.state == "receiving" || frozen;
-        let ahead = may && name.starts_with("record.") && name.ends_with(".tmp");
-        if !known && !ahead {
+        let ahead = may && (name.starts_with("record.") || name.starts_with("journal.")) && name.ends_with(".tmp");
+        if !known && !listed && !ahead {
             return Err(format!("{} is {} and keeps {name} in its state directory", site.name, standing.state));
         }
     }
@@ -147,10 +149,11 @@ pub(super) fn leftovers(site: &Site, standing: &Standing, made: bool, frozen: bo
             return Err(format!("{} keeps {name} beside its disk", site.name));
         }
     }
-    // What the attempt made is removed when it ends, unless the process that knew has died meanwhile, or it was sealed
-    // (M2: nothing of a sealed attempt is cleaned up).
+    // What the attempt made is removed when it ends, or kept for the next one and listed; nothing is cleaned up of an
+    // attempt that was sealed (M2).
     let sealed = || fs::read_to_string(site.log_file()).is_ok_and(|log| log.contains(" record: Seal { "));
-    if made && standing.state == "incoming" && !site.was_killed() && site.image.exists() && !sealed() {
+    let listed = site.state.join("journal").exists();
+    if made && standing.state == "incoming" && !listed && site.image.exists() && !sealed() {
         return Err(format!("{} keeps the disk of an attempt that ended", site.name));
     }
     let children = site.children();

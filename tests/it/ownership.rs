@@ -10,12 +10,11 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
 
 use blockferry::address::Address;
 use blockferry::nbd::client::{Client, Wants};
 
-use crate::harness::{DEADLINE, Program, free_port, pause, scratch, until};
+use crate::harness::{DEADLINE, Program, free_port, scratch, until};
 
 const SIZE: u64 = 4 << 20;
 /// Messages of the phase protocol, by their numbers.

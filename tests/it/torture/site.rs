@@ -49,7 +49,6 @@ pub(super) struct Site {
     clock_jumps: bool,
     volatile: bool,
     starts: AtomicU32,
-    restarted: AtomicBool,
     program: Mutex<Option<Program>>,
     pub(super) ground: Mutex<Stands>,
 }
@@ -137,7 +136,6 @@ impl Site {
             clock_jumps: plan.clocks_jump,
             volatile,
             starts: AtomicU32::new(0),
-            restarted: AtomicBool::new(false),
             program: Mutex::new(None),
             ground: Mutex::new(stands),
         })
@@ -213,7 +211,6 @@ impl Site {
         let mut slot = self.program();
         let Some(mut program) = slot.take() else { return false };
         program.kill();
-        self.restarted.store(true, Ordering::Relaxed);
         true
     }
 
@@ -224,11 +221,6 @@ impl Site {
     /// Whether it ended without having been killed.
     pub(super) fn has_crashed(&self) -> bool {
         self.program().as_mut().is_some_and(|program| program.ended().is_some())
-    }
-
-    /// Whether it was ever killed.
-    pub(super) fn was_killed(&self) -> bool {
-        self.restarted.load(Ordering::Relaxed)
     }
 
     /// Processes that it has started.

@@ -312,7 +312,7 @@ struct Drive<'a> {
     round_trip: Duration,
     mirrors: Vec<Arc<Mirror>>,
     lanes: Lanes,
-    /// Those who ask for digests. Declared behind the link and the lanes, and ended before the mirrors go.
+    /// Those who ask for digests.
     checkers: Checkers,
     /// One digest for each disk, once the guest is quiesced and everything is verified.
     roots: heapless::Vec<Digest, DISKS_MAX>,
@@ -830,7 +830,7 @@ fn abort(mut drive: Drive<'_>, cause: &str) -> Result<(), String> {
     }
     // Given back without a fence: nobody copies them any more.
     drop(drive.lanes.end());
-    drive.checkers.end();
+    drive.checkers.stop();
     drive.unknown.clear();
     drive.mirrors.clear();
     // Who was out of reach is not waited for: the source has ended the attempt, and asks on by itself if it must know.

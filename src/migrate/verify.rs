@@ -8,7 +8,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::dial::dial;
@@ -19,8 +18,8 @@ use crate::digest::{Digest, Hasher, place, question_regions, region_bytes};
 use crate::dirty::Claim;
 use crate::guest::Guest;
 use crate::limits::{
-    DIAL_MAX, DIGEST_CONNECTIONS_MAX, DIGEST_PAUSE, DIGESTS_MAX, DRIVER_STACK, LINK_LOOK, LINK_SILENCE_MAX,
-    PING_PERIOD, QUESTIONS_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REPLY_TIMEOUT, VERIFY_PERIOD,
+    DIGEST_CONNECTIONS_MAX, DIGEST_PAUSE, DIGESTS_MAX, DRIVER_STACK, LINK_LOOK, LINK_SILENCE_MAX, PING_PERIOD,
+    QUESTIONS_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REDIAL_MAX, REPLY_TIMEOUT, VERIFY_PERIOD,
 };
 use crate::mirror::{Ask, Bell, Failure, Mirror};
 use crate::ownership::{Instance, Stamp};
@@ -33,11 +32,12 @@ pub(super) struct Peer<'a> {
     pub(super) instance: Instance,
 }
 
-/// The threads. Dropping it ends and joins them.
+/// The threads. Dropping it tells them to end, and waits for none: one may be dialling a host that is silent, and holds
+/// nothing meanwhile that anybody waits for.
 #[derive(Debug, Default)]
 pub(super) struct Checkers {
     stop: Arc<AtomicBool>,
-    threads: Vec<(Arc<Bell>, JoinHandle<()>)>,
+    bells: Vec<Arc<Bell>>,
 }
 
 impl Checkers {
@@ -76,12 +76,12 @@ impl Checkers {
                 hasher: Hasher::default(),
                 heard: Instant::now(),
             };
-            let thread = std::thread::Builder::new()
+            std::thread::Builder::new()
                 .name(format!("digests {number}"))
                 .stack_size(DRIVER_STACK)
                 .spawn(move || checker.run())
                 .map_err(|error| format!("no thread for digests: {error}"))?;
-            checkers.threads.push((Arc::clone(bell), thread));
+            checkers.bells.push(Arc::clone(bell));
         }
         Ok(checkers)
     }
@@ -89,21 +89,13 @@ impl Checkers {
     /// Tells them to end, without waiting for it.
     pub(super) fn stop(&self) {
         self.stop.store(true, Ordering::Release);
-        self.threads.iter().for_each(|(bell, _)| bell.ring());
-    }
-
-    /// Ends them and waits for it.
-    pub(super) fn end(&mut self) {
-        self.stop();
-        for (_, thread) in self.threads.drain(..) {
-            let _ = thread.join();
-        }
+        self.bells.iter().for_each(|bell| bell.ring());
     }
 }
 
 impl Drop for Checkers {
     fn drop(&mut self) {
-        self.end();
+        self.stop();
     }
 }
 
@@ -202,7 +194,7 @@ impl Checker {
     }
 
     fn connect(&self) -> Result<Link, End> {
-        let (link, theirs) = dial(&self.guest, &self.address, Role::Source, Instant::now() + DIAL_MAX)
+        let (link, theirs) = dial(&self.guest, &self.address, Role::Source, Instant::now() + REDIAL_MAX)
             .map_err(|no_link| End::Lost(no_link.to_string()))?;
         if theirs.instance != self.instance {
             // D12: the driver finds out by itself, and ends the attempt.

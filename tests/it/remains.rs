@@ -142,8 +142,14 @@ fn everything_that_is_wrong_stands_in_one_refusal_and_nothing_has_changed() {
     let place = |name: &str| at(name).display().to_string();
     let problems = [
         format!("disk size: has {} bytes at the destination and {MIB} at the source", 2 * MIB),
-        format!("disk size: {} is not empty (--overwrite overwrites it)", place("b/size")),
-        format!("disk full: {} is not empty (--overwrite overwrites it)", place("b/full")),
+        format!(
+            "disk size: {} is not empty (--overwrite overwrites it, --copy-storage-inc sends only what differs)",
+            place("b/size")
+        ),
+        format!(
+            "disk full: {} is not empty (--overwrite overwrites it, --copy-storage-inc sends only what differs)",
+            place("b/full")
+        ),
         "disk none: the destination has no disk of this name".to_owned(),
         "disk ro: is read-only at the destination".to_owned(),
         "disk ext: is external at the destination".to_owned(),
@@ -265,7 +271,10 @@ fn a_file_that_somebody_put_in_the_place_of_ours_is_left_alone() {
     scene.restart_b();
     let refused = scene.a.migrate(&scene.b.listen, &[]);
     assert_eq!(refused.code, Some(1), "{refused:?}");
-    assert!(refused.stderr.contains("is not empty (--overwrite overwrites it)"), "{refused:?}");
+    assert!(
+        refused.stderr.contains("is not empty (--overwrite overwrites it, --copy-storage-inc sends only what differs)"),
+        "{refused:?}"
+    );
     scene.b.ask(&["recover", "--forget"]).well();
     theirs.verify_file(&scene.image()).assert_whole();
 }

@@ -239,7 +239,10 @@ impl Look<'_> {
             None => match image.content() {
                 Ok(Content::Data) => {
                     if self.mode == Mode::CopyAll {
-                        wrong(&format_args!("{} is not empty (--overwrite overwrites it)", path.display()));
+                        wrong(&format_args!(
+                            "{} is not empty (--overwrite overwrites it, --copy-storage-inc sends only what differs)",
+                            path.display()
+                        ));
                     }
                     Found::Data
                 }

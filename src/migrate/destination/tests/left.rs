@@ -126,7 +126,13 @@ fn another_file_in_the_place_of_what_was_made_is_left_alone() {
     bench.end(1, false);
     assert!(is_foreign(&bench.at("vda")) && bench.at("moved").exists());
     let refused = bench.send(bench.one(2)).expect_err("not ours");
-    assert_eq!(refused, [format!("vda: {} is not empty (--overwrite overwrites it)", bench.at("vda").display())]);
+    assert_eq!(
+        refused,
+        [format!(
+            "vda: {} is not empty (--overwrite overwrites it, --copy-storage-inc sends only what differs)",
+            bench.at("vda").display()
+        )]
+    );
     assert!(is_foreign(&bench.at("vda")));
 }
 

@@ -128,6 +128,9 @@ struct Inner {
     /// generation and waits for the old one, so that later requests cannot keep it waiting.
     in_flight: [u64; 2],
     generation: usize,
+    /// Somebody drains: whoever else wants to waits for its turn. Two that begin generations in turns would each take
+    /// one that the other has begun for one that it has waited for.
+    draining: bool,
     /// Threads that wait on `changed`; nobody is woken, and no system call made, when there are none.
     waiting: u32,
     connections: Vec<Arc<Connection>>,
@@ -171,6 +174,7 @@ impl Export {
             map: None,
             in_flight: [0; 2],
             generation: 0,
+            draining: false,
             waiting: 0,
             connections: Vec::new(),
             visits: 0,
@@ -400,18 +404,24 @@ impl Export {
     }
 
     /// Waits for everything admitted before now. `false` when `deadline` passes first.
-    fn drain<'a>(&'a self, mut inner: MutexGuard<'a, Inner>, deadline: Instant) -> bool {
+    fn drain<'a>(&'a self, inner: MutexGuard<'a, Inner>, deadline: Instant) -> bool {
+        let (mut inner, mut drained) = self.wait_until(inner, deadline, |inner| !inner.draining);
+        if !drained {
+            return false;
+        }
+        inner.draining = true;
         // An earlier drain that ran into its deadline may have left requests in the other generation: they count too.
         for _ in 0..2 {
             let old = inner.generation;
             inner.generation = 1 - old;
-            let (guard, drained) = self.wait_until(inner, deadline, |inner| inner.in_flight[old] == 0);
+            (inner, drained) = self.wait_until(inner, deadline, |inner| inner.in_flight[old] == 0);
             if !drained {
-                return false;
+                break;
             }
-            inner = guard;
         }
-        true
+        inner.draining = false;
+        self.wake(&inner);
+        drained
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

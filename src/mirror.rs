@@ -151,6 +151,8 @@ pub struct Counts {
     pub hash_rate: u64,
     /// Verification passes that have come to their end.
     pub verify_walks: u64,
+    /// Nobody can ask the destination for digests just now.
+    pub verifier_lost: bool,
 }
 
 /// What is to be hashed on both sides.
@@ -288,6 +290,7 @@ impl Mirror {
             unverified: unsettled.unverified,
             hash_rate: self.checks.rate(),
             verify_walks: self.checks.walks(),
+            verifier_lost: self.checks.lost().is_some(),
         }
     }
 

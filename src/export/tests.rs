@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{Door, Export, Fault, Gate, Patience, Visit, quiesce};
@@ -146,6 +147,39 @@ fn a_drain_after_one_that_gave_up_waits_for_both_generations() {
     }
     drop(stuck);
     assert!(bench.export.drain(bench.export.lock(), soon()));
+}
+
+#[test]
+fn d6_a_drain_is_not_cut_short_by_another_one() {
+    let bench = Bench::new(Gate::Serving);
+    let (guest, _client) = bench.enter(Door::Guest);
+    let export = &bench.export;
+    let stuck = guest.admit(Patience::Now, 0, 512).expect("admitted");
+    assert!(!export.drain(export.lock(), Instant::now() + Duration::from_millis(5)), "it stays in the disk");
+    let slow = guest.admit(Patience::Now, 512, 512).expect("admitted");
+    let let_go = AtomicBool::new(false);
+    let waiting = |count| {
+        let began = Instant::now();
+        while export.lock().waiting < count && began.elapsed() < Duration::from_secs(5) {
+            std::thread::yield_now();
+        }
+        assert_eq!(export.lock().waiting, count);
+    };
+    std::thread::scope(|scope| {
+        let quiesce = scope.spawn(|| (export.drain(export.lock(), soon()), let_go.load(Ordering::Acquire)));
+        waiting(1);
+        let verify = scope.spawn(|| export.drain(export.lock(), soon()));
+        waiting(2);
+        drop(slow);
+        let began = Instant::now();
+        while !quiesce.is_finished() && began.elapsed() < Duration::from_millis(100) {
+            std::thread::yield_now();
+        }
+        let_go.store(true, Ordering::Release);
+        drop(stuck);
+        assert_eq!(quiesce.join().expect("no panic"), (true, true), "a request admitted before was in the disk yet");
+        assert!(verify.join().expect("no panic"));
+    });
 }
 
 #[test]

@@ -412,10 +412,7 @@ impl<'a> Drive<'a> {
             self.walks = counts.iter().map(|c| c.verify_walks).collect();
             self.mirrors.iter().for_each(|mirror| mirror.verify_soon());
         }
-        counts.iter().zip(&self.walks).all(|(counts, before)| {
-            let walked = counts.verify_walks - before;
-            walked > 1 || walked == 1 && counts.unverified < SATURATED_MIN
-        })
+        have_caught_up(counts, &self.walks)
     }
 
     /// Hands over.
@@ -807,6 +804,15 @@ impl<'a> Drive<'a> {
     }
 }
 
+/// Whether a walk that began after `walks` has verified each disk, and what is left can be verified now: while nobody
+/// asks for digests the gates would close for nothing.
+fn have_caught_up(counts: &[Counts], walks: &[u64]) -> bool {
+    counts.iter().zip(walks).all(|(counts, before)| {
+        let walked = counts.verify_walks.saturating_sub(*before);
+        !counts.verifier_lost && (walked > 1 || walked == 1 && counts.unverified < SATURATED_MIN)
+    })
+}
+
 fn verified(verify: wire::Verify) -> Verified {
     match verify {
         wire::Verify::None => Verified::Nothing,
@@ -864,3 +870,6 @@ fn abort(mut drive: Drive<'_>, cause: &str) -> Result<(), String> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

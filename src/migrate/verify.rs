@@ -10,9 +10,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::dial::dial;
+use super::dial::{dial_aside, wait_for};
 use super::link::Link;
-use super::wire::{Message, Role};
+use super::wire::Message;
 use crate::address::Address;
 use crate::digest::{Digest, Hasher, place, question_regions, region_bytes};
 use crate::dirty::Claim;
@@ -75,6 +75,7 @@ impl Checkers {
                 stop: Arc::clone(&checkers.stop),
                 hasher: Hasher::default(),
                 heard: Instant::now(),
+                answered: Instant::now(),
             };
             std::thread::Builder::new()
                 .name(format!("digests {number}"))
@@ -133,6 +134,8 @@ struct Checker {
     hasher: Hasher,
     /// When the destination last answered, or was owed nothing.
     heard: Instant,
+    /// When it last said anything at all.
+    answered: Instant,
 }
 
 type Questions = heapless::Deque<Question, QUESTIONS_MAX>;
@@ -140,9 +143,9 @@ type Questions = heapless::Deque<Question, QUESTIONS_MAX>;
 impl Checker {
     fn run(&mut self) {
         let mut pause = RECONNECT_PAUSE.0;
-        self.heard = Instant::now();
+        self.answered = Instant::now();
         loop {
-            let heard_before = self.heard;
+            let answered_before = self.answered;
             let mut questions = Box::new(Questions::new());
             let ended = match self.connect() {
                 Ok(mut link) => self.converse(&mut link, &mut questions),
@@ -161,12 +164,12 @@ impl Checker {
             if self.stopped() {
                 break;
             }
-            if self.heard > heard_before {
+            if self.answered > answered_before {
                 pause = RECONNECT_PAUSE.0;
             }
             log::info!("digests: {}: {cause}", self.address);
             self.tell_lost(Some(&cause));
-            if self.heard.elapsed() > RECONNECT_MAX {
+            if self.answered.elapsed() > RECONNECT_MAX {
                 self.give_up(&cause);
                 break;
             }
@@ -194,8 +197,11 @@ impl Checker {
     }
 
     fn connect(&self) -> Result<Link, End> {
-        let (link, theirs) = dial(&self.guest, &self.address, Role::Source, Instant::now() + REDIAL_MAX)
-            .map_err(|no_link| End::Lost(no_link.to_string()))?;
+        let dialled = dial_aside(&self.guest, &self.address, Instant::now() + REDIAL_MAX);
+        // Whoever ends this thread waits for it.
+        let may_wait = || if self.stopped() { Err(End::Lost("nobody asks any more".to_owned())) } else { Ok(()) };
+        let (link, theirs) =
+            wait_for(&dialled, LINK_LOOK, may_wait)?.map_err(|no_link| End::Lost(no_link.to_string()))?;
         if theirs.instance != self.instance {
             // D12: the driver finds out by itself, and ends the attempt.
             return Err(End::Lost("the destination has been restarted".to_owned()));
@@ -293,8 +299,12 @@ impl Checker {
         let mut deadline = deadline;
         while let Some(message) = link.receive(deadline).map_err(|error| End::Lost(error.to_string()))? {
             self.heard = Instant::now();
-            // Only the first is waited for.
+            self.answered = self.heard;
+            // Only the first is waited for; and a peer that never stops talking keeps nobody here.
             deadline = self.heard;
+            if self.stopped() {
+                break;
+            }
             match message {
                 Message::Digests { stamp, disk, offset_bytes, digests } if stamp.matches(&self.stamp) => {
                     let Some(question) = questions.pop_front() else {

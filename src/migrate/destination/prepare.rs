@@ -36,6 +36,10 @@ impl Inner {
         if let Err(Refusal { why: Why::Busy | Why::Sealed | Why::Ended | Why::Repeated, .. }) = &may {
             return refused(problems);
         }
+        // D9: what comes of it is refused anyway; that it is doubtful must be known to whoever is started after this.
+        if may.is_ok() && matches!(&self.stage, Stage::Receiving(reception) if reception.is_poisoned()) {
+            self.give_up(guest, "a sync of a disk has failed", Fate::Remove);
+        }
         let known = guest.journal().filter(|journal| journal.lineage == stamp.lineage);
         let targets = check::targets(guest, offer, known.as_ref(), may.is_ok(), &mut problems);
         if may.is_ok()

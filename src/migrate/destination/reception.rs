@@ -72,6 +72,11 @@ impl Reception {
         end_writers(self.exports.iter())
     }
 
+    /// Whether a sync has failed: it can never be sealed (D9).
+    pub(super) fn is_poisoned(&self) -> bool {
+        self.exports.iter().any(|export| export.disk().is_some_and(|disk| disk.is_poisoned()))
+    }
+
     pub(super) fn make_durable(&mut self) -> Result<(), String> {
         for export in &self.exports {
             export.set_gate(Gate::Sealed);

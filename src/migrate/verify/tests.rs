@@ -70,6 +70,7 @@ impl Bench {
             stop: Arc::default(),
             hasher: Hasher::default(),
             heard: Instant::now(),
+            answered: Instant::now(),
         };
         let (ours, theirs) = UnixStream::pair().expect("a socket pair");
         let [link, peer] = [ours, theirs].map(|socket| Link::new(Arc::new(Socket::new(socket.into()))));
@@ -183,4 +184,75 @@ fn d14_a_digest_that_differs_ends_the_migration_and_the_region_is_named() {
     let cause = "verify: disk vda, 65536 bytes at 65536: the destination holds something else than was sent";
     assert_eq!(failure, cause);
     assert!(mirror.counts().unverified > 0);
+}
+
+#[test]
+fn a_destination_that_never_stops_talking_keeps_nobody_from_ending() {
+    let Bench { dir, mut checker, mut link, mut peer, image } = Bench::new();
+    let stop = Arc::clone(&checker.stop);
+    let babble = Arc::new(AtomicBool::new(true));
+    let goes_on = Arc::clone(&babble);
+    let ended = thread::scope(|scope| {
+        scope.spawn(move || {
+            let soon = || Instant::now() + Duration::from_secs(5);
+            let mut said = 0;
+            while goes_on.load(Ordering::Acquire) && peer.send(&Message::Pong { number: 0 }, soon()).is_ok() {
+                said += 1;
+                if said == 10_000 {
+                    stop.store(true, Ordering::Release);
+                }
+            }
+        });
+        let checking = scope.spawn(move || {
+            let mut questions = Questions::new();
+            let ended = checker.converse(&mut link, &mut questions).is_ok();
+            link.socket().shutdown();
+            ended
+        });
+        let began = Instant::now();
+        while !checking.is_finished() && began.elapsed() < Duration::from_secs(3) {
+            thread::yield_now();
+        }
+        let in_time = checking.is_finished();
+        babble.store(false, Ordering::Release);
+        checking.join().expect("no panic") && in_time
+    });
+    assert!(ended, "it listens for as long as the peer talks");
+    drop((dir, image));
+}
+
+#[test]
+fn who_dials_a_destination_that_says_nothing_can_be_ended() {
+    let Bench { dir, mut checker, image, .. } = Bench::new();
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("bound");
+    let port = silent.local_addr().expect("an address").port();
+    checker.address = Address::parse(&format!("tcp://127.0.0.1:{port}")).expect("an address");
+    let stop = Arc::clone(&checker.stop);
+    let checking = thread::spawn(move || checker.run());
+    // It has dialled, and waits for a word.
+    let accepted = silent.accept().expect("dialled");
+    stop.store(true, Ordering::Release);
+    let began = Instant::now();
+    while !checking.is_finished() && began.elapsed() < Duration::from_secs(3) {
+        thread::yield_now();
+    }
+    assert!(checking.is_finished(), "it waits for a destination that says nothing");
+    checking.join().expect("no panic");
+    drop((accepted, dir, image));
+}
+
+#[test]
+fn a_destination_that_hangs_up_on_every_question_is_not_asked_for_ever() {
+    let Bench { dir, mut checker, mut link, peer, image } = Bench::new();
+    let before = checker.answered;
+    // Taken in by the system, and never by the peer.
+    let hangs_up = thread::spawn(move || {
+        let mut peer = peer;
+        let asked = peer.receive(Instant::now() + Duration::from_secs(5));
+        assert!(matches!(asked, Ok(Some(Message::Digest { .. }))), "{asked:?}");
+    });
+    assert!(checker.converse(&mut link, &mut Questions::new()).is_err());
+    hangs_up.join().expect("no panic");
+    assert_eq!(checker.answered, before, "having asked is no answer");
+    drop((dir, image));
 }

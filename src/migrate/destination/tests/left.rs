@@ -240,6 +240,20 @@ fn what_a_process_that_died_has_left_is_known_to_the_next() {
 }
 
 #[test]
+fn d9_what_a_failed_sync_has_left_is_doubtful_after_a_restart_too() {
+    let mut bench = Bench::new(true);
+    bench.restart(&["vda"], false);
+    bench.told(bench.one(1));
+    write(&bench.at("vda"));
+    bench.export().disk().expect("a disk").poison();
+    // The source of the first is gone and has said nothing; the user tries again, and then restarts this side.
+    let refused = bench.send(bench.one(2)).expect_err("poisoned");
+    assert!(refused[0].contains("a sync has failed"), "{refused:?}");
+    bench.restart(&["vda"], false);
+    assert_eq!(bench.told(bench.one(3)), (false, false), "what it reads as is compared with nothing");
+}
+
+#[test]
 fn a_broken_journal_removes_nothing_and_makes_nothing_ours() {
     let mut bench = Bench::new(false);
     bench.restart(&["vda"], false);

@@ -72,6 +72,8 @@ pub enum OpenError {
     Busy,
     /// Something is there already where a new file was to be created.
     Exists,
+    /// Nothing is there, and it is a place of devices, where no file is created.
+    NoDevice,
     /// The system's word.
     System(Error),
 }
@@ -86,6 +88,7 @@ impl fmt::Display for OpenError {
             Self::InUse => f.write_str("in use by another process"),
             Self::Busy => f.write_str("is mounted, or in use by the system or another process"),
             Self::Exists => f.write_str("exists already"),
+            Self::NoDevice => f.write_str("there is no such device, and no file is created below /dev"),
             Self::System(error) => f.write_str(&reason(error)),
         }
     }
@@ -220,6 +223,9 @@ impl Disk {
     pub fn create(path: &Path, size: u64, cache: Cache) -> std::result::Result<Self, OpenError> {
         if size == 0 || !size.is_multiple_of(SECTOR) {
             return Err(OpenError::OddSize(size));
+        }
+        if is_among_devices(path)? {
+            return Err(OpenError::NoDevice);
         }
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?;
@@ -712,11 +718,22 @@ pub fn place_beside(path: &Path) -> std::result::Result<(Identity, OsString), St
         return Err(format!("{} is a link to nothing", path.display()));
     }
     let stat = rustix::fs::stat(directory).map_err(named)?;
+    if is_among_devices(path).map_err(named)? {
+        return Err(OpenError::NoDevice.to_string());
+    }
     // For a root that may write anywhere this still tells of a read-only file system.
     let way = AtFlags::EACCESS;
     rustix::fs::accessat(rustix::fs::CWD, directory, WriteOk::WRITE_OK | WriteOk::EXEC_OK, way).map_err(named)?;
     let name = path.file_name().ok_or_else(|| format!("{} names no file", path.display()))?;
     Ok((Identity::of(&stat, false), name.to_owned()))
+}
+
+/// Whether a file at `path` would be made among the devices: in memory, and gone with the next boot, where somebody
+/// meant a device that is not there. /dev/shm is for files, and whoever names it knows that it is memory.
+fn is_among_devices(path: &Path) -> std::result::Result<bool, Errno> {
+    let directory =
+        std::fs::canonicalize(directory_of(path)).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+    Ok(directory.starts_with("/dev") && !directory.starts_with("/dev/shm"))
 }
 
 fn directory_of(path: &Path) -> &Path {

@@ -301,8 +301,15 @@ impl Disk {
         Ok(false)
     }
 
+    /// Whether no name leads to its file any more: what is in it lives only as long as it is open. Never so of a block
+    /// device.
+    #[must_use]
+    pub fn is_removed(&self) -> bool {
+        !self.block_device && rustix::fs::fstat(&self.file).is_ok_and(|stat| stat.st_nlink == 0)
+    }
+
     /// Whether the image is still what it was when it was opened, and can be read; how it is not, otherwise. Reads its
-    /// first and its last sector.
+    /// first and its last sector. A file without a name ([`Disk::is_removed`]) is as good as another here.
     ///
     /// # Errors
     /// One line.
@@ -311,9 +318,6 @@ impl Disk {
         let stat = rustix::fs::fstat(&self.file).map_err(|errno| said(errno.into()))?;
         if self.is_poisoned() {
             return Err("a sync has failed: what was written since the last good one may be lost".to_owned());
-        }
-        if !self.block_device && stat.st_nlink == 0 {
-            return Err("its file has been removed".to_owned());
         }
         if !self.block_device && u64::try_from(stat.st_size).unwrap_or(0) < self.size {
             return Err(format!("its file has become shorter: {} bytes of {}", stat.st_size, self.size));

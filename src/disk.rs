@@ -72,6 +72,8 @@ pub enum OpenError {
     Busy,
     /// Something is there already where a new file was to be created.
     Exists,
+    /// Nothing is there, and it is a place of devices, where no file is created.
+    NoDevice,
     /// The system's word.
     System(Error),
 }
@@ -86,6 +88,7 @@ impl fmt::Display for OpenError {
             Self::InUse => f.write_str("in use by another process"),
             Self::Busy => f.write_str("is mounted, or in use by the system or another process"),
             Self::Exists => f.write_str("exists already"),
+            Self::NoDevice => f.write_str("there is no such device, and no file is created below /dev"),
             Self::System(error) => f.write_str(&reason(error)),
         }
     }
@@ -221,6 +224,9 @@ impl Disk {
         if size == 0 || !size.is_multiple_of(SECTOR) {
             return Err(OpenError::OddSize(size));
         }
+        if is_among_devices(path)? {
+            return Err(OpenError::NoDevice);
+        }
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?;
         let made = rustix::fs::ftruncate(&file, size)
@@ -295,8 +301,15 @@ impl Disk {
         Ok(false)
     }
 
+    /// Whether no name leads to its file any more: what is in it lives only as long as it is open. Never so of a block
+    /// device.
+    #[must_use]
+    pub fn is_removed(&self) -> bool {
+        !self.block_device && rustix::fs::fstat(&self.file).is_ok_and(|stat| stat.st_nlink == 0)
+    }
+
     /// Whether the image is still what it was when it was opened, and can be read; how it is not, otherwise. Reads its
-    /// first and its last sector.
+    /// first and its last sector. A file without a name ([`Disk::is_removed`]) is as good as another here.
     ///
     /// # Errors
     /// One line.
@@ -305,9 +318,6 @@ impl Disk {
         let stat = rustix::fs::fstat(&self.file).map_err(|errno| said(errno.into()))?;
         if self.is_poisoned() {
             return Err("a sync has failed: what was written since the last good one may be lost".to_owned());
-        }
-        if !self.block_device && stat.st_nlink == 0 {
-            return Err("its file has been removed".to_owned());
         }
         if !self.block_device && u64::try_from(stat.st_size).unwrap_or(0) < self.size {
             return Err(format!("its file has become shorter: {} bytes of {}", stat.st_size, self.size));
@@ -712,11 +722,22 @@ pub fn place_beside(path: &Path) -> std::result::Result<(Identity, OsString), St
         return Err(format!("{} is a link to nothing", path.display()));
     }
     let stat = rustix::fs::stat(directory).map_err(named)?;
+    if is_among_devices(path).map_err(named)? {
+        return Err(OpenError::NoDevice.to_string());
+    }
     // For a root that may write anywhere this still tells of a read-only file system.
     let way = AtFlags::EACCESS;
     rustix::fs::accessat(rustix::fs::CWD, directory, WriteOk::WRITE_OK | WriteOk::EXEC_OK, way).map_err(named)?;
     let name = path.file_name().ok_or_else(|| format!("{} names no file", path.display()))?;
     Ok((Identity::of(&stat, false), name.to_owned()))
+}
+
+/// Whether a file at `path` would be made among the devices: in memory, and gone with the next boot, where somebody
+/// meant a device that is not there. /dev/shm is for files, and whoever names it knows that it is memory.
+fn is_among_devices(path: &Path) -> std::result::Result<bool, Errno> {
+    let directory =
+        std::fs::canonicalize(directory_of(path)).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+    Ok(directory.starts_with("/dev") && !directory.starts_with("/dev/shm"))
 }
 
 fn directory_of(path: &Path) -> &Path {

@@ -314,6 +314,9 @@ pub const CONTROL_FRAME_MAX: usize = 8 * KIB;
 pub const CONTROL_CONNECTIONS_MAX: usize = 16;
 /// A control connection that sends nothing for this long is closed.
 pub const CONTROL_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// A hello at the control door that is not answered is said again after this, until [`HELLO_TIMEOUT`] is over. Longer
+/// than a port that has opened goes unseen ([`PORT_LOOK`]).
+pub const HELLO_REPEAT: Duration = Duration::from_secs(1);
 /// Longest time for a whole reply to leave through the control door.
 pub const CONTROL_SEND_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest wait of the command line for a reply or for further news; `claim` writes a record before it answers.
@@ -339,6 +342,8 @@ pub const DOWNTIME_LIMIT_MAX_MS: u32 = 60_000;
 pub const JSON_LINE_MAX: usize = 64 * KIB;
 
 const _: () = assert!(ADDRESS_MAX > UNIX_PATH_MAX + "unix://".len(), "every Unix address must be printable");
+const _: () = assert!(PORT_LOOK.as_millis() * 2 < HELLO_REPEAT.as_millis(), "a repeated hello finds the port open");
+const _: () = assert!(HELLO_REPEAT.as_secs() * 5 <= HELLO_TIMEOUT.as_secs(), "a hello is repeated several times");
 const _: () = assert!(HANG_UP_POLL.as_millis() <= 200, "a client that goes away is noticed within 200 ms");
 // ---- phases ------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ use crate::address::Address;
 use crate::control::link::{Link, frame_error};
 use crate::control::wire::{GuestName, Reply, Request, VERSION};
 use crate::error::{Problem, reason};
-use crate::limits::{CONNECT_TIMEOUT, CONTROL_REPLY_TIMEOUT, CONTROL_SEND_TIMEOUT, HELLO_TIMEOUT};
+use crate::limits::{CONNECT_TIMEOUT, CONTROL_REPLY_TIMEOUT, CONTROL_SEND_TIMEOUT, HELLO_REPEAT, HELLO_TIMEOUT};
 use crate::socket::Socket;
 
 /// A connection to the process that serves a guest.
@@ -17,6 +17,8 @@ pub struct Client {
     link: Link,
     operation: &'static str,
     guest: String,
+    /// The number of our hello.
+    session: u32,
 }
 
 impl Client {
@@ -43,10 +45,11 @@ impl Client {
     /// # Errors
     /// It is no control door, of another version, or of another guest.
     pub fn greet(operation: &'static str, guest: &str, socket: Socket) -> Result<Self, Problem> {
-        let mut client = Self { link: Link::new(Arc::new(socket)), operation, guest: guest.to_owned() };
+        let mut client = Self { link: Link::new(Arc::new(socket)), operation, guest: guest.to_owned(), session: 0 };
         let mut session = [0; size_of::<u32>()];
         getrandom::fill(&mut session).map_err(|e| client.refused(e))?;
-        match client.hello(u32::from_le_bytes(session))? {
+        client.session = u32::from_le_bytes(session);
+        match client.hello()? {
             (version, _) if version != VERSION => Err(client.refused(format!(
                 "the command speaks version {VERSION} of the control protocol, the running process version {version}"
             ))),
@@ -55,32 +58,53 @@ impl Client {
         }
     }
 
-    /// Exchanges hellos: the other end's version, and the guest that it serves.
-    fn hello(&mut self, session: u32) -> Result<(u16, GuestName), Problem> {
+    /// Exchanges hellos: the other end's version, and the guest that it serves. Ours is said again and again until it
+    /// is answered: a virtio port whose host end opened a moment ago may be closed in the eyes of the process still,
+    /// and then its answer goes nowhere.
+    fn hello(&mut self) -> Result<(u16, GuestName), Problem> {
         let deadline = Instant::now() + HELLO_TIMEOUT;
-        match self.link.send_first(&Request::Hello { version: VERSION, session }, deadline) {
-            // A process that refuses and closes at once breaks the sending; what it said is still there to be read.
-            Err(e) if e.kind() != ErrorKind::BrokenPipe => return Err(self.refused(reason(&e))),
-            _ => {}
-        }
         // The last thing that was no answer to us, should none come.
         let mut other: Option<Problem> = None;
         let end = loop {
-            match self.link.receive(Some(deadline)) {
-                Ok(Some(Reply::Hello { version, guest, session: ours })) if ours == session => {
-                    return Ok((version, guest));
-                }
-                Ok(Some(Reply::Refused(refusal))) => other = Some(refusal.into()),
-                Ok(Some(_)) => {}
+            let again = deadline.min(Instant::now() + HELLO_REPEAT);
+            let hello = Request::Hello { version: VERSION, session: self.session };
+            match self.link.send_first(&hello, deadline) {
+                // A process that refuses and closes at once breaks the sending; what it said is still there to be read.
+                Err(e) if e.kind() != ErrorKind::BrokenPipe => break reason(&e),
+                _ => {}
+            }
+            match self.hello_reply(again, &mut other) {
+                Ok(Some(heard)) => return Ok(heard),
                 Ok(None) => break "the process closed the connection".to_owned(),
-                Err(e) if frame_error(&e).is_some() => {
-                    other = Some(self.refused(format!("that door is no control door: {e}")));
-                }
-                Err(e) if e.kind() == ErrorKind::TimedOut => break "the process does not answer".to_owned(),
-                Err(e) => break reason(&e),
+                Err(e) if e.kind() != ErrorKind::TimedOut => break reason(&e),
+                Err(_) if again < deadline => {}
+                Err(_) => break "the process does not answer".to_owned(),
             }
         };
         Err(other.unwrap_or_else(|| self.refused(end)))
+    }
+
+    /// Waits for the answer to our hello; what else comes is passed over, and the last problem among it kept. `None`
+    /// is the connection's end.
+    fn hello_reply(
+        &mut self,
+        deadline: Instant,
+        other: &mut Option<Problem>,
+    ) -> std::io::Result<Option<(u16, GuestName)>> {
+        loop {
+            match self.link.receive(Some(deadline)) {
+                Ok(Some(Reply::Hello { version, guest, session })) if session == self.session => {
+                    return Ok(Some((version, guest)));
+                }
+                Ok(Some(Reply::Refused(refusal))) => *other = Some(refusal.into()),
+                Ok(Some(_)) => {}
+                Ok(None) => return Ok(None),
+                Err(e) if frame_error(&e).is_some() => {
+                    *other = Some(self.refused(format!("that door is no control door: {e}")));
+                }
+                Err(e) => return Err(e),
+            }
+        }
     }
 
     /// Sends a request and waits for its reply. A refusal comes back as the problem it is.
@@ -123,13 +147,17 @@ impl Client {
         self.receive(Some(Instant::now() + CONTROL_REPLY_TIMEOUT))
     }
 
+    /// The next reply; that to a hello which we had to repeat is none to what was asked later.
     fn receive(&mut self, deadline: Option<Instant>) -> Result<Reply, Problem> {
-        match self.link.receive(deadline) {
-            Ok(Some(Reply::Refused(refusal))) => Err(refusal.into()),
-            Ok(Some(reply)) => Ok(reply),
-            Ok(None) => Err(self.lost("the process closed the connection")),
-            Err(e) if e.kind() == ErrorKind::TimedOut => Err(self.lost("the process does not answer")),
-            Err(e) => Err(self.lost(&reason(&e))),
+        loop {
+            return match self.link.receive(deadline) {
+                Ok(Some(Reply::Hello { session, .. })) if session == self.session => continue,
+                Ok(Some(Reply::Refused(refusal))) => Err(refusal.into()),
+                Ok(Some(reply)) => Ok(reply),
+                Ok(None) => Err(self.lost("the process closed the connection")),
+                Err(e) if e.kind() == ErrorKind::TimedOut => Err(self.lost("the process does not answer")),
+                Err(e) => Err(self.lost(&reason(&e))),
+            };
         }
     }
 

@@ -62,6 +62,31 @@ fn an_attach_waits_until_the_disk_is_owned_or_its_time_is_up() {
 }
 
 #[test]
+fn a_client_repeats_a_hello_that_nobody_answers_and_passes_over_a_second_answer() {
+    let (ours, theirs) = pair();
+    thread::scope(|scope| {
+        let client = scope.spawn(|| {
+            let mut client = Client::greet("test", "g1", ours).expect("greets in the end");
+            client.ask(&Request::Status)
+        });
+        let mut link = Link::new(theirs);
+        let mut hear = || link.receive::<Request>(Some(Instant::now() + WAIT)).expect("a request").expect("no end");
+        let (first, again) = (hear(), hear());
+        assert_eq!(first, again, "the same session");
+        let Request::Hello { version, session } = again else { panic!("no hello: {again:?}") };
+        // Both are answered: the first one late.
+        for _ in 0..2 {
+            let reply = Reply::Hello { version, guest: text("g1"), session };
+            link.send_first(&reply, Instant::now() + WAIT).expect("sends");
+        }
+        assert_eq!(link.receive(Some(Instant::now() + WAIT)).expect("a request"), Some(Request::Status));
+        link.send(&Reply::Status(FakeDesk::default().status()), Instant::now() + WAIT).expect("sends");
+        let reply = client.join().expect("no panic").expect("answered");
+        assert_eq!(reply, Reply::Status(FakeDesk::default().status()));
+    });
+}
+
+#[test]
 fn an_attach_ends_with_its_client() {
     let desk = FakeDesk::default();
     // `attended` returns when the connection's thread has ended.

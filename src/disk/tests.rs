@@ -3,7 +3,7 @@
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use super::{Access, AlignedBuffer, Cache, Content, Disk, OpenError, is_zero};
+use super::{Access, AlignedBuffer, Cache, Content, Disk, OpenError, is_zero, place_beside};
 use crate::limits::MIB;
 
 fn scratch() -> tempfile::TempDir {
@@ -31,6 +31,27 @@ fn what_is_not_a_disk_is_named() {
     std::fs::write(dir.path().join("empty"), []).expect("written");
     assert_eq!(text(&dir.path().join("empty")), "is empty");
     assert_eq!(text(&dir.path().join("odd/disk")), "Not a directory");
+}
+
+#[test]
+fn no_file_is_created_among_the_devices() {
+    let dir = scratch();
+    std::os::unix::fs::symlink("/dev", dir.path().join("nodes")).expect("linked");
+    let name = format!("blockferry-test-{}", std::process::id());
+    let places = ["/dev".into(), "/tmp/../dev".into(), "/dev/shm/..".into(), dir.path().join("nodes")];
+    for path in places.map(|place: PathBuf| place.join(&name)) {
+        let made = Disk::create(&path, 512, Cache::Writeback);
+        // Where it was made, nothing may be left.
+        let left = std::fs::remove_file(&path).is_ok();
+        let refused = made.err().map(|error| error.to_string());
+        let said = "there is no such device, and no file is created below /dev";
+        assert_eq!((refused.as_deref(), left), (Some(said), false), "{}", path.display());
+        assert_eq!(place_beside(&path).expect_err("refused"), said, "{}", path.display());
+    }
+    let memory = PathBuf::from("/dev/shm").join(&name);
+    let made = Disk::create(&memory, 512, Cache::Writeback).map(drop);
+    std::fs::remove_file(&memory).expect("was made");
+    made.expect("a file in memory is what was asked for");
 }
 
 #[test]

@@ -29,6 +29,11 @@ fn offer(export: &Export) -> Result<DiskOffer, String> {
     let fault = |cause: &dyn Display| format!("cannot be read: {cause}");
     let disk = export.disk().ok_or("does not exist")?;
     disk.check()?;
+    if disk.is_removed() {
+        // No reason to stop: whoever removed it by mistake saves the guest by moving it away.
+        let name = export.name();
+        log::warn!("disk {name}: its file has been removed: it is gone when this process ends, and moves as it is");
+    }
     Ok(DiskOffer {
         name: cut(export.name()),
         size_bytes: disk.size(),
@@ -65,11 +70,15 @@ mod tests {
         };
         let exports = [export("vda"), export("vdb"), export("vdc"), Export::new("vdd", None, false, Gate::Serving)];
         assert_eq!(offers(&exports[..3]).map(|offers| offers.len()), Ok(3));
-        std::fs::remove_file(folder.path().join("vda")).expect("removed");
         let file = std::fs::File::options().write(true).open(folder.path().join("vdc")).expect("opened");
         file.set_len(4096).expect("cut");
-        let said = "refused by the source: disk vda: its file has been removed; disk vdc: its file has become shorter: \
-                    4096 bytes of 1048576; disk vdd: does not exist";
+        let said = "refused by the source: disk vdc: its file has become shorter: 4096 bytes of 1048576; disk vdd: \
+                    does not exist";
+        assert_eq!(offers(&exports), Err(said.to_owned()));
+        // One that was removed moves: nothing else saves it.
+        std::fs::remove_file(folder.path().join("vda")).expect("removed");
+        assert!(exports[0].disk().expect("open").is_removed());
+        assert_eq!(offers(&exports[..2]).map(|offers| offers.len()), Ok(2));
         assert_eq!(offers(&exports), Err(said.to_owned()));
     }
 }

@@ -106,6 +106,9 @@ fn serve_refuses_what_is_no_disk() {
     refuses(&at("nowhere/x"), "", "no such file");
     refuses(&at("missing"), ",ro", "no such file");
     refuses(folder.path(), "", "is a directory, not a file or a block device");
+    let nodes = Path::new("/dev/blockferry-none");
+    refuses(nodes, ",size=1M", "there is no such device, and no file is created below /dev");
+    assert!(!nodes.exists(), "in memory, where a device was meant");
     refuses(Path::new("/dev/null"), "", "is a character device, not a file or a block device");
     refuses(&at("odd"), "", "its size of 1000 bytes is not a multiple of 512");
     refuses(&at("empty"), "", "is empty");

@@ -24,8 +24,6 @@ const SEED: u64 = 20;
 const OUTAGE: Duration = Duration::from_secs(3);
 /// How often a state is asked for.
 const LOOK: Duration = Duration::from_millis(200);
-/// How often a command is tried whose greeting was not answered: a port that was closed a moment ago may lose one.
-const GREETINGS: usize = 3;
 /// How long whatever leaves the source is on its way when its power is cut: GO is in there then.
 const LAST_DELAY_MS: u64 = 500;
 
@@ -64,23 +62,13 @@ impl<'a> Host<'a> {
     /// `blockferry WORD g1 ...` from outside of the machine; its stdout.
     fn ask(&self, word: &str, arguments: &[&str]) -> Result<String> {
         let port = format!("unix://{}", self.lab.scratch.path(&format!("{}.control", self.name)).display());
-        let mut tries = 0;
-        loop {
-            let mut command = Command::new(&self.lab.executable);
-            command.args([word, GUEST]).args(arguments).args(["--control", &port]);
-            let said = util::capture(word, &mut command, PATIENCE)?;
-            tries += 1;
-            if said.status.success() {
-                return Ok(said.stdout);
-            }
-            // Nothing was asked yet: it is said again without harm.
-            if said.stderr.contains("the process does not answer") && said.status.code() == Some(1) && tries < GREETINGS
-            {
-                eprintln!("xtask: vm: {}: {word}: a greeting was not answered at the port", self.name);
-                continue;
-            }
+        let mut command = Command::new(&self.lab.executable);
+        command.args([word, GUEST]).args(arguments).args(["--control", &port]);
+        let said = util::capture(word, &mut command, PATIENCE)?;
+        if !said.status.success() {
             return Err(self.machine.wrong(&format!("{word}: {}", said.stderr)));
         }
+        Ok(said.stdout)
     }
 
     /// The state of its record.

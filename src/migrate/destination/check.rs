@@ -220,7 +220,10 @@ impl Look<'_> {
             fits = false;
             wrong(cause);
         };
-        if let Err(cause) = image.check() {
+        // What would come into it would be gone with this process.
+        if image.is_removed() {
+            wrong(&format_args!("{} its file has been removed", path.display()));
+        } else if let Err(cause) = image.check() {
             wrong(&format_args!("{} {cause}", path.display()));
         }
         if image.size() != offer.size_bytes {

@@ -1,5 +1,6 @@
 //! Migrations over bad networks, and with hosts that die in the middle.
 
+use std::fs::{self, File};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -481,4 +482,25 @@ fn two_owners_would_be_seen() {
     assert!(Watch::start(&hosts[0], &hosts[1]).sees_two_owners());
     let look = || exactly_one_takes("vda", 0, &hosts[0], &hosts[1]);
     assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(look)).is_err(), "two owners were not seen");
+}
+
+#[test]
+fn a_disk_whose_file_was_removed_is_saved_by_moving_it_and_not_into_another_such_file() {
+    let mut pair = Pair::new(8 * MIB, 35, 50);
+    let ledger = pair.ledger();
+    fs::remove_file(pair.at_a()).expect("removed by mistake");
+    let c = pair.folder.path().join("c.img");
+    File::create(&c).and_then(|file| file.set_len(8 * MIB)).expect("made");
+    let nowhere = Host::start(pair.folder.path(), "c", &[&file("vda", &c)]);
+    fs::remove_file(&c).expect("removed there too");
+    let line = format!(
+        "blockferry: migrate: g1: refused by the destination: disk vda: {} its file has been removed; \
+         nothing has changed",
+        c.display()
+    );
+    pair.a.migrate(&nowhere.listen, &[]).refused(1, &line);
+    pair.a.migrate(&pair.b.listen, &[]).well();
+    pair.arrived(&ledger);
+    let log = pair.a.log();
+    assert!(log.contains("disk vda: its file has been removed: it is gone when this process ends"), "{log}");
 }

@@ -306,17 +306,23 @@ fn the_users_word_decides_about_data_that_is_not_ours() {
 }
 
 #[test]
-fn two_disks_that_would_share_a_file_are_refused_through_links_too() {
+fn files_that_two_disks_would_share_or_that_stand_for_a_device_are_refused_through_links_too() {
     let dir = tempfile::tempdir().expect("a scratch directory");
     let real = dir.path().join("real");
     fs::create_dir(&real).expect("made");
     std::os::unix::fs::symlink(&real, dir.path().join("link")).expect("linked");
+    std::os::unix::fs::symlink("/dev", dir.path().join("nodes")).expect("linked");
     let disk = |name: &str, path: &str| {
         domain::Disk::parse(&format!("{name},file={}", dir.path().join(path).display())).expect("parsed")
     };
     let options = ServeOptions {
         guest: "g1".to_owned(),
-        disks: vec![disk("vda", "real/x"), disk("vdb", "link/x"), disk("vdc", "nowhere")],
+        disks: vec![
+            disk("vda", "real/x"),
+            disk("vdb", "link/x"),
+            disk("vdc", "nowhere"),
+            disk("vdd", "nodes/blockferry-none"),
+        ],
         domain_xml: None,
         state: dir.path().join("state"),
         volatile_state: true,
@@ -330,14 +336,16 @@ fn two_disks_that_would_share_a_file_are_refused_through_links_too() {
     let guest = Arc::new(Guest::open(&options, None).expect("opened"));
     std::os::unix::fs::symlink(dir.path().join("gone"), dir.path().join("nowhere")).expect("linked");
     let bench = Bench { dir, guest };
-    let refused = bench.send(bench.offer(1, &[("vda", SIZE), ("vdb", SIZE), ("vdc", SIZE)])).expect_err("shared");
+    let refused = bench.offer(1, &["vda", "vdb", "vdc", "vdd"].map(|name| (name, SIZE)));
+    let refused = bench.send(refused).expect_err("shared");
     let at = |name: &str| bench.at(name).display().to_string();
-    let (link, nowhere) = (at("link/x"), at("nowhere"));
+    let (link, nowhere, node) = (at("link/x"), at("nowhere"), at("nodes/blockferry-none"));
     assert_eq!(
         refused,
         [
             format!("vdb: {link} is the image of disk vda too"),
             format!("vdc: {nowhere} cannot be created: {nowhere} is a link to nothing"),
+            format!("vdd: {node} cannot be created: there is no such device, and no file is created below /dev"),
         ]
     );
     assert!(!bench.at("real/x").exists());

@@ -35,6 +35,24 @@ pub struct ServeOptions {
 }
 
 impl ServeOptions {
+    /// Of guest g1, with its state below `directory` and no door.
+    #[cfg(test)]
+    pub(crate) fn in_directory(directory: &std::path::Path, disks: Vec<Disk>, volatile_state: bool) -> Self {
+        Self {
+            guest: "g1".to_owned(),
+            disks,
+            domain_xml: None,
+            state: directory.join("state"),
+            volatile_state,
+            nbd: Vec::new(),
+            listen: None,
+            control: Vec::new(),
+            control_ports: Vec::new(),
+            insecure_plaintext: true,
+            json: false,
+        }
+    }
+
     /// Checks what only the host can answer: whether every TCP door stays on it, or may leave it.
     ///
     /// # Errors

@@ -36,19 +36,8 @@ impl Bench {
 
     fn open_guest(dir: &std::path::Path, disks: &[&str], volatile_state: bool) -> Arc<Guest> {
         let disk = |name: &&str| domain::Disk::parse(&format!("{name},file={}", dir.join(name).display()));
-        let options = ServeOptions {
-            guest: "g1".to_owned(),
-            disks: disks.iter().map(|name| disk(name).expect("parsed")).collect(),
-            domain_xml: None,
-            state: dir.join("state"),
-            volatile_state,
-            nbd: Vec::new(),
-            listen: None,
-            control: Vec::new(),
-            control_ports: Vec::new(),
-            insecure_plaintext: true,
-            json: false,
-        };
+        let disks = disks.iter().map(|name| disk(name).expect("parsed")).collect();
+        let options = ServeOptions::in_directory(dir, disks, volatile_state);
         Arc::new(Guest::open(&options, None).expect("opened"))
     }
 

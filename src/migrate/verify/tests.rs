@@ -46,19 +46,8 @@ impl Bench {
         let bell: Arc<Bell> = Arc::default();
         let plan = Plan { verified: Verified::Full, compare: false, bell: Arc::clone(&bell) };
         let mirror = Mirror::arm(&export, &Budget::new(0), &plan).expect("armed");
-        let options = ServeOptions {
-            guest: "g1".to_owned(),
-            disks: vec![domain::Disk::parse("sr0").expect("parsed")],
-            domain_xml: None,
-            state: dir.path().join("state"),
-            volatile_state: true,
-            nbd: Vec::new(),
-            listen: None,
-            control: Vec::new(),
-            control_ports: Vec::new(),
-            insecure_plaintext: true,
-            json: false,
-        };
+        let disks = vec![domain::Disk::parse("sr0").expect("parsed")];
+        let options = ServeOptions::in_directory(dir.path(), disks, true);
         let guest = Arc::new(Guest::open(&options, None).expect("opened"));
         let checker = Checker {
             instance: guest.instance,

@@ -315,24 +315,13 @@ fn files_that_two_disks_would_share_or_that_stand_for_a_device_are_refused_throu
     let disk = |name: &str, path: &str| {
         domain::Disk::parse(&format!("{name},file={}", dir.path().join(path).display())).expect("parsed")
     };
-    let options = ServeOptions {
-        guest: "g1".to_owned(),
-        disks: vec![
-            disk("vda", "real/x"),
-            disk("vdb", "link/x"),
-            disk("vdc", "nowhere"),
-            disk("vdd", "nodes/blockferry-none"),
-        ],
-        domain_xml: None,
-        state: dir.path().join("state"),
-        volatile_state: true,
-        nbd: Vec::new(),
-        listen: None,
-        control: Vec::new(),
-        control_ports: Vec::new(),
-        insecure_plaintext: true,
-        json: false,
-    };
+    let disks = vec![
+        disk("vda", "real/x"),
+        disk("vdb", "link/x"),
+        disk("vdc", "nowhere"),
+        disk("vdd", "nodes/blockferry-none"),
+    ];
+    let options = ServeOptions::in_directory(dir.path(), disks, true);
     let guest = Arc::new(Guest::open(&options, None).expect("opened"));
     std::os::unix::fs::symlink(dir.path().join("gone"), dir.path().join("nowhere")).expect("linked");
     let bench = Bench { dir, guest };

@@ -726,8 +726,7 @@ pub fn place_beside(path: &Path) -> std::result::Result<(Identity, OsString), St
         return Err(OpenError::NoDevice.to_string());
     }
     // For a root that may write anywhere this still tells of a read-only file system.
-    let way = AtFlags::EACCESS;
-    rustix::fs::accessat(rustix::fs::CWD, directory, WriteOk::WRITE_OK | WriteOk::EXEC_OK, way).map_err(named)?;
+    rustix::fs::access(directory, WriteOk::WRITE_OK | WriteOk::EXEC_OK).map_err(named)?;
     let name = path.file_name().ok_or_else(|| format!("{} names no file", path.display()))?;
     Ok((Identity::of(&stat, false), name.to_owned()))
 }

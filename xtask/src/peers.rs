@@ -33,7 +33,9 @@ const PEERS: &[(&str, &[&str])] = &[
 /// programs that no package brought.
 pub(crate) fn install(operation: &str) -> Result<()> {
     let choices = PEERS.iter().map(|peer| peer.1.len()).max().unwrap_or_default();
-    for choice in 0..choices {
+    // Twice: a package may push out one that was here. Debian 12's qemu-system-x86 does that to a qemu-utils of a later
+    // release.
+    for choice in (0..choices).chain(0..choices) {
         let packages = packages(choice, is_here);
         if !packages.is_empty() {
             util::apt_install(operation, &util::missing_packages(operation, &packages)?)?;

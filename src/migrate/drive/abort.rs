@@ -1,0 +1,51 @@
+//! The one failure path.
+
+use super::*;
+
+/// Ends an attempt that is not given: for good first, then the destination is told (M3), and UNSEALED is waited for a
+/// little (M6). If the guest was offered and the destination cannot be reached, the process goes on asking (M5).
+pub(super) fn abort(mut drive: Drive<'_>, cause: &str) -> Result<(), String> {
+    log::warn!("migration: aborted: {cause}");
+    drive.show_phase(Phase::Abort);
+    drive.job.find();
+    // Somebody may have cancelled already: that is what is happening.
+    let _ = drive.job.close_decision("the migration is being aborted");
+    if let Err(Stop::Abort(cause) | Stop::Unknown(cause)) = drive.record(&Event::End { attempt: drive.stamp.attempt }) {
+        return Err(cause);
+    }
+    // Given back without a fence: nobody copies them any more.
+    drop(drive.lanes.end());
+    drive.checkers.stop();
+    drive.unknown.clear();
+    drive.mirrors.clear();
+    // Who was out of reach is not waited for: the source has ended the attempt, and asks on by itself if it must know.
+    let deadline = Instant::now() + if drive.link_lost { LOST_PATIENCE } else { UNSEALED_PATIENCE };
+    // What was sent is worth keeping when it was a connection that was lost, and not anybody's wish or a disk's error.
+    let keep = (drive.down || drive.link_lost) && drive.job.cancelled().is_none();
+    let message = Message::Abort { stamp: drive.stamp, cause: cut(cause), keep };
+    let mut ask = Some(&message);
+    while Instant::now() < deadline {
+        match drive.converse(ask.take()) {
+            Ok(Some(Message::Unsealed { stamp })) => {
+                if settle::is_needed(drive.guest)
+                    && let Err(stop) = drive.record(&Event::Unsealed(stamp))
+                {
+                    log::error!("migration: {stop:?}");
+                }
+                return Ok(());
+            }
+            Ok(Some(Message::Record { .. })) => return Ok(()),
+            Ok(_) => {}
+            Err(lost) => {
+                log::info!("migration: {lost}");
+                // Not aside: an attempt that is being ended is not cancelled.
+                let dialled = dial(drive.guest, &drive.job.address, Role::Source, deadline);
+                match dialled.map(|(link, theirs)| drive.take_link(link, &theirs)) {
+                    Ok(Ok(())) => ask = Some(&message),
+                    _ => return Ok(()),
+                }
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,223 @@
+//! FINISH: offers, quiesces, copies what is left, seals, gives, and says GO.
+//!
+//! What may end when is decided in [`Drive::finish`]: until SEAL is sent the gates may open again and the migration
+//! goes on; once it is sent, opening them ends the attempt (D6); once GIVEN is begun, nothing takes it back (M3).
+
+use super::*;
+
+impl<'a> Drive<'a> {
+    /// Hands over.
+    pub(super) fn finish(&mut self) -> Result<Handed, Stop> {
+        let attempt = self.stamp.attempt;
+        let offer = Event::Offer { stamp: self.stamp, to: self.peer.clone() };
+        // A full disk ends the attempt now, while the guest runs, and not when GIVEN must be written.
+        let give = [offer.clone(), Event::Give { sealed: self.stamp }, Event::Running(self.stamp)];
+        let end = [offer.clone(), Event::End { attempt }, Event::Unsealed(self.stamp)];
+        self.guest.write_ahead(&[&give, &end])?;
+        self.mirrors.iter().for_each(|mirror| mirror.verify_soon());
+        // M5: durable before anything that lets the destination seal.
+        self.record(&offer)?;
+        let mut tries = 0;
+        let (held, quiesced) = loop {
+            match self.final_pass() {
+                Ok(passed) => break passed,
+                Err(NotYet::Stop(stop)) => return Err(stop),
+                Err(NotYet::GoOn(cause)) => {
+                    tries += 1;
+                    log::warn!("migration: switchover put off: {cause}");
+                    if tries == SWITCHOVERS_MAX {
+                        return Err(format!("switchover failed {tries} times: {cause}").into());
+                    }
+                    if self.mirrors.iter().all(|mirror| mirror.lost().is_none()) {
+                        self.pause(SWITCHOVER_PAUSE)?;
+                    }
+                    self.copy_until_converged()?;
+                }
+            }
+        };
+        // Nothing is left to copy: the lanes go quietly, before the destination ends them.
+        self.mirrors.iter().for_each(|mirror| mirror.stop());
+        self.checkers.stop();
+        // From here on the gates open only for an attempt that has ended.
+        let given = self.seal().and_then(|()| {
+            // Nobody can have opened a gate meanwhile; were it so, a write would be missing at the destination.
+            let left: u64 = self.counts().iter().map(|counts| counts.outstanding.granules + counts.unverified).sum();
+            if left > 0 || !quiesced.holds() {
+                return Err("the guest has written after the final pass".into());
+            }
+            // W3: nor is anything left where it cannot be seen from here.
+            self.prove(&held, Instant::now() + ATTACHED_PROOF_MAX)?;
+            self.job.close_decision("the guest is given away")?;
+            self.show_phase(Phase::Give);
+            self.record(&Event::Give { sealed: self.stamp })
+        });
+        if let Err(stop) = given {
+            if let Stop::Abort(_) = stop {
+                // M3: it ends for good, and only then does the guest go on.
+                self.record(&Event::End { attempt: self.stamp.attempt })?;
+                drop(quiesced);
+            } else {
+                quiesced.fence();
+            }
+            return Err(stop);
+        }
+        let since = quiesced.since();
+        quiesced.fence();
+        let farewell = held.given(self.guest);
+        self.lanes.end();
+        let handed = self.give(since, Instant::now() + RUNNING_PATIENCE);
+        // W5: found out meanwhile, as a rule.
+        Ok(match (handed, farewell.late(ATTACHED_PROOF_MAX)) {
+            (Handed::Over(_), Some(late)) => Handed::OverBut(late),
+            (handed, _) => handed,
+        })
+    }
+
+    /// Quiesces the guest and copies what is left: when this returns, the destination has everything, flushed (D5), and
+    /// no page cache of this host holds more (W2).
+    fn final_pass(&mut self) -> Result<(Held<'a>, Quiesced), NotYet> {
+        let guest = self.guest;
+        let held =
+            guest.attached.hold().ok_or_else(|| NotYet::GoOn("a disk is being attached or detached".to_owned()))?;
+        if !held.is_empty() {
+            self.write_out(&held)?;
+            self.copy_until_converged().map_err(NotYet::Stop)?;
+        }
+        self.show_phase(Phase::Final);
+        let deadline = Instant::now() + QUIESCE_MAX;
+        let exports: Vec<_> = self.guest.exports().filter(|export| !export.is_read_only()).cloned().collect();
+        let quiesced = quiesce(&exports, deadline)
+            .map_err(|disk| NotYet::GoOn(format!("disk {disk}: requests in flight do not end")))?;
+        self.mirrors.iter().for_each(|mirror| mirror.hurry(&quiesced));
+        let ready = self.settle_mirrors(&quiesced, deadline);
+        self.mirrors.iter().for_each(|mirror| mirror.relax());
+        ready.and_then(|()| self.prove(&held, deadline.min(Instant::now() + ATTACHED_PROOF_MAX)))?;
+        Ok((held, quiesced))
+    }
+
+    /// W1: has the kernel write out what the guest has written through `/dev/nbdN`, while the gates are open and the
+    /// mirror runs.
+    fn write_out(&mut self, held: &Held<'_>) -> Result<(), NotYet> {
+        if let Some(user) = self.guest.attached.user().filter(|_| !self.job.request.hold) {
+            return stop(&format!("{user}, and would be switched without a word: use --hold, and switch"));
+        }
+        let deadline = Instant::now() + ATTACHED_SYNC_MAX;
+        let mut syncs = held.sync().map_err(NotYet::GoOn)?;
+        while !syncs.wait(Instant::now()).map_err(|cause| NotYet::Stop(cause.into()))? {
+            if Instant::now() >= deadline {
+                let seconds = ATTACHED_SYNC_MAX.as_secs();
+                return Err(NotYet::GoOn(format!("{}: not written back in {seconds} s", syncs.slowest())));
+            }
+            self.look().map_err(NotYet::Stop)?;
+        }
+        Ok(())
+    }
+
+    /// W2, W3: with closed gates a sync ends only where nothing is left to be written.
+    fn prove(&self, held: &Held<'_>, deadline: Instant) -> Result<(), NotYet> {
+        let mut syncs = held.sync().map_err(NotYet::GoOn)?;
+        if syncs.wait(deadline).map_err(|cause| NotYet::Stop(cause.into()))? {
+            return Ok(());
+        }
+        Err(NotYet::GoOn(format!("{} is still being written: the VMM must be stopped", syncs.slowest())))
+    }
+
+    /// A connection that is lost now, or that does not get on, is not mended while the guest waits: that takes as long
+    /// as the link pleases. The guest goes on, new connections are opened, and there is another final pass.
+    fn settle_mirrors(&mut self, quiesced: &Quiesced, deadline: Instant) -> Result<(), NotYet> {
+        for mirror in &self.mirrors {
+            match mirror.settle(quiesced, deadline) {
+                Ok(()) => {}
+                Err(NotReady::Lost(cause)) => return Err(NotYet::GoOn(cause)),
+                Err(NotReady::TooSlow) => {
+                    self.down = true;
+                    return Err(NotYet::GoOn(format!("disk {}: the final pass takes too long", mirror.name())));
+                }
+                Err(NotReady::Unverified(cause)) => {
+                    return Err(NotYet::GoOn(format!("disk {}: {cause}", mirror.name())));
+                }
+                Err(NotReady::Failed(failure)) => return Err(NotYet::Stop(failure.text.into())),
+            }
+        }
+        self.roots.clear();
+        self.verified_bytes = 0;
+        for (root, bytes) in self.mirrors.iter().filter_map(|mirror| mirror.root()) {
+            // As many as there are disks.
+            let _ = self.roots.push(root);
+            self.verified_bytes += bytes;
+        }
+        let copied = |name: &str| self.mirrors.iter().any(|mirror| mirror.name() == name);
+        quiesced.flush(copied).map_err(|cause| NotYet::Stop(cause.into()))
+    }
+
+    /// SEAL, said again over a new connection if need be, until SEALED.
+    fn seal(&mut self) -> Result<(), Stop> {
+        self.show_phase(Phase::Seal);
+        let deadline = Instant::now() + SEAL_MAX;
+        let message = Message::Seal { stamp: self.stamp, digests: self.roots.clone() };
+        let mut said = self.say(&message);
+        let mut pause = None;
+        while Instant::now() < deadline {
+            match said.and_then(|()| self.listen()) {
+                Ok(Some(Message::Sealed { fsync_us, .. })) => {
+                    log::info!("migration: sealed, the destination's last sync took {fsync_us} us");
+                    return Ok(());
+                }
+                Ok(Some(Message::Failed { cause, .. })) => return Err(format!("the destination: {cause}").into()),
+                Ok(Some(Message::Unsealed { .. } | Message::Record { .. })) => {
+                    return Err("the destination cannot seal this attempt any more".into());
+                }
+                Ok(_) => said = Ok(()),
+                Err(cause) => {
+                    // At once the first time, for the guest waits. A destination that goes on hanging up cannot make
+                    // its record durable now (M4).
+                    match &mut pause {
+                        None => pause = Some(RECONNECT_PAUSE.0),
+                        Some(pause) => self.rest(pause, deadline, &cause)?,
+                    }
+                    self.redial(&cause, deadline)?;
+                    said = self.say(&message);
+                }
+            }
+            if let Some(cause) = self.job.cancelled() {
+                return Err(cause.into());
+            }
+        }
+        Err("the destination does not answer to SEAL".into())
+    }
+
+    /// GO, until the destination says that it owns, or until the patience of whoever waits is at its end. Any process
+    /// of the destination can answer: what it needs to own, it has on its disks.
+    fn give(&mut self, since: Instant, deadline: Instant) -> Handed {
+        let mut pause = RECONNECT_PAUSE.0;
+        loop {
+            // A connection that has fallen silent must not keep the guest waiting for as long as there is patience.
+            let patience = deadline.min(Instant::now() + GO_PATIENCE);
+            match settle::converse(self.guest, &mut self.link, patience) {
+                Ok((_, heard)) if !settle::is_needed(self.guest) => return Handed::Over(heard.duration_since(since)),
+                _ if !settle::is_needed(self.guest) => return Handed::Over(since.elapsed()),
+                Ok((answer, _)) => log::info!("migration: GO is answered by {}", answer.name()),
+                Err(Trouble::NotDurable(cause)) => return Handed::OverBut(cause),
+                Err(Trouble::Silent(cause)) => {
+                    log::info!("migration: GO: {cause}");
+                    self.job.lose(Instant::now(), &cause);
+                }
+            }
+            if Instant::now() + pause >= deadline {
+                return Handed::Unheard;
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(RECONNECT_PAUSE.1);
+            match dial(self.guest, &self.job.address, Role::Source, deadline) {
+                Ok((link, _)) => {
+                    self.link = link;
+                    self.job.find();
+                }
+                Err(no_link) => {
+                    log::info!("migration: {no_link}");
+                    self.job.still_lost(&no_link.to_string());
+                }
+            }
+        }
+    }
+}

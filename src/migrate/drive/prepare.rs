@@ -1,0 +1,148 @@
+//! PREPARE: dials, says hello, has the destination check and open the disks.
+//!
+//! Called by `drive::run`, first. Nothing here has changed anything when it fails: the destination is told to withdraw.
+
+use super::*;
+
+/// Everything before the first byte: dials, says hello, has the destination check and open the disks. A failure here
+/// has changed nothing.
+pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String> {
+    // Before the destination waits for an answer: it may take a while on a large disk.
+    let disks = preflight::offers(&job.exports)?;
+    let dialled = dial_aside(guest, &job.address, Instant::now() + DIAL_MAX);
+    let (mut link, theirs) = wait_for(&dialled, TICK, || job.cancelled().map_or(Ok(()), Err))?
+        .map_err(|no_link| format!("{}: {no_link}", job.address))?;
+    let record = guest.record().map_err(|error| error.to_string())?.ok_or("this host owns nothing")?;
+    let stamp = Stamp {
+        lineage: record.lineage,
+        word: record.word,
+        attempt: job.attempt,
+        source: guest.host,
+        destination: theirs.host,
+        order: record.order.handed_over().ok_or("the order cannot rise further")?,
+    };
+    let message = Message::Prepare(Prepare {
+        stamp,
+        challenge: theirs.challenge,
+        mode: match (job.request.overwrite, job.request.incremental) {
+            (true, _) => Mode::Overwrite,
+            (false, true) => Mode::Incremental,
+            (false, false) => Mode::CopyAll,
+        },
+        disks,
+        connections: job.request.connections,
+        verify: match job.request.verify {
+            wire::Verify::None => Verify::None,
+            wire::Verify::Written => Verify::Written,
+            wire::Verify::Full => Verify::Full,
+        },
+        keep_partial: job.request.keep_partial,
+    });
+    let prepared = match ask_to_prepare(job, &mut link, &message, &stamp, &theirs) {
+        Ok(prepared) => prepared,
+        Err(NotPrepared::Refused(cause)) => return Err(cause),
+        Err(NotPrepared::Unclear(cause)) => {
+            // It may be prepared, or become so yet: nothing of that is to stay.
+            withdraw(&mut link, stamp, &cause, job.cancelled().is_none());
+            return Err(cause);
+        }
+    };
+    // The destination receives from here on: a link that is lost now is dialled again like any later one.
+    let round_trip = measure_round_trip(&mut link);
+    Ok(Drive {
+        guest,
+        job,
+        round_trip: round_trip.unwrap_or_default(),
+        stamp,
+        epoch: prepared.epoch,
+        prepared,
+        peer: Peer { host: theirs.host, address: cut(&job.address.to_string()) },
+        link,
+        mirrors: Vec::new(),
+        lanes: Lanes::default(),
+        checkers: Checkers::default(),
+        roots: heapless::Vec::new(),
+        verified_bytes: 0,
+        walks: heapless::Vec::new(),
+        unknown: Vec::new(),
+        down: false,
+        link_lost: round_trip.is_err(),
+        outage: Outage::default(),
+        meter: Meter::new(job.exports.len(), round_trip.unwrap_or_default()),
+        owed: None,
+        pinged: Instant::now(),
+        flushed: Instant::now(),
+    })
+}
+
+/// The time from a question to its answer on an idle link.
+fn measure_round_trip(link: &mut Link) -> Result<Duration, LinkError> {
+    let began = Instant::now();
+    let deadline = began + REPLY_TIMEOUT;
+    link.send(&Message::Ping { number: 0 }, deadline)?;
+    while Instant::now() < deadline {
+        if let Some(Message::Pong { .. }) = link.receive(deadline)? {
+            return Ok(began.elapsed());
+        }
+    }
+    Err(LinkError::Late)
+}
+
+/// Why a destination is not prepared.
+enum NotPrepared {
+    /// It says so: nothing has changed there.
+    Refused(String),
+    /// It has been asked, and was not waited for or not understood.
+    Unclear(String),
+}
+
+/// Sends PREPARE and waits for the answer.
+fn ask_to_prepare(
+    job: &Job,
+    link: &mut Link,
+    message: &Message,
+    stamp: &Stamp,
+    theirs: &Hello,
+) -> Result<Prepared, NotPrepared> {
+    let unclear = |cause: &str| NotPrepared::Unclear(cause.to_owned());
+    let broken = |error: LinkError| NotPrepared::Unclear(error.to_string());
+    link.send(message, Instant::now() + REPLY_TIMEOUT).map_err(broken)?;
+    let deadline = Instant::now() + PREPARE_MAX;
+    let mut heard = Instant::now();
+    let prepared = loop {
+        if let Some(cause) = job.cancelled() {
+            return Err(NotPrepared::Unclear(cause));
+        }
+        let received = link.receive(Instant::now() + TICK).map_err(broken)?;
+        if received.is_some() {
+            heard = Instant::now();
+        }
+        match received {
+            Some(Message::Prepared(prepared)) if prepared.stamp.matches(stamp) => break prepared,
+            Some(Message::Refused { stamp: about, problems }) if about.matches(stamp) => {
+                return Err(NotPrepared::Refused(preflight::report("refused by the destination", &problems)));
+            }
+            None if Instant::now() >= deadline => return Err(unclear("the destination does not get ready")),
+            // While it works it says so.
+            None if heard.elapsed() > LINK_SILENCE_MAX => return Err(unclear(SILENT)),
+            _ => {}
+        }
+    };
+    if prepared.disks.len() != job.exports.len() || prepared.instance != theirs.instance {
+        return Err(unclear("the destination's answer does not fit the question"));
+    }
+    Ok(prepared)
+}
+
+/// Ends an attempt that has not begun here: tells the destination, and gives it a moment to say that it has heard.
+fn withdraw(link: &mut Link, stamp: Stamp, cause: &str, keep: bool) {
+    let deadline = Instant::now() + UNSEALED_PATIENCE;
+    let mut sent = link.send(&Message::Abort { stamp, cause: cut(cause), keep }, deadline);
+    while sent.is_ok() && Instant::now() < deadline {
+        match link.receive(deadline) {
+            Ok(Some(Message::Unsealed { .. } | Message::Record { .. })) => return,
+            Ok(_) => {}
+            Err(error) => sent = Err(error),
+        }
+    }
+}

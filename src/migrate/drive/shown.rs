@@ -1,0 +1,83 @@
+//! What is shown of a migration: progress while it runs, the receipt when it is over. Changes nothing.
+
+use super::*;
+
+impl Drive<'_> {
+    /// What was verified of what was handed over.
+    pub(super) fn receipt(&self, counts: &[Counts]) -> Receipt {
+        Receipt {
+            attempt: self.stamp.attempt,
+            lineage: self.stamp.lineage,
+            order: self.stamp.order,
+            peer: self.peer.clone(),
+            gave: true,
+            verified: verified(self.job.request.verify),
+            verified_bytes: self.verified_bytes,
+            root: if self.roots.is_empty() { [0; 32] } else { root_of_all(&self.roots) },
+            sent_bytes: Some(counts.iter().map(|c| c.sent).sum()),
+            equal_bytes: Some(counts.iter().map(|c| c.equal).sum()),
+        }
+    }
+
+    pub(super) fn counts(&self) -> Vec<Counts> {
+        self.mirrors.iter().map(|mirror| mirror.counts()).collect()
+    }
+
+    pub(super) fn show_phase(&self, phase: Phase) {
+        let counts = self.counts();
+        self.job.show(|progress| {
+            progress.phase = phase;
+            progress.held = false;
+            progress.disks = self.disks(&counts);
+        });
+    }
+
+    pub(super) fn show(&self, counts: &[Counts], verdict: Verdict, converged: bool) {
+        let bulk = counts.iter().any(|c| c.passes <= 1);
+        let predicted = self.meter.predicted_final(counts).as_millis();
+        self.job.show(|progress| {
+            progress.phase = if bulk { Phase::Bulk } else { Phase::Passes };
+            progress.convergence = match verdict {
+                _ if converged => Convergence::Converged,
+                Verdict::GuestIsFaster(rates) if !bulk => {
+                    Convergence::GuestIsFaster { dirty_rate_bytes: rates.dirtied, rate_bytes: rates.copied }
+                }
+                // Fits, but its flush has not been measured yet.
+                Verdict::Converged => Convergence::Copying,
+                _ if bulk => Convergence::Copying,
+                _ => Convergence::TooLong,
+            };
+            progress.predicted_final_ms = u32::try_from(predicted).ok();
+            progress.downtime_limit_ms = u32::try_from(self.job.downtime_limit().as_millis()).unwrap_or(u32::MAX);
+            progress.bandwidth_bytes = self.job.budget.rate();
+            progress.held = converged && self.job.request.hold && !self.job.is_switched();
+            progress.disks = self.disks(counts);
+        });
+    }
+
+    fn disks(&self, counts: &[Counts]) -> heapless::Vec<DiskProgress, DISKS_MAX> {
+        let disk = |(number, (mirror, counts)): (usize, (&Arc<Mirror>, &Counts))| {
+            let rates = self.meter.rates(number);
+            let left = counts.outstanding.bytes;
+            let gain = rates.copied.saturating_sub(rates.dirtied);
+            let estimate = if left == 0 { Some(0) } else { left.checked_div(gain) };
+            DiskProgress {
+                name: text(mirror.name()),
+                size_bytes: mirror.size(),
+                left_bytes: left,
+                sent_bytes: counts.sent,
+                resent_bytes: counts.resent,
+                zero_bytes: counts.zeroed,
+                rate_bytes: rates.copied,
+                dirty_rate_bytes: rates.dirtied,
+                passes: counts.passes,
+                estimate_s: estimate.and_then(|seconds| u32::try_from(seconds).ok()),
+                equal_bytes: counts.equal,
+                verified_bytes: counts.verified,
+                unverified_bytes: counts.unverified,
+            }
+        };
+        // No more mirrors than disks, which fit.
+        self.mirrors.iter().zip(counts).enumerate().map(disk).take(DISKS_MAX).collect()
+    }
+}

@@ -7,6 +7,7 @@ mod control;
 mod domain_xml;
 mod export_cli;
 mod exported;
+mod extents;
 mod footprint;
 mod foreign;
 mod handshake;

@@ -2,6 +2,8 @@
 
 mod bad_clients;
 mod bad_input;
+#[path = "../common/chance.rs"]
+mod chance;
 mod client;
 mod control;
 mod domain_xml;

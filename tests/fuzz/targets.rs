@@ -236,7 +236,7 @@ pub(crate) fn nbd_session(input: &[u8]) {
 /// it asked for, once.
 pub(crate) fn nbd_client(input: &[u8]) {
     const LENGTH: usize = 8192;
-    let wants = Wants { structured: true, base_allocation: true };
+    let wants = Wants::READING;
     let Ok(mut client) = Client::connect(conversation(input), "vda", wants) else { return };
     let info = *client.info();
     assert!(info.minimum_block.is_power_of_two() && info.maximum_payload >= info.minimum_block);

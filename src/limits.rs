@@ -112,6 +112,10 @@ pub const CONTEXTS_MAX: usize = 4;
 pub const PARTS_MAX: u32 = 32;
 /// Largest WRITE of zeroes that stands for a part of a WRITE_ZEROES which the server does not offer, in bytes.
 pub const ZERO_PART_MAX: u32 = 64 * 1024;
+/// Most exports that a client listens to when a server lists them.
+pub const EXPORT_LIST_MAX: usize = 4096;
+/// Most metadata contexts that a client listens to when a server lists them.
+pub const CONTEXT_LIST_MAX: usize = 1024;
 /// Receive buffer of one client connection, in bytes. Only a client that reads ever touches more than its first pages.
 pub const CLIENT_RECEIVE_BUFFER: usize = 320 * KIB;
 /// Send buffer of one client connection, in bytes: small requests gather there and leave together.

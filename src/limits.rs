@@ -105,6 +105,13 @@ pub const CONNECTIONS_PER_DISK_MAX: usize = 8;
 pub const MINIMUM_BLOCK_MAX: u32 = 64 * 1024;
 /// Most requests of one client connection in flight.
 pub const WINDOW_MAX: usize = 64;
+/// Most metadata contexts that a client asks for on one connection.
+pub const CONTEXTS_MAX: usize = 4;
+/// Most parts that a client splits one request into to keep a server's maximum payload: half the window, so that two
+/// such requests are in flight.
+pub const PARTS_MAX: u32 = 32;
+/// Largest WRITE of zeroes that stands for a part of a WRITE_ZEROES which the server does not offer, in bytes.
+pub const ZERO_PART_MAX: u32 = 64 * 1024;
 /// Receive buffer of one client connection, in bytes. Only a client that reads ever touches more than its first pages.
 pub const CLIENT_RECEIVE_BUFFER: usize = 320 * KIB;
 /// Send buffer of one client connection, in bytes: small requests gather there and leave together.
@@ -129,6 +136,9 @@ pub const SILENCE_MAX: Duration = Duration::from_secs(300);
 /// Longest wait to say goodbye.
 pub const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 
+const _: () = assert!(CONTEXTS_MAX <= 8, "a client keeps the contexts of a reply in 8 bits");
+const _: () = assert!(PARTS_MAX as usize <= WINDOW_MAX, "all parts of a request are in flight at once");
+const _: () = assert!(ZERO_PART_MAX >= MINIMUM_BLOCK_MAX, "zeroes are written in whole blocks");
 const _: () = assert!(WINDOW_MAX <= 64, "a client keeps its free slots in 64 bits");
 const _: () = assert!(
     WINDOW_MAX * (20 + ERROR_CHUNK_MAX) <= CLIENT_RECEIVE_BUFFER,

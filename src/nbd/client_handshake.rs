@@ -12,19 +12,25 @@ use std::time::Instant;
 
 use crate::cause::Cause;
 use crate::limits::{
-    EXPORT_NAME_MAX, HANDSHAKE_TIMEOUT, MINIMUM_BLOCK_MAX, OPTION_PAYLOAD_MAX, OPTION_REPLIES_MAX, PAYLOAD_MAX,
-    PREFERRED_BLOCK,
+    CONTEXTS_MAX, EXPORT_NAME_MAX, HANDSHAKE_TIMEOUT, MINIMUM_BLOCK_MAX, OPTION_PAYLOAD_MAX, OPTION_REPLIES_MAX,
+    PARTS_MAX, PAYLOAD_MAX, PREFERRED_BLOCK, ZERO_PART_MAX,
 };
 use crate::nbd::wire::{self, Fields, Greeting, OptionHead, OptionReply};
 use crate::socket::Socket;
 
 /// What a client would like to use; a server that does not know it is no error.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Wants {
+pub struct Wants<'a> {
     /// Structured replies: reads that fail late, and holes, are told.
     pub structured: bool,
-    /// Block status with `base:allocation`; needs `structured`.
-    pub base_allocation: bool,
+    /// Block status with these metadata contexts, by their full names: `base:allocation`, `qemu:dirty-bitmap:NAME`,
+    /// `qemu:allocation-depth` and whatever else a server may have; at most [`CONTEXTS_MAX`]. Needs `structured`.
+    pub contexts: &'a [&'a str],
+}
+
+impl Wants<'_> {
+    /// What a client wants that reads and follows extents.
+    pub const READING: Wants<'static> = Wants { structured: true, contexts: &[wire::BASE_ALLOCATION] };
 }
 
 /// What the server said about the export, and what was agreed on.
@@ -43,8 +49,10 @@ pub struct ExportInfo {
     pub maximum_payload: u32,
     /// Whether structured replies were agreed on.
     pub structured: bool,
-    /// The number of `base:allocation` in block status replies, if it was agreed on.
-    pub base_allocation: Option<u32>,
+    /// The server's numbers for the contexts of [`Wants::contexts`], in that order; `None` where it has no such one.
+    pub contexts: [Option<u32>; CONTEXTS_MAX],
+    /// The place of `base:allocation` among them, if it was agreed on.
+    pub base_allocation: Option<usize>,
 }
 
 impl ExportInfo {
@@ -52,6 +60,48 @@ impl ExportInfo {
     #[must_use]
     pub fn has(&self, flags: u16) -> bool {
         self.transmission_flags & flags == flags
+    }
+
+    /// How many connections may be open at once to an export that is written: as many as `wanted`, or one where the
+    /// server does not say that a flush on one covers what was answered on the others.
+    #[must_use]
+    pub fn connections(&self, wanted: usize) -> usize {
+        if self.has(wire::FLAG_CAN_MULTI_CONN) { wanted } else { wanted.min(1) }
+    }
+
+    /// Longest READ or WRITE that can be submitted at once, in bytes: a multiple of the minimum block. What is longer
+    /// than the server's maximum payload is split on its way.
+    #[must_use]
+    pub fn request_max(&self) -> u32 {
+        let longest = self.maximum_payload.saturating_mul(PARTS_MAX);
+        longest.min(PAYLOAD_MAX - PAYLOAD_MAX % self.minimum_block)
+    }
+
+    /// Longest WRITE_ZEROES that can be submitted at once, in bytes: a multiple of the minimum block.
+    #[must_use]
+    pub fn zeroes_max(&self) -> u32 {
+        if self.has(wire::FLAG_SEND_WRITE_ZEROES) {
+            u32::MAX - u32::MAX % self.minimum_block
+        } else {
+            self.zero_part().saturating_mul(PARTS_MAX)
+        }
+    }
+
+    /// How many places of the window a READ or WRITE of `length` bytes takes.
+    #[must_use]
+    pub fn parts(&self, length: u32) -> usize {
+        length.div_ceil(self.maximum_payload).max(1) as usize
+    }
+
+    /// Longest WRITE of zeroes that stands for a part of a WRITE_ZEROES.
+    pub(super) fn zero_part(&self) -> u32 {
+        self.maximum_payload.min(ZERO_PART_MAX)
+    }
+
+    /// The whole minimum blocks around a range, as far as the export goes.
+    pub(super) fn blocks_around(&self, offset: u64, end: u64) -> (u64, u64) {
+        let block = u64::from(self.minimum_block);
+        (offset - offset % block, end.checked_next_multiple_of(block).unwrap_or(end).min(self.size.max(end)))
     }
 }
 
@@ -128,20 +178,20 @@ impl std::error::Error for ConnectError {}
 
 const GREETING: &str = "greeting the server";
 const STRUCTURED: &str = "asking for structured replies";
-const CONTEXT: &str = "asking for base:allocation";
+const CONTEXTS: &str = "asking for metadata contexts";
 const OPENING: &str = "opening the export";
 const OPENING_OLD: &str = "opening the export by name";
 const PHASES: &str = "asking for the phase protocol";
 
 /// Leads the handshake up to transmission.
-pub(crate) fn negotiate(socket: &Socket, export: &str, wants: Wants) -> Result<ExportInfo, ConnectError> {
+pub(crate) fn negotiate(socket: &Socket, export: &str, wants: Wants<'_>) -> Result<ExportInfo, ConnectError> {
     negotiate_before(socket, export, wants, Instant::now() + HANDSHAKE_TIMEOUT)
 }
 
 fn negotiate_before(
     socket: &Socket,
     export: &str,
-    wants: Wants,
+    wants: Wants<'_>,
     deadline: Instant,
 ) -> Result<ExportInfo, ConnectError> {
     if export.len() > EXPORT_NAME_MAX || export.contains('\0') {
@@ -155,12 +205,13 @@ fn negotiate_before(
         preferred_block: PREFERRED_BLOCK,
         maximum_payload: PAYLOAD_MAX,
         structured: false,
+        contexts: [None; CONTEXTS_MAX],
         base_allocation: None,
     };
     if haggling.fixed {
         info.structured = wants.structured && haggling.structured_replies()?;
-        if info.structured && wants.base_allocation {
-            info.base_allocation = haggling.base_allocation(export)?;
+        if info.structured && !wants.contexts.is_empty() {
+            haggling.contexts(export, wants.contexts, &mut info)?;
         }
         if haggling.go(export, &mut info)? {
             return Ok(info);
@@ -250,23 +301,38 @@ impl<'a> Haggling<'a> {
         Ok(self.ask_simply(STRUCTURED, wire::OPT_STRUCTURED_REPLY)?.is_none())
     }
 
-    fn base_allocation(&mut self, export: &str) -> Result<Option<u32>, ConnectError> {
-        let query = wire::BASE_ALLOCATION;
-        let (name_length, query_length) = (length32(export.len()), length32(query.len()));
-        let parts = [&name_length[..], export.as_bytes(), &length32(1), &query_length, query.as_bytes()];
-        let mut context = None;
-        let refusal = self.ask(CONTEXT, wire::OPT_SET_META_CONTEXT, &parts, &mut |reply, payload| {
+    /// Chooses the metadata contexts that the server has of those in `names`.
+    fn contexts(&mut self, export: &str, names: &[&str], info: &mut ExportInfo) -> Result<(), ConnectError> {
+        let usable = |name: &&str| (1..=EXPORT_NAME_MAX).contains(&name.len());
+        let names = &names[..names.len().min(CONTEXTS_MAX)];
+        let lengths: heapless::Vec<_, CONTEXTS_MAX> = names.iter().map(|name| length32(name.len())).collect();
+        let (name_length, count) =
+            (length32(export.len()), length32(names.iter().filter(|&name| usable(name)).count()));
+        let mut parts: heapless::Vec<&[u8], { 3 + 2 * CONTEXTS_MAX }> = heapless::Vec::new();
+        let queries = names.iter().zip(&lengths).filter(|(name, _)| usable(name));
+        parts.extend([&name_length[..], export.as_bytes(), &count]);
+        parts.extend(queries.flat_map(|(name, length)| [&length[..], name.as_bytes()]));
+        let mut chosen = [None; CONTEXTS_MAX];
+        let refusal = self.ask(CONTEXTS, wire::OPT_SET_META_CONTEXT, &parts, &mut |reply, payload| {
             let mut fields = Fields::new(payload);
-            match (reply, fields.u32(), fields.rest()) {
-                (wire::REP_META_CONTEXT, Some(id), name) if name == query.as_bytes() && context.is_none() => {
-                    context = Some(id);
+            let (wire::REP_META_CONTEXT, Some(number)) = (reply, fields.u32()) else {
+                return Err("an unexpected reply");
+            };
+            match names.iter().position(|name| name.as_bytes() == fields.rest()) {
+                _ if chosen.contains(&Some(number)) => Err("it chose one number for two metadata contexts"),
+                Some(place) if chosen[place].is_none() => {
+                    chosen[place] = Some(number);
                     Ok(())
                 }
-                (wire::REP_META_CONTEXT, ..) => Err("it chose a metadata context that was not asked for"),
-                _ => Err("an unexpected reply"),
+                _ => Err("it chose a metadata context that was not asked for"),
             }
         })?;
-        Ok(if refusal.is_none() { context } else { None })
+        if refusal.is_none() {
+            info.contexts = chosen;
+            let allocation = names.iter().position(|&name| name == wire::BASE_ALLOCATION);
+            info.base_allocation = allocation.filter(|&place| chosen[place].is_some());
+        }
+        Ok(())
     }
 
     /// Opens the export; `false` where the server does not know how.

@@ -226,6 +226,26 @@ pub const ASSUMED_RATE: u64 = 10 * MIB as u64;
 /// What a bandwidth budget lets through at once after a pause, as time at the set rate.
 pub const BUDGET_BURST: Duration = Duration::from_millis(50);
 
+// ---- the stream path ---------------------------------------------------------------------------------------------
+
+/// Most bytes of data in one frame of the stream path: a message waits for no more than one such frame to leave.
+pub const STREAM_BLOCK_MAX: usize = 64 * KIB;
+/// Most frames with blocks of one connection that are not acknowledged; the destination has room for as many.
+pub const STREAM_SLOTS: usize = 64;
+/// Bytes that may always be in flight, however slow the way is.
+pub const STREAM_WINDOW_MIN: usize = 2 * STREAM_BLOCK_MAX;
+/// Most bytes in flight on one connection.
+pub const STREAM_WINDOW_MAX: usize = STREAM_SLOTS * STREAM_BLOCK_MAX;
+/// Blocks wait no longer than about this in buffers on the way: a message that follows them would wait as long.
+pub const STREAM_QUEUE: Duration = Duration::from_millis(250);
+/// Receive buffer of one end of the stream path, in bytes, for heads and messages; blocks go past it.
+pub const STREAM_RECEIVE_BUFFER: usize = 4 * KIB;
+/// Most messages of one kind that wait for their reader.
+pub const STREAM_MESSAGES_MAX: usize = 256;
+
+const _: () = assert!(STREAM_SLOTS <= 128, "a slot's number is one byte");
+const _: () = assert!(STREAM_RECEIVE_BUFFER >= 64, "a head must fit");
+
 // ---- domain XML --------------------------------------------------------------------------------------------------
 
 /// Largest libvirt domain XML, in bytes; those of large guests have some ten thousand.

@@ -31,4 +31,5 @@ pub mod ready;
 pub mod serve;
 pub mod socket;
 pub mod standing;
+pub mod trunk;
 pub mod units;

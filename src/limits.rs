@@ -105,6 +105,17 @@ pub const CONNECTIONS_PER_DISK_MAX: usize = 8;
 pub const MINIMUM_BLOCK_MAX: u32 = 64 * 1024;
 /// Most requests of one client connection in flight.
 pub const WINDOW_MAX: usize = 64;
+/// Most metadata contexts that a client asks for on one connection.
+pub const CONTEXTS_MAX: usize = 4;
+/// Most parts that a client splits one request into to keep a server's maximum payload: half the window, so that two
+/// such requests are in flight.
+pub const PARTS_MAX: u32 = 32;
+/// Largest WRITE of zeroes that stands for a part of a WRITE_ZEROES which the server does not offer, in bytes.
+pub const ZERO_PART_MAX: u32 = 64 * 1024;
+/// Most exports that a client listens to when a server lists them.
+pub const EXPORT_LIST_MAX: usize = 4096;
+/// Most metadata contexts that a client listens to when a server lists them.
+pub const CONTEXT_LIST_MAX: usize = 1024;
 /// Receive buffer of one client connection, in bytes. Only a client that reads ever touches more than its first pages.
 pub const CLIENT_RECEIVE_BUFFER: usize = 320 * KIB;
 /// Send buffer of one client connection, in bytes: small requests gather there and leave together.
@@ -129,6 +140,9 @@ pub const SILENCE_MAX: Duration = Duration::from_secs(300);
 /// Longest wait to say goodbye.
 pub const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 
+const _: () = assert!(CONTEXTS_MAX <= 8, "a client keeps the contexts of a reply in 8 bits");
+const _: () = assert!(PARTS_MAX as usize <= WINDOW_MAX, "all parts of a request are in flight at once");
+const _: () = assert!(ZERO_PART_MAX >= MINIMUM_BLOCK_MAX, "zeroes are written in whole blocks");
 const _: () = assert!(WINDOW_MAX <= 64, "a client keeps its free slots in 64 bits");
 const _: () = assert!(
     WINDOW_MAX * (20 + ERROR_CHUNK_MAX) <= CLIENT_RECEIVE_BUFFER,
@@ -211,6 +225,26 @@ pub const SATURATED_MIN: u64 = 4 * MIB as u64;
 pub const ASSUMED_RATE: u64 = 10 * MIB as u64;
 /// What a bandwidth budget lets through at once after a pause, as time at the set rate.
 pub const BUDGET_BURST: Duration = Duration::from_millis(50);
+
+// ---- the stream path ---------------------------------------------------------------------------------------------
+
+/// Most bytes of data in one frame of the stream path: a message waits for no more than one such frame to leave.
+pub const STREAM_BLOCK_MAX: usize = 64 * KIB;
+/// Most frames with blocks of one connection that are not acknowledged; the destination has room for as many.
+pub const STREAM_SLOTS: usize = 64;
+/// Bytes that may always be in flight, however slow the way is.
+pub const STREAM_WINDOW_MIN: usize = 2 * STREAM_BLOCK_MAX;
+/// Most bytes in flight on one connection.
+pub const STREAM_WINDOW_MAX: usize = STREAM_SLOTS * STREAM_BLOCK_MAX;
+/// Blocks wait no longer than about this in buffers on the way: a message that follows them would wait as long.
+pub const STREAM_QUEUE: Duration = Duration::from_millis(250);
+/// Receive buffer of one end of the stream path, in bytes, for heads and messages; blocks go past it.
+pub const STREAM_RECEIVE_BUFFER: usize = 4 * KIB;
+/// Most messages of one kind that wait for their reader.
+pub const STREAM_MESSAGES_MAX: usize = 256;
+
+const _: () = assert!(STREAM_SLOTS <= 128, "a slot's number is one byte");
+const _: () = assert!(STREAM_RECEIVE_BUFFER >= 64, "a head must fit");
 
 // ---- domain XML --------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ mod lane;
 #[cfg(test)]
 mod model;
 mod runs;
+mod sink;
 #[cfg(test)]
 mod tests;
 
@@ -40,13 +41,13 @@ pub use budget::Budget;
 use checks::Checks;
 pub use checks::{Ask, Bell};
 use lane::{Flight, Lane, LaneEnd, Orders};
+pub use sink::Sink;
 
 use crate::digest::Verified;
 use crate::dirty::{DirtyMap, Outstanding};
 use crate::disk::Disk;
 use crate::export::{Export, Quiesced};
 use crate::limits::{LANE_LOOK, PASS_PERIOD, PAYLOAD_MAX, REGION_MAX};
-use crate::nbd::client::Client;
 
 /// The mirror of one disk.
 #[derive(Debug)]
@@ -410,10 +411,10 @@ impl Mirror {
 
     /// Runs one lane over an open connection until the mirror is stopped, the connection is lost, or the migration has
     /// failed; which of them it was is in the mirror's state.
-    pub fn run_lane(&self, client: &mut Client) {
+    pub fn run_lane(&self, sink: &mut Sink) {
         self.lock().lanes += 1;
         let mut lane = Lane::new(self);
-        let end = lane.run(client);
+        let end = lane.run(sink);
         let lost = lane.into_flights().map(|flight| Lost { flight, resent: Arc::clone(&self.resent) });
         let mut state = self.lock();
         state.lost.extend(lost);

@@ -1,8 +1,8 @@
 //! The phases of a migration on the source, in their order.
 //!
 //! [`run`] reads from top to bottom: prepare, perform, finish, one file each; beside them stands the one failure path,
-//! `abort`. Here is what they share: the [`Drive`] itself, and how it listens to the destination. Nothing here touches a
-//! data byte: it starts lanes, asks mirrors for counts, and speaks with the destination.
+//! `abort`. Here is what they share: the [`Drive`] itself, and how it listens to the destination. Nothing here touches
+//! a data byte: it starts lanes, asks mirrors for counts, and speaks with the destination.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -11,7 +11,7 @@ use super::wire::{Epoch, Prepared, export_name};
 use crate::address::Address;
 use crate::error::reason;
 use crate::limits::{CONNECT_TIMEOUT, CONNECTION_STACK, LANE_SILENCE_MAX};
-use crate::mirror::{Lost, Mirror};
+use crate::mirror::{Lost, Mirror, Sink};
 use crate::nbd::client::{Client, Wants};
 use crate::nbd::wire;
 use crate::socket::Socket;
@@ -91,13 +91,14 @@ impl Lanes {
     /// # Errors
     /// One line. What has been started runs and stays: the caller ends it and keeps what was in flight.
     pub(super) fn start(&mut self, mirrors: &[Arc<Mirror>], opened: Vec<Opened>) -> Result<(), String> {
-        opened.into_iter().try_for_each(|Opened { mirror, socket, mut client }| {
+        opened.into_iter().try_for_each(|Opened { mirror, socket, client }| {
             let mirror = mirrors.get(mirror).ok_or("a data connection for no disk")?;
             let runner = Arc::clone(mirror);
+            let mut sink = Sink::Nbd(Box::new(client));
             let thread = std::thread::Builder::new()
                 .name(format!("lane {}", mirror.name()))
                 .stack_size(CONNECTION_STACK)
-                .spawn(move || runner.run_lane(&mut client))
+                .spawn(move || runner.run_lane(&mut sink))
                 .map_err(|error| format!("no thread for a data connection: {error}"))?;
             self.lanes.push(Lane { mirror: Arc::clone(mirror), socket, thread: Some(thread) });
             Ok(())

@@ -5,13 +5,13 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::runs::Runs;
+use super::sink::Sink;
 use super::{Failure, Mirror};
 use crate::dirty::Region;
 use crate::disk::AlignedBuffer;
 use crate::error::reason;
 use crate::limits::{LANE_LOOK, LANE_REGIONS_MAX, LANE_SILENCE_MAX, REGION_MAX, REGION_REQUESTS_MAX, WINDOW_MAX};
-use crate::nbd::client::{Client, Event, Lost, Submitted};
-use crate::nbd::wire;
+use crate::nbd::client::{Event, Lost, Submitted};
 
 /// What a lane does next.
 pub(super) enum Orders {
@@ -76,17 +76,17 @@ impl<'a> Lane<'a> {
         self.flights.into_iter().flatten()
     }
 
-    pub(super) fn run(&mut self, client: &mut Client) -> LaneEnd {
+    pub(super) fn run(&mut self, sink: &mut Sink) -> LaneEnd {
         loop {
-            let room = self.flying < LANE_REGIONS_MAX && client.in_flight() + REGION_REQUESTS_MAX <= WINDOW_MAX;
+            let room = self.flying < LANE_REGIONS_MAX && sink.in_flight() + REGION_REQUESTS_MAX <= WINDOW_MAX;
             let done = match self.mirror.orders(room, self.flying > 0, self.flush.is_some()) {
                 Orders::Stop => return LaneEnd::Stopped,
-                Orders::Listen(time) => self.listen(client, time),
-                Orders::Flush(number) => self.send_flush(client, number),
+                Orders::Listen(time) => self.listen(sink, time),
+                Orders::Flush(number) => self.send_flush(sink, number),
                 Orders::Send(region, urgent) => self
-                    .spend(client, region.length(), urgent)
-                    .and_then(|()| self.send_region(client, region))
-                    .and_then(|()| self.listen(client, Duration::ZERO)),
+                    .spend(sink, region.length(), urgent)
+                    .and_then(|()| self.send_region(sink, region))
+                    .and_then(|()| self.listen(sink, Duration::ZERO)),
             };
             if let Err(end) = done {
                 return end;
@@ -95,7 +95,7 @@ impl<'a> Lane<'a> {
     }
 
     /// Waits for its share of the bandwidth, collecting replies meanwhile.
-    fn spend(&mut self, client: &mut Client, bytes: usize, urgent: bool) -> Result<(), LaneEnd> {
+    fn spend(&mut self, sink: &mut Sink, bytes: usize, urgent: bool) -> Result<(), LaneEnd> {
         while let Some(time) = self.mirror.budget.spend(bytes, urgent) {
             let (urgent, stop) = {
                 let state = self.mirror.lock();
@@ -107,16 +107,16 @@ impl<'a> Lane<'a> {
             if urgent {
                 break;
             }
-            if client.in_flight() == 0 {
+            if sink.in_flight() == 0 {
                 self.mirror.rest(time.min(LANE_LOOK));
             }
-            self.listen(client, time.min(LANE_LOOK))?;
+            self.listen(sink, time.min(LANE_LOOK))?;
         }
         Ok(())
     }
 
     /// D2, the mirror's side: the region was cleared when it was taken; now it is read, then sent.
-    fn send_region(&mut self, client: &mut Client, region: Region) -> Result<(), LaneEnd> {
+    fn send_region(&mut self, sink: &mut Sink, region: Region) -> Result<(), LaneEnd> {
         let (offset, length) = (region.offset(), region.length());
         let data = &mut self.buffer[..length];
         if let Err(error) = self.mirror.disk.read(data, offset) {
@@ -127,21 +127,20 @@ impl<'a> Lane<'a> {
         };
         let flight = self.flights[place].insert(Flight { region, requests: 0, data_bytes: 0 });
         self.flying += 1;
-        if client.in_flight() == 0 {
+        if sink.in_flight() == 0 {
             self.heard = Instant::now();
         }
-        let zeroes = client.info().has(wire::FLAG_SEND_WRITE_ZEROES);
+        let zeroes = sink.takes_zeroes();
         for run in Runs::new(&self.buffer[..length]) {
             let at = offset + run.start as u64;
             let cookie = (place * REGION_REQUESTS_MAX + flight.requests) as u64;
             flight.requests += 1;
             if run.zero && zeroes {
-                let bytes = u32::try_from(run.length).unwrap_or(u32::MAX);
-                taken(client.submit_write_zeroes(cookie, at, bytes, true, false))?;
+                taken(sink.write_zeroes(cookie, at, run.length))?;
                 self.mirror.zeroed.fetch_add(run.length as u64, Ordering::Relaxed);
             } else {
                 let bytes = &self.buffer[run.start..run.start + run.length];
-                taken(client.submit_write(cookie, at, bytes, false))?;
+                taken(sink.write(cookie, at, bytes))?;
                 self.mirror.sent.fetch_add(run.length as u64, Ordering::Relaxed);
                 flight.data_bytes += run.length as u64;
             }
@@ -149,16 +148,16 @@ impl<'a> Lane<'a> {
         Ok(())
     }
 
-    fn send_flush(&mut self, client: &mut Client, number: u64) -> Result<(), LaneEnd> {
-        if !client.info().has(wire::FLAG_SEND_FLUSH) {
+    fn send_flush(&mut self, sink: &mut Sink, number: u64) -> Result<(), LaneEnd> {
+        if !sink.takes_flush() {
             self.flushed(number, Duration::ZERO);
             return Ok(());
         }
-        if client.in_flight() == 0 {
+        if sink.in_flight() == 0 {
             self.heard = Instant::now();
         }
         self.flush = Some((number, Instant::now()));
-        taken(client.submit_flush(FLUSH_COOKIE))
+        taken(sink.flush(FLUSH_COOKIE))
     }
 
     fn flushed(&self, number: u64, took: Duration) {
@@ -170,12 +169,12 @@ impl<'a> Lane<'a> {
     }
 
     /// Takes in the replies that come within `time`.
-    fn listen(&mut self, client: &mut Client, time: Duration) -> Result<(), LaneEnd> {
+    fn listen(&mut self, sink: &mut Sink, time: Duration) -> Result<(), LaneEnd> {
         let mut failed = None;
         let (flights, flush, mirror) = (&mut self.flights, &mut self.flush, self.mirror);
         let mut landed = 0;
         let mut flushed = None;
-        let answers = client.wait(Some(time), &mut |event| {
+        let answers = sink.wait(time, &mut |event| {
             let Event::Done { cookie, result } = event else { return };
             if cookie == FLUSH_COOKIE {
                 match (result, flush.take()) {
@@ -204,7 +203,7 @@ impl<'a> Lane<'a> {
         });
         self.flying -= landed;
         let answers = answers.map_err(|lost| lost_lane(&lost))?;
-        if client.in_flight() == 0 && client.has_hung_up() {
+        if sink.in_flight() == 0 && sink.has_hung_up() {
             return Err(LaneEnd::Lost("the destination has closed the connection".to_owned()));
         }
         if let Some(failure) = failed {
@@ -213,7 +212,7 @@ impl<'a> Lane<'a> {
         if let Some((number, took)) = flushed {
             self.flushed(number, took);
         }
-        if answers > 0 || client.in_flight() == 0 {
+        if answers > 0 || sink.in_flight() == 0 {
             self.heard = Instant::now();
         } else if self.heard.elapsed() > LANE_SILENCE_MAX {
             return Err(LaneEnd::Lost(format!("no answer for {} s", LANE_SILENCE_MAX.as_secs())));

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
-use super::{Budget, Mirror, NotReady, Plan};
+use super::{Budget, Mirror, NotReady, Plan, Sink};
 use crate::disk::{Cache, Disk};
 use crate::export::{Door, Export, Gate, Patience, Visit, quiesce};
 use crate::nbd::client::{Client, Wants};
@@ -56,8 +56,8 @@ fn lane(mirror: &Arc<Mirror>, export: &Arc<Export>) -> (Arc<Socket>, [JoinHandle
     });
     let (runner, socket) = (Arc::clone(mirror), Arc::clone(&ours));
     let copied = thread::spawn(move || {
-        if let Ok(mut client) = Client::connect(ours, "vda", Wants::default()) {
-            runner.run_lane(&mut client);
+        if let Ok(client) = Client::connect(ours, "vda", Wants::default()) {
+            runner.run_lane(&mut Sink::Nbd(Box::new(client)));
         }
     });
     (socket, [served, copied])

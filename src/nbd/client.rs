@@ -4,6 +4,12 @@
 //! buffer; a large WRITE leaves from the caller's buffer, together with what has gathered, in one system call. Nothing
 //! is allocated after [`Client::connect`].
 //!
+//! **What servers lack.** A READ, WRITE or WRITE_ZEROES of up to [`ExportInfo::request_max`] or
+//! [`ExportInfo::zeroes_max`] bytes is one request to the caller, with one answer: it is split where the server's
+//! maximum payload is smaller, and zeroes travel as data where WRITE_ZEROES is not offered. What cannot be made up for
+//! the caller must ask about: [`ExportInfo::has`] (FLUSH, FUA, TRIM, FAST_ZERO), [`ExportInfo::connections`]. The
+//! simple calls in `client_calls.rs` also keep the minimum block, and take ranges of any length.
+//!
 //! **Why this cannot deadlock.** A server may stop reading until its replies are read; a client that only sends while
 //! it has a payload half out then waits for ever. So a send that would block polls both directions and receives
 //! meanwhile. What it receives must fit the receive buffer, because nobody takes events in the middle of a payload.
@@ -19,8 +25,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::cause::Cause;
-use crate::limits::{CLIENT_RECEIVE_BUFFER, GOODBYE_TIMEOUT, SEND_BUFFER, SEND_COPY_MAX, SILENCE_MAX};
-pub use crate::nbd::client_calls::RequestError;
+use crate::limits::{CLIENT_RECEIVE_BUFFER, GOODBYE_TIMEOUT, SEND_BUFFER, SEND_COPY_MAX, SILENCE_MAX, WINDOW_MAX};
+pub use crate::nbd::client_ask::{Described, Questions};
+pub use crate::nbd::client_calls::{Extent, RequestError};
 use crate::nbd::client_handshake::negotiate;
 pub use crate::nbd::client_handshake::{
     ConnectError, ExportInfo, PhasesAnswer, Wants, offer_phases, offer_phases_before,
@@ -43,6 +50,10 @@ pub struct Client {
     receive: Box<[u8]>,
     start: usize,
     end: usize,
+    /// What is written where WRITE_ZEROES is not offered; else nothing.
+    zeroes: Box<[u8]>,
+    /// One minimum block, for the simple calls that change a part of it.
+    pub(super) block: Vec<u8>,
     pub(super) silence_max: Duration,
     lost: Option<Lost>,
 }
@@ -75,6 +86,13 @@ impl fmt::Display for Lost {
 
 impl std::error::Error for Lost {}
 
+/// What follows a request.
+enum Payload<'a> {
+    Bytes(&'a [u8]),
+    /// As many zeroes as the request is long.
+    Zeroes,
+}
+
 const SENDING: &str = "sending to the server";
 const RECEIVING: &str = "receiving from the server";
 
@@ -83,7 +101,7 @@ impl Client {
     ///
     /// # Errors
     /// Why not; then the socket is shut down.
-    pub fn connect(socket: Arc<Socket>, export: &str, wants: Wants) -> Result<Self, ConnectError> {
+    pub fn connect(socket: Arc<Socket>, export: &str, wants: Wants<'_>) -> Result<Self, ConnectError> {
         let info = match negotiate(&socket, export, wants) {
             Ok(info) => info,
             Err(error) => {
@@ -91,15 +109,18 @@ impl Client {
                 return Err(error);
             }
         };
+        let written = if info.has(wire::FLAG_SEND_WRITE_ZEROES) { 0 } else { info.zero_part() as usize };
         Ok(Self {
             socket,
             info,
-            replies: Replies::new(info.structured, info.base_allocation),
+            replies: Replies::new(info.structured, info.contexts),
             send: Vec::with_capacity(SEND_BUFFER),
             sent: 0,
             receive: vec![0; CLIENT_RECEIVE_BUFFER].into(),
             start: 0,
             end: 0,
+            zeroes: vec![0; written].into(),
+            block: Vec::with_capacity(info.minimum_block as usize),
             silence_max: SILENCE_MAX,
             lost: None,
         })
@@ -131,17 +152,18 @@ impl Client {
 
     // ---- submitting ----------------------------------------------------------------------------------------------
     //
-    // Ranges must lie within the export, keep its size constraints, and use only what its transmission flags offer.
+    // Ranges must lie within the export, keep its minimum block, and use only what its transmission flags offer.
 
-    /// Asks for `length` bytes at `offset`, at most [`ExportInfo::maximum_payload`].
+    /// Asks for `length` bytes at `offset`, at most [`ExportInfo::request_max`].
     ///
     /// # Errors
     /// The connection is dead.
     pub fn submit_read(&mut self, cookie: u64, offset: u64, length: u32) -> Result<Submitted, Lost> {
-        self.submit(Request { flags: 0, command: wire::CMD_READ, cookie, offset, length }, &[])
+        let request = Request { flags: 0, command: wire::CMD_READ, cookie, offset, length };
+        self.submit(request, &Payload::Bytes(&[]), self.info.maximum_payload)
     }
 
-    /// Writes `bytes` at `offset`, at most [`ExportInfo::maximum_payload`]; with `fua`, durable when answered. The
+    /// Writes `bytes` at `offset`, at most [`ExportInfo::request_max`]; with `fua`, durable when answered. The
     /// bytes have left or are copied when this returns.
     ///
     /// # Errors
@@ -149,12 +171,12 @@ impl Client {
     pub fn submit_write(&mut self, cookie: u64, offset: u64, bytes: &[u8], fua: bool) -> Result<Submitted, Lost> {
         let flags = if fua { wire::CMD_FLAG_FUA } else { 0 };
         let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-        debug_assert!(length <= self.info.maximum_payload, "a WRITE of {length} bytes");
-        self.submit(Request { flags, command: wire::CMD_WRITE, cookie, offset, length }, bytes)
+        let request = Request { flags, command: wire::CMD_WRITE, cookie, offset, length };
+        self.submit(request, &Payload::Bytes(bytes), self.info.maximum_payload)
     }
 
-    /// Makes a range read as zero; with `may_punch_hole`, the server may free its space. With `fast`, a server that
-    /// would have to write answers `ENOTSUP` instead.
+    /// Makes a range of at most [`ExportInfo::zeroes_max`] bytes read as zero; with `may_punch_hole`, the server may
+    /// free its space. With `fast`, a server that would have to write answers `ENOTSUP` instead.
     ///
     /// # Errors
     /// The connection is dead.
@@ -166,9 +188,14 @@ impl Client {
         may_punch_hole: bool,
         fast: bool,
     ) -> Result<Submitted, Lost> {
+        if !self.info.has(wire::FLAG_SEND_WRITE_ZEROES) {
+            debug_assert!(!fast, "FAST_ZERO is not offered");
+            let request = Request { flags: 0, command: wire::CMD_WRITE, cookie, offset, length };
+            return self.submit(request, &Payload::Zeroes, self.info.zero_part());
+        }
         let flags = if may_punch_hole { 0 } else { wire::CMD_FLAG_NO_HOLE };
         let flags = if fast { flags | wire::CMD_FLAG_FAST_ZERO } else { flags };
-        self.submit(Request { flags, command: wire::CMD_WRITE_ZEROES, cookie, offset, length }, &[])
+        self.submit_bare(Request { flags, command: wire::CMD_WRITE_ZEROES, cookie, offset, length })
     }
 
     /// Says that a range is no longer needed.
@@ -176,7 +203,7 @@ impl Client {
     /// # Errors
     /// The connection is dead.
     pub fn submit_trim(&mut self, cookie: u64, offset: u64, length: u32) -> Result<Submitted, Lost> {
-        self.submit(Request { flags: 0, command: wire::CMD_TRIM, cookie, offset, length }, &[])
+        self.submit_bare(Request { flags: 0, command: wire::CMD_TRIM, cookie, offset, length })
     }
 
     /// Makes all writes durable that are answered already.
@@ -184,15 +211,15 @@ impl Client {
     /// # Errors
     /// The connection is dead.
     pub fn submit_flush(&mut self, cookie: u64) -> Result<Submitted, Lost> {
-        self.submit(Request { flags: 0, command: wire::CMD_FLUSH, cookie, offset: 0, length: 0 }, &[])
+        self.submit_bare(Request { flags: 0, command: wire::CMD_FLUSH, cookie, offset: 0, length: 0 })
     }
 
-    /// Asks for the extents of a range. The answer may end before the range does.
+    /// Asks for the extents of a range, in all contexts that were agreed on. The answer may end before the range does.
     ///
     /// # Errors
     /// The connection is dead.
     pub fn submit_block_status(&mut self, cookie: u64, offset: u64, length: u32) -> Result<Submitted, Lost> {
-        self.submit(Request { flags: 0, command: wire::CMD_BLOCK_STATUS, cookie, offset, length }, &[])
+        self.submit_bare(Request { flags: 0, command: wire::CMD_BLOCK_STATUS, cookie, offset, length })
     }
 
     /// Sends what has gathered, as far as the server takes it at once.
@@ -204,22 +231,50 @@ impl Client {
         self.send_some(&[]).map(|_| ())
     }
 
-    fn submit(&mut self, request: Request, payload: &[u8]) -> Result<Submitted, Lost> {
+    /// Submits a request without a payload, whose length no constraint bounds.
+    fn submit_bare(&mut self, request: Request) -> Result<Submitted, Lost> {
+        self.submit(request, &Payload::Bytes(&[]), u32::MAX)
+    }
+
+    /// Submits a request, in parts where it is longer than `longest`. Either all of them are taken or none.
+    fn submit(&mut self, request: Request, payload: &Payload<'_>, longest: u32) -> Result<Submitted, Lost> {
         self.alive()?;
-        let copied = if payload.len() <= SEND_COPY_MAX { payload } else { &[] };
-        let leaves = copied.len() < payload.len();
-        let fits = self.has_room(wire::REQUEST_LENGTH + copied.len())?;
-        if (leaves || !fits) && self.replies.expects_data() {
+        let parts = request.length.div_ceil(longest).max(1) as usize;
+        if parts > WINDOW_MAX {
+            return Err(self.lose(SENDING, format_args!("a request of {} bytes is too long to split", request.length)));
+        }
+        let copied: &[u8] = match payload {
+            Payload::Bytes(bytes) if bytes.len() <= SEND_COPY_MAX && parts == 1 => bytes,
+            _ => &[],
+        };
+        let leaves = copied.is_empty() && request.command == wire::CMD_WRITE;
+        let fits = self.has_room(parts * wire::REQUEST_LENGTH + copied.len())?;
+        if self.replies.room() < parts || (leaves || !fits) && self.replies.expects_data() {
             return Ok(Submitted::WaitFirst);
         }
-        let Some(cookie) = self.replies.enter(&request) else { return Ok(Submitted::WaitFirst) };
         if !fits {
             self.send_all(&[])?;
         }
-        self.send.extend_from_slice(&Request { cookie, ..request }.encode());
-        self.send.extend_from_slice(copied);
-        if leaves {
-            self.send_all(payload)?;
+        let (mut lead, mut at) = (None, 0);
+        for _ in 0..parts {
+            let length = (request.length - at).min(longest);
+            let part = Request { offset: request.offset + u64::from(at), length, ..request };
+            let Some((cookie, slot)) = self.replies.enter(&part, lead) else { return Ok(Submitted::WaitFirst) };
+            lead.get_or_insert(slot);
+            self.send.extend_from_slice(&Request { cookie, ..part }.encode());
+            self.send.extend_from_slice(copied);
+            let (start, end) = (at as usize, (at + length) as usize);
+            match payload {
+                _ if !leaves => {}
+                Payload::Bytes(bytes) => self.send_all(&bytes[start..end])?,
+                Payload::Zeroes => {
+                    let zeroes = std::mem::take(&mut self.zeroes);
+                    let sent = self.send_all(&zeroes[..end - start]);
+                    self.zeroes = zeroes;
+                    sent?;
+                }
+            }
+            at += length;
         }
         Ok(Submitted::Taken)
     }

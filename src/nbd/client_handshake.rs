@@ -12,19 +12,25 @@ use std::time::Instant;
 
 use crate::cause::Cause;
 use crate::limits::{
-    EXPORT_NAME_MAX, HANDSHAKE_TIMEOUT, MINIMUM_BLOCK_MAX, OPTION_PAYLOAD_MAX, OPTION_REPLIES_MAX, PAYLOAD_MAX,
-    PREFERRED_BLOCK,
+    CONTEXT_LIST_MAX, CONTEXTS_MAX, EXPORT_NAME_MAX, HANDSHAKE_TIMEOUT, MINIMUM_BLOCK_MAX, OPTION_PAYLOAD_MAX,
+    OPTION_REPLIES_MAX, PARTS_MAX, PAYLOAD_MAX, PREFERRED_BLOCK, ZERO_PART_MAX,
 };
 use crate::nbd::wire::{self, Fields, Greeting, OptionHead, OptionReply};
 use crate::socket::Socket;
 
 /// What a client would like to use; a server that does not know it is no error.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Wants {
+pub struct Wants<'a> {
     /// Structured replies: reads that fail late, and holes, are told.
     pub structured: bool,
-    /// Block status with `base:allocation`; needs `structured`.
-    pub base_allocation: bool,
+    /// Block status with these metadata contexts, by their full names: `base:allocation`, `qemu:dirty-bitmap:NAME`,
+    /// `qemu:allocation-depth` and whatever else a server may have; at most [`CONTEXTS_MAX`]. Needs `structured`.
+    pub contexts: &'a [&'a str],
+}
+
+impl Wants<'_> {
+    /// What a client wants that reads and follows extents.
+    pub const READING: Wants<'static> = Wants { structured: true, contexts: &[wire::BASE_ALLOCATION] };
 }
 
 /// What the server said about the export, and what was agreed on.
@@ -43,15 +49,73 @@ pub struct ExportInfo {
     pub maximum_payload: u32,
     /// Whether structured replies were agreed on.
     pub structured: bool,
-    /// The number of `base:allocation` in block status replies, if it was agreed on.
-    pub base_allocation: Option<u32>,
+    /// The server's numbers for the contexts of [`Wants::contexts`], in that order; `None` where it has no such one.
+    pub contexts: [Option<u32>; CONTEXTS_MAX],
+    /// The place of `base:allocation` among them, if it was agreed on.
+    pub base_allocation: Option<usize>,
 }
 
 impl ExportInfo {
+    /// What a client assumes before a server has said anything.
+    pub(super) fn unknown() -> Self {
+        Self {
+            size: 0,
+            transmission_flags: 0,
+            minimum_block: 512,
+            preferred_block: PREFERRED_BLOCK,
+            maximum_payload: PAYLOAD_MAX,
+            structured: false,
+            contexts: [None; CONTEXTS_MAX],
+            base_allocation: None,
+        }
+    }
+
     /// Whether the server set all of `flags`.
     #[must_use]
     pub fn has(&self, flags: u16) -> bool {
         self.transmission_flags & flags == flags
+    }
+
+    /// How many connections may be open at once to an export that is written: as many as `wanted`, or one where the
+    /// server does not say that a flush on one covers what was answered on the others.
+    #[must_use]
+    pub fn connections(&self, wanted: usize) -> usize {
+        if self.has(wire::FLAG_CAN_MULTI_CONN) { wanted } else { wanted.min(1) }
+    }
+
+    /// Longest READ or WRITE that can be submitted at once, in bytes: a multiple of the minimum block. What is longer
+    /// than the server's maximum payload is split on its way.
+    #[must_use]
+    pub fn request_max(&self) -> u32 {
+        let longest = self.maximum_payload.saturating_mul(PARTS_MAX);
+        longest.min(PAYLOAD_MAX - PAYLOAD_MAX % self.minimum_block)
+    }
+
+    /// Longest WRITE_ZEROES that can be submitted at once, in bytes: a multiple of the minimum block.
+    #[must_use]
+    pub fn zeroes_max(&self) -> u32 {
+        if self.has(wire::FLAG_SEND_WRITE_ZEROES) {
+            u32::MAX - u32::MAX % self.minimum_block
+        } else {
+            self.zero_part().saturating_mul(PARTS_MAX)
+        }
+    }
+
+    /// How many places of the window a READ or WRITE of `length` bytes takes.
+    #[must_use]
+    pub fn parts(&self, length: u32) -> usize {
+        length.div_ceil(self.maximum_payload).max(1) as usize
+    }
+
+    /// Longest WRITE of zeroes that stands for a part of a WRITE_ZEROES.
+    pub(super) fn zero_part(&self) -> u32 {
+        self.maximum_payload.min(ZERO_PART_MAX)
+    }
+
+    /// The whole minimum blocks around a range, as far as the export goes.
+    pub(super) fn blocks_around(&self, offset: u64, end: u64) -> (u64, u64) {
+        let block = u64::from(self.minimum_block);
+        (offset - offset % block, end.checked_next_multiple_of(block).unwrap_or(end).min(self.size.max(end)))
     }
 }
 
@@ -128,39 +192,31 @@ impl std::error::Error for ConnectError {}
 
 const GREETING: &str = "greeting the server";
 const STRUCTURED: &str = "asking for structured replies";
-const CONTEXT: &str = "asking for base:allocation";
+const CONTEXTS: &str = "asking for metadata contexts";
 const OPENING: &str = "opening the export";
 const OPENING_OLD: &str = "opening the export by name";
 const PHASES: &str = "asking for the phase protocol";
 
 /// Leads the handshake up to transmission.
-pub(crate) fn negotiate(socket: &Socket, export: &str, wants: Wants) -> Result<ExportInfo, ConnectError> {
+pub(crate) fn negotiate(socket: &Socket, export: &str, wants: Wants<'_>) -> Result<ExportInfo, ConnectError> {
     negotiate_before(socket, export, wants, Instant::now() + HANDSHAKE_TIMEOUT)
 }
 
 fn negotiate_before(
     socket: &Socket,
     export: &str,
-    wants: Wants,
+    wants: Wants<'_>,
     deadline: Instant,
 ) -> Result<ExportInfo, ConnectError> {
     if export.len() > EXPORT_NAME_MAX || export.contains('\0') {
         return Err(ConnectError::Name);
     }
     let mut haggling = Haggling::greet(socket, deadline)?;
-    let mut info = ExportInfo {
-        size: 0,
-        transmission_flags: 0,
-        minimum_block: 512,
-        preferred_block: PREFERRED_BLOCK,
-        maximum_payload: PAYLOAD_MAX,
-        structured: false,
-        base_allocation: None,
-    };
+    let mut info = ExportInfo::unknown();
     if haggling.fixed {
         info.structured = wants.structured && haggling.structured_replies()?;
-        if info.structured && wants.base_allocation {
-            info.base_allocation = haggling.base_allocation(export)?;
+        if info.structured && !wants.contexts.is_empty() {
+            haggling.contexts(export, wants.contexts, &mut info)?;
         }
         if haggling.go(export, &mut info)? {
             return Ok(info);
@@ -197,10 +253,10 @@ pub fn offer_phases_before(socket: &Socket, deadline: Instant) -> Result<PhasesA
 }
 
 /// A handshake under way.
-struct Haggling<'a> {
+pub(super) struct Haggling<'a> {
     socket: &'a Socket,
     deadline: Instant,
-    fixed: bool,
+    pub(super) fixed: bool,
     no_zeroes: bool,
     /// What leaves with the next option: at first the client flags.
     out: Vec<u8>,
@@ -208,16 +264,19 @@ struct Haggling<'a> {
 }
 
 /// Takes an option's reply and its data, or says what is wrong with them.
-type Take<'a> = &'a mut dyn FnMut(u32, &[u8]) -> Result<(), &'static str>;
+pub(super) type Take<'a> = &'a mut dyn FnMut(u32, &[u8]) -> Result<(), &'static str>;
+
+/// Takes a kind of information and its data, or says what is wrong with it.
+pub(super) type TakeInfo<'a> = &'a mut dyn FnMut(u16, &[u8]) -> Result<(), &'static str>;
 
 /// The refusal of an option.
-struct Refusal {
-    reply: u32,
-    text: Cause,
+pub(super) struct Refusal {
+    pub(super) reply: u32,
+    pub(super) text: Cause,
 }
 
 impl<'a> Haggling<'a> {
-    fn greet(socket: &'a Socket, deadline: Instant) -> Result<Self, ConnectError> {
+    pub(super) fn greet(socket: &'a Socket, deadline: Instant) -> Result<Self, ConnectError> {
         let mut haggling = Self {
             socket,
             deadline,
@@ -246,35 +305,85 @@ impl<'a> Haggling<'a> {
         Ok(haggling)
     }
 
-    fn structured_replies(&mut self) -> Result<bool, ConnectError> {
+    pub(super) fn structured_replies(&mut self) -> Result<bool, ConnectError> {
         Ok(self.ask_simply(STRUCTURED, wire::OPT_STRUCTURED_REPLY)?.is_none())
     }
 
-    fn base_allocation(&mut self, export: &str) -> Result<Option<u32>, ConnectError> {
-        let query = wire::BASE_ALLOCATION;
-        let (name_length, query_length) = (length32(export.len()), length32(query.len()));
-        let parts = [&name_length[..], export.as_bytes(), &length32(1), &query_length, query.as_bytes()];
-        let mut context = None;
-        let refusal = self.ask(CONTEXT, wire::OPT_SET_META_CONTEXT, &parts, &mut |reply, payload| {
-            let mut fields = Fields::new(payload);
-            match (reply, fields.u32(), fields.rest()) {
-                (wire::REP_META_CONTEXT, Some(id), name) if name == query.as_bytes() && context.is_none() => {
-                    context = Some(id);
-                    Ok(())
+    /// Chooses the metadata contexts that the server has of those in `names`.
+    fn contexts(&mut self, export: &str, names: &[&str], info: &mut ExportInfo) -> Result<(), ConnectError> {
+        let names = &names[..names.len().min(CONTEXTS_MAX)];
+        let mut chosen = [None; CONTEXTS_MAX];
+        let refusal =
+            self.ask_contexts(CONTEXTS, wire::OPT_SET_META_CONTEXT, export, names, &mut |reply, payload| {
+                let mut fields = Fields::new(payload);
+                let (wire::REP_META_CONTEXT, Some(number)) = (reply, fields.u32()) else {
+                    return Err("an unexpected reply");
+                };
+                match names.iter().position(|name| name.as_bytes() == fields.rest()) {
+                    _ if chosen.contains(&Some(number)) => Err("it chose one number for two metadata contexts"),
+                    Some(place) if chosen[place].is_none() => {
+                        chosen[place] = Some(number);
+                        Ok(())
+                    }
+                    _ => Err("it chose a metadata context that was not asked for"),
                 }
-                (wire::REP_META_CONTEXT, ..) => Err("it chose a metadata context that was not asked for"),
-                _ => Err("an unexpected reply"),
-            }
-        })?;
-        Ok(if refusal.is_none() { context } else { None })
+            })?;
+        if refusal.is_none() {
+            info.contexts = chosen;
+            let allocation = names.iter().position(|&name| name == wire::BASE_ALLOCATION);
+            info.base_allocation = allocation.filter(|&place| chosen[place].is_some());
+        }
+        Ok(())
+    }
+
+    /// Sends an option that queries metadata contexts; those that cannot be a name are left out.
+    pub(super) fn ask_contexts(
+        &mut self,
+        operation: &'static str,
+        option: u32,
+        export: &str,
+        queries: &[&str],
+        take: Take<'_>,
+    ) -> Result<Option<Refusal>, ConnectError> {
+        let usable = |name: &&&str| (1..=EXPORT_NAME_MAX).contains(&name.len());
+        let queries: heapless::Vec<&str, CONTEXTS_MAX> =
+            queries.iter().filter(usable).copied().take(CONTEXTS_MAX).collect();
+        let lengths: heapless::Vec<_, CONTEXTS_MAX> = queries.iter().map(|name| length32(name.len())).collect();
+        let (name_length, count) = (length32(export.len()), length32(queries.len()));
+        let mut parts: heapless::Vec<&[u8], { 3 + 2 * CONTEXTS_MAX }> = heapless::Vec::new();
+        parts.extend([&name_length[..], export.as_bytes(), &count]);
+        parts.extend(queries.iter().zip(&lengths).flat_map(|(name, length)| [&length[..], name.as_bytes()]));
+        self.ask(operation, option, &parts, CONTEXT_LIST_MAX, take)
     }
 
     /// Opens the export; `false` where the server does not know how.
     fn go(&mut self, export: &str, info: &mut ExportInfo) -> Result<bool, ConnectError> {
-        let request = [1_u16.to_be_bytes(), wire::INFO_BLOCK_SIZE.to_be_bytes()].concat();
-        let parts = [&length32(export.len())[..], export.as_bytes(), &request];
+        let asked = [wire::INFO_BLOCK_SIZE];
+        match self.inform(OPENING, wire::OPT_GO, export, &asked, info, &mut |_, _| Ok(()))? {
+            None => Ok(true),
+            Some(Refusal { reply: wire::REP_ERR_UNSUP, .. }) => Ok(false),
+            Some(Refusal { reply, text }) => {
+                self.say_goodbye();
+                Err(ConnectError::Refused { operation: OPENING, reply, text })
+            }
+        }
+    }
+
+    /// Sends INFO or GO, asking for the information in `asked`; what `info` has no place for goes to `other`.
+    pub(super) fn inform(
+        &mut self,
+        operation: &'static str,
+        option: u32,
+        export: &str,
+        asked: &[u16],
+        info: &mut ExportInfo,
+        other: TakeInfo<'_>,
+    ) -> Result<Option<Refusal>, ConnectError> {
+        let count = u16::try_from(asked.len()).unwrap_or(u16::MAX).to_be_bytes();
+        let kinds: heapless::Vec<u8, 16> = asked.iter().flat_map(|kind| kind.to_be_bytes()).collect();
+        let parts = [&length32(export.len())[..], export.as_bytes(), &count, &kinds];
         let mut told = false;
-        let refusal = self.ask(OPENING, wire::OPT_GO, &parts, &mut |reply, payload| {
+        let refusal = self.ask(operation, option, &parts, OPTION_REPLIES_MAX, &mut |reply, payload| {
             let mut fields = Fields::new(payload);
             match (reply, fields.u16()) {
                 (wire::REP_INFO, Some(wire::INFO_EXPORT)) => {
@@ -282,19 +391,14 @@ impl<'a> Haggling<'a> {
                     export_fields(fields, info)
                 }
                 (wire::REP_INFO, Some(wire::INFO_BLOCK_SIZE)) => block_size_fields(fields, info),
-                (wire::REP_INFO, Some(_)) => Ok(()),
+                (wire::REP_INFO, Some(kind)) => other(kind, fields.rest()),
                 _ => Err("an unexpected reply"),
             }
         })?;
-        match refusal {
-            None if told => Ok(true),
-            None => Err(ConnectError::Protocol(OPENING, Cause::new("no size was told"))),
-            Some(Refusal { reply: wire::REP_ERR_UNSUP, .. }) => Ok(false),
-            Some(Refusal { reply, text }) => {
-                self.say_goodbye();
-                Err(ConnectError::Refused { operation: OPENING, reply, text })
-            }
+        if refusal.is_none() && !told {
+            return Err(ConnectError::Protocol(operation, Cause::new("no size was told")));
         }
+        Ok(refusal)
     }
 
     fn export_name(&mut self, export: &str, info: &mut ExportInfo) -> Result<(), ConnectError> {
@@ -309,20 +413,21 @@ impl<'a> Haggling<'a> {
 
     /// Sends an option without data that is answered with one reply.
     fn ask_simply(&mut self, operation: &'static str, option: u32) -> Result<Option<Refusal>, ConnectError> {
-        self.ask(operation, option, &[], &mut |_, _| Err("an unexpected reply"))
+        self.ask(operation, option, &[], OPTION_REPLIES_MAX, &mut |_, _| Err("an unexpected reply"))
     }
 
-    /// Sends an option, gives each reply with data to `take` and returns the last one if it is a refusal.
-    fn ask(
+    /// Sends an option, gives each reply with data, at most `most`, to `take` and returns the last one if it is a refusal.
+    pub(super) fn ask(
         &mut self,
         operation: &'static str,
         option: u32,
         parts: &[&[u8]],
+        most: usize,
         take: Take<'_>,
     ) -> Result<Option<Refusal>, ConnectError> {
         self.send(operation, option, parts)?;
         let broken = |cause: &'static str| ConnectError::Protocol(operation, Cause::new(cause));
-        for _ in 0..OPTION_REPLIES_MAX {
+        for _ in 0..most {
             let mut head = [0; wire::OPTION_REPLY_LENGTH];
             self.receive(operation, &mut head)?;
             let head = OptionReply::parse(&head).ok_or_else(|| broken("no reply to an option"))?;
@@ -359,7 +464,7 @@ impl<'a> Haggling<'a> {
     }
 
     /// Ends the handshake as the specification wants it, as far as it can be done without waiting.
-    fn say_goodbye(&mut self) {
+    pub(super) fn say_goodbye(&mut self) {
         let head = OptionHead { option: wire::OPT_ABORT, length: 0 }.encode();
         let _ = self.socket.send_nowait(&head, &[]);
     }

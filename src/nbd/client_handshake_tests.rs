@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
-const ALL: Wants = Wants { structured: true, base_allocation: true };
+const ALL: Wants<'_> = Wants::READING;
 
 /// A scripted server's end.
 struct Server(UnixStream);
@@ -116,7 +116,8 @@ fn server_with_everything() {
         preferred_block: 65536,
         maximum_payload: PAYLOAD_MAX,
         structured: true,
-        base_allocation: Some(0x2a),
+        contexts: [Some(0x2a), None, None, None],
+        base_allocation: Some(0),
     };
     assert_eq!(told.unwrap(), expected);
 }
@@ -187,6 +188,54 @@ fn server_closes_instead_of_saying_that_it_has_no_such_export() {
     });
     let text = told.unwrap_err().to_string();
     assert_eq!(text, "opening the export by name: the server closed: it has no such export");
+}
+
+#[test]
+fn server_has_some_of_the_contexts() {
+    let names = ["qemu:dirty-bitmap:b0", "", "qemu:allocation-depth", wire::BASE_ALLOCATION, "a:fifth"];
+    let wants = Wants { structured: true, contexts: &names };
+    let script = |mut server: Server| {
+        server.greet(3);
+        server.answer(wire::OPT_STRUCTURED_REPLY, wire::REP_ACK, &[]);
+        let (option, data) = server.option();
+        assert_eq!(option, wire::OPT_SET_META_CONTEXT);
+        let mut expected = b"\0\0\0\x04disk\0\0\0\x03".to_vec();
+        for name in ["qemu:dirty-bitmap:b0", "qemu:allocation-depth", wire::BASE_ALLOCATION] {
+            expected.extend_from_slice(&u32::try_from(name.len()).unwrap().to_be_bytes());
+            expected.extend_from_slice(name.as_bytes());
+        }
+        assert_eq!(data, expected);
+        server.reply(option, wire::REP_META_CONTEXT, b"\0\0\0\0base:allocation");
+        server.reply(option, wire::REP_META_CONTEXT, b"\0\0\0\x02qemu:dirty-bitmap:b0");
+        server.reply(option, wire::REP_ACK, &[]);
+        server.option();
+        info(&mut server, &wire::info_export(8192, 1));
+        ack(&mut server);
+    };
+    let told = with(script, |socket| negotiate(socket, "disk", wants)).unwrap();
+    assert_eq!(told.contexts, [Some(2), None, None, Some(0)]);
+    assert_eq!(told.base_allocation, Some(3));
+}
+
+#[test]
+fn what_a_server_lacks_is_told() {
+    let info = ExportInfo {
+        size: 1 << 20,
+        transmission_flags: 0,
+        minimum_block: 512,
+        preferred_block: 4096,
+        maximum_payload: 3 * 512,
+        structured: false,
+        contexts: [None; CONTEXTS_MAX],
+        base_allocation: None,
+    };
+    assert_eq!((info.connections(4), info.request_max(), info.zeroes_max()), (1, 32 * 1536, 32 * 1536));
+    assert_eq!([0, 1536, 1537].map(|length| info.parts(length)), [1, 1, 2]);
+    assert_eq!(info.blocks_around(513, 1025), (512, 1536));
+    let flags = wire::FLAG_CAN_MULTI_CONN | wire::FLAG_SEND_WRITE_ZEROES;
+    let info = ExportInfo { transmission_flags: flags, maximum_payload: PAYLOAD_MAX, size: 1030, ..info };
+    assert_eq!((info.connections(4), info.request_max(), info.zeroes_max()), (4, PAYLOAD_MAX, 0xffff_fe00));
+    assert_eq!(info.blocks_around(513, 1025), (512, 1030), "the export ends within a block");
 }
 
 #[test]

@@ -63,11 +63,13 @@ fn client_of(structured: bool, script: impl FnOnce(&mut Server) + Send + 'static
         if structured {
             server.option(wire::OPT_STRUCTURED_REPLY, 0, &[(wire::REP_ACK, &[])]);
         }
-        let size = wire::info_export(SIZE, wire::FLAG_HAS_FLAGS | wire::FLAG_SEND_FLUSH);
+        let flags =
+            wire::FLAG_HAS_FLAGS | wire::FLAG_SEND_FLUSH | wire::FLAG_SEND_WRITE_ZEROES | wire::FLAG_SEND_FAST_ZERO;
+        let size = wire::info_export(SIZE, flags);
         server.option(wire::OPT_GO, 12, &[(wire::REP_INFO, &size), (wire::REP_ACK, &[])]);
         script(&mut server);
     });
-    let wants = Wants { structured, base_allocation: false };
+    let wants = Wants { structured, contexts: &[] };
     let mut client = Client::connect(Arc::new(Socket::new(ours.into())), "disk", wants).unwrap();
     client.set_silence_max(5 * SECOND);
     (client, peer)

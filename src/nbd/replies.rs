@@ -11,7 +11,7 @@
 use std::fmt;
 
 use crate::cause::Cause;
-use crate::limits::{CLIENT_EXTENTS_MAX, ERROR_CHUNK_MAX, READ_PIECES_MAX, WINDOW_MAX};
+use crate::limits::{CLIENT_EXTENTS_MAX, CONTEXTS_MAX, ERROR_CHUNK_MAX, READ_PIECES_MAX, WINDOW_MAX};
 use crate::nbd::wire::{self, Fields, ReplyFront, ReplyHead, Request};
 
 /// What a reply, or a piece of it, says about a request that the caller named with `cookie`.
@@ -35,21 +35,21 @@ pub enum Event<'a> {
         /// Its length in bytes.
         length: u32,
     },
-    /// An extent of a BLOCK_STATUS. Extents come in order, the first begins where the request does, the last may end
-    /// before it does and never ends behind it.
+    /// An extent of a BLOCK_STATUS. Those of one context come in order, the first begins where the request does, the
+    /// last may end before it does and never ends behind it. Each context that was agreed on has at least one.
     Status {
         /// The caller's name for the request.
         cookie: u64,
-        /// The metadata context.
-        context: u32,
+        /// The metadata context: its place among those that were asked for.
+        context: usize,
         /// Where the extent stands in the export.
         offset: u64,
         /// Its length in bytes.
-        length: u32,
-        /// For `base:allocation`, `wire::STATE_...`.
-        flags: u32,
+        length: u64,
+        /// For `base:allocation`, `wire::STATE_...`; what they mean is the context's business.
+        flags: u64,
     },
-    /// The request is answered and no longer in flight.
+    /// The request is answered and no longer in flight: all of its parts, where it had to be split.
     Done {
         /// The caller's name for the request.
         cookie: u64,
@@ -79,6 +79,9 @@ impl std::error::Error for ServerError {}
 /// A cookie on the wire is a serial number times this, plus the slot.
 const SLOTS: u64 = 64;
 
+/// The server's numbers for the metadata contexts that a client asked for, in the order of its asking.
+pub(crate) type Contexts = [Option<u32>; CONTEXTS_MAX];
+
 /// The requests in flight on one connection, and how far their replies have come.
 #[derive(Debug)]
 pub(crate) struct Replies {
@@ -89,12 +92,12 @@ pub(crate) struct Replies {
     /// Requests in flight whose replies carry data.
     with_data: usize,
     structured: bool,
-    context: Option<u32>,
+    contexts: Contexts,
     /// What the next bytes belong to.
     inside: Inside,
 }
 
-/// One request in flight.
+/// One request in flight, or one part of it.
 #[derive(Debug, Clone)]
 struct Pending {
     /// The cookie on the wire: a serial number, and the slot in the low bits.
@@ -104,7 +107,14 @@ struct Pending {
     offset: u64,
     length: u32,
     pieces: Pieces,
+    /// A bit for each context whose extents have come.
+    statuses: u8,
     error: Option<ServerError>,
+    /// The slot of the first part, which stays taken until all parts are answered.
+    lead: usize,
+    /// In the first part: parts that are not answered.
+    parts: usize,
+    answered: bool,
 }
 
 /// What the next bytes belong to.
@@ -122,6 +132,8 @@ enum Inside {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stream {
     slot: usize,
+    /// Of extents: the place of their context.
+    context: usize,
     /// Where in the export the next piece stands.
     offset: u64,
     /// Bytes of payload that are still to come.
@@ -159,7 +171,7 @@ enum Step {
 }
 
 impl Replies {
-    pub(crate) fn new(structured: bool, context: Option<u32>) -> Self {
+    pub(crate) fn new(structured: bool, contexts: Contexts) -> Self {
         let empty = Pending {
             wire: 0,
             cookie: 0,
@@ -167,7 +179,11 @@ impl Replies {
             offset: 0,
             length: 0,
             pieces: Pieces::default(),
+            statuses: 0,
             error: None,
+            lead: 0,
+            parts: 0,
+            answered: true,
         };
         Self {
             slots: vec![empty; WINDOW_MAX].into(),
@@ -175,7 +191,7 @@ impl Replies {
             serial: 0,
             with_data: 0,
             structured,
-            context,
+            contexts,
             inside: Inside::Head,
         }
     }
@@ -185,31 +201,43 @@ impl Replies {
         WINDOW_MAX - self.free.count_ones() as usize
     }
 
+    /// Requests that can be entered.
+    pub(crate) fn room(&self) -> usize {
+        self.free.count_ones() as usize
+    }
+
     /// Whether a reply with data may be on its way.
     pub(crate) fn expects_data(&self) -> bool {
         self.with_data > 0
     }
 
     /// Enters `request`, whose cookie is the caller's, and returns the cookie for the wire: one that was never used on
-    /// this connection. `None` when the window is full.
-    pub(crate) fn enter(&mut self, request: &Request) -> Option<u64> {
+    /// this connection, and the slot. With the slot of another part that is not yet answered, both are parts of one
+    /// request, which is done when all are. `None` when the window is full.
+    pub(crate) fn enter(&mut self, request: &Request, lead: Option<usize>) -> Option<(u64, usize)> {
         if self.free == 0 {
             return None;
         }
-        let slot = self.free.trailing_zeros();
+        let slot = self.free.trailing_zeros() as usize;
         self.free &= self.free - 1;
         self.serial += 1;
-        let wire = self.serial * SLOTS + u64::from(slot);
+        let wire = self.serial * SLOTS + slot as u64;
         self.with_data += usize::from(carries_data(request.command));
-        let pending = &mut self.slots[slot as usize];
+        let lead = lead.unwrap_or(slot);
+        let pending = &mut self.slots[slot];
+        pending.parts = 0;
+        pending.lead = lead;
+        pending.answered = false;
         pending.wire = wire;
         pending.cookie = request.cookie;
         pending.command = request.command;
         pending.offset = request.offset;
         pending.length = request.length;
         pending.pieces.clear();
+        pending.statuses = 0;
         pending.error = None;
-        Some(wire)
+        self.slots[lead].parts += 1;
+        Some((wire, slot))
     }
 
     /// Reads as many whole events as `bytes` hold and delivers them. What is not consumed must stand at the front the
@@ -260,7 +288,7 @@ impl Replies {
 
     fn find(&self, cookie: u64) -> Result<usize, Cause> {
         let slot = usize::try_from(cookie % SLOTS).unwrap_or(WINDOW_MAX);
-        let pending = self.slots.get(slot).filter(|pending| self.free & (1 << slot) == 0 && pending.wire == cookie);
+        let pending = self.slots.get(slot).filter(|pending| !pending.answered && pending.wire == cookie);
         match pending {
             Some(_) => Ok(slot),
             None => Err(Cause::new(format_args!("the server answered the unknown cookie {cookie:#x}"))),
@@ -284,7 +312,7 @@ impl Replies {
                 let whole = pending.pieces.add(0, pending.length);
                 debug_assert!(whole.is_ok(), "a simple reply is the only piece of its read");
                 let (offset, left) = (pending.offset, pending.length);
-                self.inside = Inside::Data(Stream { slot, offset, left, last: true });
+                self.inside = Inside::Data(Stream { slot, context: 0, offset, left, last: true });
                 Ok(0)
             }
             wire::CMD_BLOCK_STATUS => Err(pending.fault("without extents")),
@@ -316,7 +344,7 @@ impl Replies {
         };
         let Some(offset) = payload.u64() else { return Ok(Step::Short) };
         pending.cover(offset, left)?;
-        self.inside = Inside::Data(Stream { slot, offset, left, last });
+        self.inside = Inside::Data(Stream { slot, context: 0, offset, left, last });
         Ok(Step::Took(8, 0))
     }
 
@@ -334,19 +362,20 @@ impl Replies {
 
     fn status_chunk(&mut self, chunk: Chunk, mut payload: Fields<'_>) -> Result<Step, Cause> {
         let Chunk { slot, length, last, .. } = chunk;
-        let pending = &self.slots[slot];
+        let pending = &mut self.slots[slot];
         let longest = 4 + 8 * CLIENT_EXTENTS_MAX;
         if length < 12 || length % 8 != 4 || length as usize > longest {
             return Err(pending.fault("with a block status of a wrong length"));
         }
-        let Some(context) = payload.u32() else { return Ok(Step::Short) };
-        if Some(context) != self.context {
+        let Some(number) = payload.u32() else { return Ok(Step::Short) };
+        let Some(context) = self.contexts.iter().position(|&agreed| agreed == Some(number)) else {
             return Err(pending.fault("for a metadata context that was not agreed on"));
-        }
-        if !pending.pieces.is_empty() {
+        };
+        if pending.statuses & 1 << context != 0 {
             return Err(pending.fault("with two block statuses for one context"));
         }
-        self.inside = Inside::Status(Stream { slot, offset: pending.offset, left: length - 4, last });
+        pending.statuses |= 1 << context;
+        self.inside = Inside::Status(Stream { slot, context, offset: pending.offset, left: length - 4, last });
         Ok(Step::Took(4, 0))
     }
 
@@ -386,8 +415,7 @@ impl Replies {
     fn extent(&mut self, front: &[u8], mut stream: Stream, each: Each<'_>) -> Result<Step, Cause> {
         let mut fields = Fields::new(front);
         let (Some(length), Some(flags)) = (fields.u32(), fields.u32()) else { return Ok(Step::Short) };
-        let context = self.context.unwrap_or(0);
-        let pending = &mut self.slots[stream.slot];
+        let pending = &self.slots[stream.slot];
         if length == 0 {
             return Err(pending.fault("with an empty extent"));
         }
@@ -395,8 +423,9 @@ impl Replies {
         let length = u32::try_from(within).unwrap_or(u32::MAX).min(length);
         let mut events = 0;
         if length > 0 {
-            pending.cover(stream.offset, length)?;
-            each(Event::Status { cookie: pending.cookie, context, offset: stream.offset, length, flags });
+            let Stream { context, offset, .. } = stream;
+            let (length, flags) = (u64::from(length), u64::from(flags));
+            each(Event::Status { cookie: pending.cookie, context, offset, length, flags });
             events += 1;
         }
         stream.offset += u64::from(length);
@@ -420,22 +449,40 @@ impl Replies {
         let pending = &self.slots[slot];
         let complete = match pending.command {
             wire::CMD_READ => pending.pieces.covered() == pending.length,
-            wire::CMD_BLOCK_STATUS => !pending.pieces.is_empty(),
+            wire::CMD_BLOCK_STATUS => {
+                let agreed = |place: usize| self.contexts[place].is_some();
+                (0..CONTEXTS_MAX).all(|place| pending.statuses & 1 << place != 0 || !agreed(place))
+            }
             _ => true,
         };
         if !complete && pending.error.is_none() {
-            return Err(pending.fault(format_args!("with {} bytes", pending.pieces.covered())));
+            return Err(match pending.command {
+                wire::CMD_READ => pending.fault(format_args!("with {} bytes", pending.pieces.covered())),
+                _ => pending.fault("without the extents of each metadata context"),
+            });
         }
         Ok(self.done(slot, each))
     }
 
-    /// Ends a request.
+    /// Ends a request, or a part of one: only the last part to be answered ends the whole. Returns how many events
+    /// that makes.
     fn done(&mut self, slot: usize, each: Each<'_>) -> usize {
         let pending = &mut self.slots[slot];
-        self.free |= 1 << slot;
+        pending.answered = true;
         self.with_data -= usize::from(carries_data(pending.command));
-        let result = pending.error.take().map_or(Ok(()), Err);
-        each(Event::Done { cookie: pending.cookie, result });
+        let (lead, error) = (pending.lead, pending.error.take());
+        if slot != lead {
+            self.free |= 1 << slot;
+        }
+        let whole = &mut self.slots[lead];
+        whole.error = whole.error.take().or(error);
+        whole.parts -= 1;
+        if whole.parts > 0 {
+            return 0;
+        }
+        self.free |= 1 << lead;
+        let result = whole.error.take().map_or(Ok(()), Err);
+        each(Event::Done { cookie: whole.cookie, result });
         1
     }
 }

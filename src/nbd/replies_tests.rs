@@ -10,7 +10,9 @@ const CONTEXT: u32 = 7;
 enum Seen {
     Data(u64, Vec<u8>),
     Zero(u64, u32),
-    Status(u64, u32, u32),
+    Status(u64, u64, u64),
+    /// The same for the second context.
+    Second(u64, u64, u64),
     Done(u64, Result<(), u32>),
 }
 
@@ -18,9 +20,10 @@ fn seen(event: Event<'_>) -> Seen {
     match event {
         Event::Data { offset, bytes, .. } => Seen::Data(offset, bytes.to_vec()),
         Event::Zero { offset, length, .. } => Seen::Zero(offset, length),
+        Event::Status { offset, length, flags, context: 0, .. } => Seen::Status(offset, length, flags),
         Event::Status { offset, length, flags, context, .. } => {
-            assert_eq!(context, CONTEXT);
-            Seen::Status(offset, length, flags)
+            assert_eq!(context, 1);
+            Seen::Second(offset, length, flags)
         }
         Event::Done { cookie, result } => Seen::Done(cookie, result.map_err(|error| error.errno)),
     }
@@ -28,9 +31,13 @@ fn seen(event: Event<'_>) -> Seen {
 
 /// A client with one request in flight: 4096 bytes at 8192, which the caller named 1.
 fn asked(structured: bool, command: u16) -> (Replies, u64) {
-    let mut replies = Replies::new(structured, structured.then_some(CONTEXT));
-    let cookie = replies.enter(&Request { flags: 0, command, cookie: 1, offset: 8192, length: 4096 }).unwrap();
+    let mut replies = Replies::new(structured, [structured.then_some(CONTEXT), None, None, None]);
+    let cookie = replies.enter(&request(command), None).unwrap().0;
     (replies, cookie)
+}
+
+fn request(command: u16) -> Request {
+    Request { flags: 0, command, cookie: 1, offset: 8192, length: 4096 }
 }
 
 fn answer(replies: &mut Replies, bytes: &[u8]) -> Result<Vec<Seen>, String> {
@@ -163,7 +170,7 @@ fn server_answers_twice() {
     let (mut replies, first) = asked(false, wire::CMD_WRITE);
     answer(&mut replies, &wire::simple_reply(0, first)).unwrap();
     let request = Request { flags: 0, command: wire::CMD_WRITE, cookie: 1, offset: 0, length: 1 };
-    let second = replies.enter(&request).unwrap();
+    let second = replies.enter(&request, None).unwrap().0;
     assert_ne!(first, second, "the slot is the same, the cookie is not");
     assert!(answer(&mut replies, &wire::simple_reply(0, first)).is_err());
 }
@@ -238,7 +245,7 @@ fn server_sends_a_bad_block_status() {
         ("empty extent", fault(true, command, |c| status(true, c, CONTEXT, &[(0, 0)]))),
         ("not agreed on", fault(true, command, |c| status(true, c, CONTEXT + 1, &[(4096, 0)]))),
         ("two block statuses", fault(true, command, |c| [good(c), good(c)].concat())),
-        ("with 0 bytes", fault(true, command, none)),
+        ("without the extents of each", fault(true, command, none)),
         ("not agreed on", fault(false, command, good)),
     ];
     for (expected, text) in cases {
@@ -256,6 +263,46 @@ fn extents_end_with_the_request() {
     let (mut replies, cookie) = asked(true, wire::CMD_BLOCK_STATUS);
     let short = [status(false, cookie, CONTEXT, &[(512, 1)]), none(cookie)].concat();
     assert_eq!(answer(&mut replies, &short).unwrap(), [Seen::Status(8192, 512, 1), Seen::Done(1, Ok(()))]);
+}
+
+#[test]
+fn each_context_has_extents_of_its_own() {
+    let contexts = [Some(CONTEXT), Some(2), None, None];
+    let mut replies = Replies::new(true, contexts);
+    let cookie = replies.enter(&request(wire::CMD_BLOCK_STATUS), None).unwrap().0;
+    let bytes = [status(false, cookie, 2, &[(4096, 1)]), status(true, cookie, CONTEXT, &[(512, 0), (512, 3)])].concat();
+    let expected =
+        [Seen::Second(8192, 4096, 1), Seen::Status(8192, 512, 0), Seen::Status(8704, 512, 3), Seen::Done(1, Ok(()))];
+    assert_eq!(answer(&mut replies, &bytes).unwrap(), expected);
+
+    for missing in [CONTEXT, 2] {
+        let mut replies = Replies::new(true, contexts);
+        let cookie = replies.enter(&request(wire::CMD_BLOCK_STATUS), None).unwrap().0;
+        let text = answer(&mut replies, &status(true, cookie, missing, &[(4096, 0)])).unwrap_err();
+        assert!(text.ends_with("without the extents of each metadata context"), "{text}");
+    }
+}
+
+#[test]
+fn a_request_in_parts_is_done_once_when_all_are() {
+    let mut replies = Replies::new(false, [None; CONTEXTS_MAX]);
+    let (first, lead) = replies.enter(&request(wire::CMD_WRITE), None).unwrap();
+    let others = [(); 2].map(|()| replies.enter(&request(wire::CMD_WRITE), Some(lead)).unwrap().0);
+    let by_itself = replies.enter(&Request { cookie: 2, ..request(wire::CMD_READ) }, None).unwrap().0;
+    assert_eq!(replies.in_flight(), 4);
+    assert_eq!(answer(&mut replies, &wire::simple_reply(0, first)).unwrap(), []);
+    assert_eq!(replies.in_flight(), 4, "the first part's place stays taken");
+    assert_eq!(answer(&mut replies, &wire::simple_reply(wire::EIO, others[1])).unwrap(), []);
+    assert_eq!(answer(&mut replies, &wire::simple_reply(28, by_itself)).unwrap(), [Seen::Done(2, Err(28))]);
+    let (ended, twice) = (wire::simple_reply(0, others[0]), wire::simple_reply(0, first));
+    assert_eq!(answer(&mut replies, &ended).unwrap(), [Seen::Done(1, Err(wire::EIO))]);
+    assert_eq!(replies.in_flight(), 0);
+    assert!(answer(&mut replies, &twice).unwrap_err().contains("unknown cookie"));
+
+    let (first, lead) = replies.enter(&request(wire::CMD_WRITE), None).unwrap();
+    replies.enter(&request(wire::CMD_WRITE), Some(lead)).unwrap();
+    let twice = [wire::simple_reply(0, first), wire::simple_reply(0, first)].concat();
+    assert!(answer(&mut replies, &twice).unwrap_err().contains("unknown cookie"), "a part is answered once");
 }
 
 #[test]
@@ -299,11 +346,11 @@ fn server_sends_a_bad_error_chunk() {
 
 #[test]
 fn the_window_has_an_end() {
-    let mut replies = Replies::new(false, None);
+    let mut replies = Replies::new(false, [None; CONTEXTS_MAX]);
     let request = Request { flags: 0, command: wire::CMD_READ, cookie: 0, offset: 0, length: 0 };
-    let cookies: Vec<u64> = (0..WINDOW_MAX).map(|_| replies.enter(&request).unwrap()).collect();
-    assert_eq!(replies.enter(&request), None);
-    assert_eq!(replies.in_flight(), WINDOW_MAX);
+    let cookies: Vec<u64> = (0..WINDOW_MAX).map(|_| replies.enter(&request, None).unwrap().0).collect();
+    assert_eq!(replies.enter(&request, None), None);
+    assert_eq!((replies.in_flight(), replies.room()), (WINDOW_MAX, 0));
     for cookie in cookies {
         assert_eq!(answer(&mut replies, &wire::simple_reply(0, cookie)).unwrap(), [Seen::Done(0, Ok(()))]);
     }

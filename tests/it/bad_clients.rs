@@ -14,9 +14,10 @@ use blockferry::limits::{CONNECTIONS_MAX, HANDSHAKE_TIMEOUT, OPTION_PAYLOAD_MAX,
 use blockferry::nbd::wire;
 use blockferry::socket::Socket;
 
+use crate::chance::Chance;
 use crate::exported::Exported;
 use crate::harness::{DEADLINE, until};
-use crate::images::{Chance, Image, Kind, MIB};
+use crate::images::{Image, Kind, MIB};
 
 const SIZE: u64 = 64 * MIB;
 /// What the server may need for a few connections, in bytes.
@@ -432,6 +433,49 @@ fn clients_are_more_than_there_is_room_for() {
     assert!(log.matches(&format!("more than {CONNECTIONS_MAX} connections")).count() >= 8, "{log}");
     drop((clients, other_door));
     exported.wait_until_alone();
+}
+
+/// Where a client of [`two_hundred_clients_come_and_stay_where_they_are`] stops, for good.
+fn stop_inside(socket: Arc<Socket>, place: usize) -> Raw {
+    let client = Raw { socket };
+    let half = |bytes: Vec<u8>| bytes[..bytes.len() / 2].to_vec();
+    match place {
+        0 => {}
+        1 => client.try_send(&CLIENT_FLAGS[..2]),
+        2 => client.try_send(&[&CLIENT_FLAGS[..], &half(option(wire::OPT_LIST, &[]))].concat()),
+        3 => client.try_send(&[&CLIENT_FLAGS[..], &half(option(12345, &[0; 4096]))].concat()),
+        4 => client.try_send(&[&CLIENT_FLAGS[..], &go()].concat()),
+        5 => client.try_send(&[&CLIENT_FLAGS[..], &go(), &half(plain(wire::CMD_READ, 1, 0, 512))].concat()),
+        // Small enough to gather in the buffer, and as large as may be.
+        6 => client.try_send(&[&CLIENT_FLAGS[..], &go(), &half(write(1, MIB, &[7; 4096]))].concat()),
+        _ => {
+            client.try_send(&[&CLIENT_FLAGS[..], &go(), &plain(wire::CMD_WRITE, 1, 2 * MIB, 32 * MIB)].concat());
+            client.try_send(&[7; 100_000]);
+        }
+    }
+    client
+}
+
+#[test]
+fn two_hundred_clients_come_and_stay_where_they_are() {
+    let (image, exported) = export();
+    let working = Raw::over(exported.connect_tcp()).go();
+    let stuck: Vec<Raw> = (0..200).map(|number| stop_inside(exported.connect(), number % 8)).collect();
+    // The others of this door find it full; who works at the other one is served as ever.
+    for number in 0..500 {
+        assert_eq!(working.ask(&write(number, 40 * MIB + number * 4096, &[9; 4096])), 0);
+        working.is_served();
+    }
+    assert_eq!(working.ask(&plain(wire::CMD_FLUSH, 1, 0, 0)), 0);
+    let memory = exported.peak_memory();
+    assert!(memory < MEMORY, "{} MiB of memory", memory / MIB);
+    drop(stuck);
+    // What came of a write that never came whole: at most what had come of it.
+    let mut there = vec![0; 4096];
+    std::fs::File::open(&image.path).unwrap().read_exact_at(&mut there, MIB).unwrap();
+    assert!(there.iter().all(|byte| *byte == 0), "half a small write is no write");
+    drop(working);
+    unharmed(&exported);
 }
 
 // ---- in transmission ---------------------------------------------------------------------------------------------

@@ -17,15 +17,15 @@ use blockferry::socket::Socket;
 use crate::harness::{Program, free_port, peer, scratch};
 
 const SIZE: u64 = 16 << 20;
-const ALL: Wants = Wants { structured: true, base_allocation: true };
-const PLAIN: Wants = Wants { structured: false, base_allocation: false };
+const ALL: Wants<'_> = Wants::READING;
+const PLAIN: Wants<'_> = Wants { structured: false, contexts: &[] };
 
-fn open(socket: Arc<Socket>, export: &str, wants: Wants) -> Client {
+pub(crate) fn open(socket: Arc<Socket>, export: &str, wants: Wants<'_>) -> Client {
     Client::connect(socket, export, wants).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// Bytes that tell where they stand.
-fn pattern(offset: u64, length: usize) -> Vec<u8> {
+pub(crate) fn pattern(offset: u64, length: usize) -> Vec<u8> {
     (offset..offset + length as u64).map(|at| (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8 | 1).collect()
 }
 
@@ -36,14 +36,8 @@ fn exercise(mut client: Client) {
     let minimum = u64::from(info.minimum_block);
     client.write_all(0, &pattern(0, 3 << 20)).unwrap();
     client.write_all(4 << 20, &pattern(4 << 20, minimum as usize)).unwrap();
-    if info.has(wire::FLAG_SEND_WRITE_ZEROES) {
-        client.write_zeroes(1 << 20, 1 << 20, true).unwrap();
-        client.write_zeroes(2 << 20, 65536, false).unwrap();
-    } else {
-        let refused = client.write_zeroes(0, 65536, true).unwrap_err();
-        assert_eq!(refused.to_string(), "WRITE_ZEROES: the server answered ENOTSUP (the server does not offer it)");
-        client.write_all(1 << 20, &vec![0; (1 << 20) + 65536]).unwrap();
-    }
+    client.write_zeroes(1 << 20, 1 << 20, true).unwrap();
+    client.write_zeroes(2 << 20, 65536, false).unwrap();
     if info.has(wire::FLAG_SEND_FLUSH) {
         client.flush().unwrap();
     }
@@ -62,9 +56,9 @@ fn exercise(mut client: Client) {
     let mut covered = 0;
     let mut zero = 0;
     client
-        .block_status(0, SIZE, &mut |length, flags| {
+        .allocation(0, SIZE, &mut |length, flags| {
             covered += length;
-            zero += if flags & wire::STATE_ZERO != 0 { length } else { 0 };
+            zero += if flags & u64::from(wire::STATE_ZERO) != 0 { length } else { 0 };
         })
         .unwrap();
     assert_eq!(covered, SIZE);
@@ -125,10 +119,85 @@ fn many_small_requests(client: &mut Client) {
     }
 }
 
+/// Ranges that keep no block of the server's: what is around them stays.
+fn odd_ranges(client: &mut Client) {
+    let base = 9 << 20;
+    let mut expected = pattern(base, 64 << 10);
+    client.write_all(base, &expected).unwrap();
+    let mut changed = |client: &mut Client, at: usize, length: usize, zero: bool| {
+        let offset = base + at as u64;
+        if zero {
+            client.write_zeroes(offset, length as u64, true).unwrap();
+            expected[at..at + length].fill(0);
+        } else {
+            let bytes = vec![0x77; length];
+            client.write_all(offset, &bytes).unwrap();
+            expected[at..at + length].copy_from_slice(&bytes);
+        }
+        let mut read = vec![0xee; expected.len() - 2];
+        client.read_exact(base + 1, &mut read).unwrap();
+        assert!(read == expected[1..expected.len() - 1], "{length} bytes at {at}, zero: {zero}");
+    };
+    for zero in [false, true] {
+        // Within a block, over a boundary, a head, a tail, a head with blocks and a tail.
+        for (at, length) in [(5, 7), (4090, 12), (8191, 4097), (12288, 100), (1000, 40_000)] {
+            changed(client, at, length, zero);
+        }
+    }
+    client.trim(base + 100, 20_000).unwrap();
+    let mut head = [0; 100];
+    client.read_exact(base, &mut head).unwrap();
+    assert_eq!(head[..5], expected[..5], "a trim leaves what it has only a part of");
+}
+
+/// One request to us, several to the server.
+fn requests_beyond_the_maximum_payload(client: &mut Client) {
+    let info = *client.info();
+    let (base, length) = (10 << 20, info.request_max().min(1 << 20));
+    assert!(length > info.maximum_payload, "{info:?}");
+    let bytes = pattern(base, length as usize);
+    let zeroes = base + (2 << 20);
+    assert_eq!(client.submit_write(1, base, &bytes, false), Ok(Submitted::Taken));
+    assert_eq!(client.in_flight(), info.parts(length));
+    assert_eq!(
+        client.submit_write_zeroes(2, zeroes, info.zeroes_max().min(1 << 20), true, false),
+        Ok(Submitted::Taken)
+    );
+    let mut done = 0;
+    while client.in_flight() > 0 {
+        let mut ended = |event: Event<'_>| match event {
+            Event::Done { result: Ok(()), .. } => done += 1,
+            other => panic!("{other:?}"),
+        };
+        client.wait(Some(Duration::from_secs(10)), &mut ended).unwrap();
+    }
+    assert_eq!(done, 2, "each is answered once");
+    let mut got = vec![0; bytes.len()];
+    assert_eq!(client.submit_read(3, base, length), Ok(Submitted::Taken));
+    assert_eq!(client.in_flight(), info.parts(length));
+    while client.in_flight() > 0 {
+        let mut take = |event: Event<'_>| match event {
+            Event::Data { offset, bytes, .. } => {
+                got[(offset - base) as usize..][..bytes.len()].copy_from_slice(bytes);
+            }
+            Event::Done { cookie: 3, result: Ok(()) } => {}
+            other => panic!("{other:?}"),
+        };
+        client.wait(Some(Duration::from_secs(10)), &mut take).unwrap();
+    }
+    assert!(got == bytes, "the parts of a READ make up the whole");
+}
+
 /// Reads beyond the end: a value, not the end of the connection.
 fn reads_beyond_the_end(client: &mut Client) {
-    let error = client.read_exact(SIZE, &mut [0; 4096]).unwrap_err();
-    assert!(matches!(error, RequestError::Server("READ", ref error) if error.errno == wire::EINVAL), "{error}");
+    let error = client.read_exact(SIZE - 512, &mut [0; 4096]).unwrap_err();
+    assert_eq!(error.to_string(), format!("READ: 4096 bytes at {} are not within the export", SIZE - 512));
+    assert_eq!(client.submit_read(1, SIZE, 4096), Ok(Submitted::Taken));
+    let mut answer = |event: Event<'_>| match event {
+        Event::Done { cookie: 1, result: Err(error) } => assert_eq!(error.errno, wire::EINVAL),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(client.wait(Some(Duration::from_secs(10)), &mut answer), Ok(1));
     client.read_exact(0, &mut [0; 4096]).unwrap();
 }
 
@@ -220,7 +289,7 @@ fn qemu_storage_daemon_serves_everything() {
 
 // ---- nbdkit ------------------------------------------------------------------------------------------------------
 
-fn nbdkit(folder: &Path, arguments: &[&str]) -> Option<(Program, std::path::PathBuf)> {
+pub(crate) fn nbdkit(folder: &Path, arguments: &[&str]) -> Option<(Program, std::path::PathBuf)> {
     let program = peer("nbdkit")?;
     let listener = folder.join("nbd.sock");
     let mut command = Command::new(program);
@@ -288,8 +357,35 @@ fn nbdkit_demands_blocks_of_4096() {
     let mut client = open(server.connect_unix(&listener), "", ALL);
     let info = *client.info();
     assert_eq!((info.minimum_block, info.preferred_block, info.maximum_payload), (4096, 65536, 65536));
-    let error = client.read_exact(512, &mut [0; 512]).unwrap_err();
-    assert!(matches!(error, RequestError::Server("READ", _)), "{error}");
+    assert_eq!(client.submit_read(1, 512, 512), Ok(Submitted::Taken));
+    let mut refused = |event: Event<'_>| assert!(matches!(event, Event::Done { result: Err(_), .. }), "{event:?}");
+    assert_eq!(client.wait(Some(Duration::from_secs(10)), &mut refused), Ok(1), "the server means it");
+    odd_ranges(&mut client);
+    requests_beyond_the_maximum_payload(&mut client);
+    exercise(client);
+}
+
+#[test]
+fn nbdkit_demands_blocks_and_has_no_zeroes() {
+    let folder = scratch();
+    let options = [
+        "--filter=blocksize-policy",
+        "--filter=nozero",
+        "--filter=noextents",
+        "memory",
+        "16M",
+        "blocksize-minimum=512",
+        "blocksize-maximum=48K",
+        "blocksize-preferred=4096",
+        "blocksize-error-policy=error",
+    ];
+    let Some((mut server, listener)) = nbdkit(folder.path(), &options) else { return };
+    let mut client = open(server.connect_unix(&listener), "", ALL);
+    let info = *client.info();
+    assert!(!info.has(wire::FLAG_SEND_WRITE_ZEROES));
+    assert_eq!((info.maximum_payload, info.request_max(), info.zeroes_max()), (48 << 10, 1536 << 10, 1536 << 10));
+    odd_ranges(&mut client);
+    requests_beyond_the_maximum_payload(&mut client);
     exercise(client);
 }
 

@@ -188,9 +188,9 @@ fn our_client_meets_our_server() {
     let path = folder.path().join("nbd.sock");
     let door = serve(UnixListener::bind(&path).unwrap(), 3);
     let connect = || std::sync::Arc::new(Socket::new(std::os::unix::net::UnixStream::connect(&path).unwrap().into()));
-    let client = Client::connect(connect(), "sda", Wants { structured: true, base_allocation: true }).unwrap();
+    let client = Client::connect(connect(), "sda", Wants::READING).unwrap();
     assert_eq!((client.info().size, client.info().minimum_block), (SIZE, 1));
-    assert_eq!(client.info().base_allocation, Some(BASE_ALLOCATION_ID));
+    assert_eq!(client.info().contexts[0], Some(BASE_ALLOCATION_ID));
     client.disconnect();
     assert_eq!(offer_phases(&connect()).unwrap(), PhasesAnswer::Accepted);
     let error = Client::connect(connect(), "gone", Wants::default()).unwrap_err();

@@ -255,7 +255,7 @@ impl Host {
         let mut client = self.open(disk).map_err(|error| error.to_string())?;
         client.write_all(offset, &[0x5a; 512]).map_err(|error| match error {
             RequestError::Lost(lost) => panic!("{}: {lost}", self.name),
-            server @ RequestError::Server(..) => server.to_string(),
+            other => other.to_string(),
         })
     }
 

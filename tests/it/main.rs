@@ -2,11 +2,14 @@
 
 mod bad_clients;
 mod bad_input;
+#[path = "../common/chance.rs"]
+mod chance;
 mod client;
 mod control;
 mod domain_xml;
 mod export_cli;
 mod exported;
+mod extents;
 mod footprint;
 mod foreign;
 mod handshake;

@@ -16,6 +16,7 @@ mod demo_host;
 mod demo_image;
 mod elf;
 mod footprint;
+mod fuzz;
 mod initramfs;
 mod kernel;
 mod peers;
@@ -54,6 +55,9 @@ cargo xtask TASK: what is done to this tree
   torture [--seed N] [--rounds N] [--jobs N] [--fault NAME]
                   migrations in which something dies, breaks, fills up or loses its power, and a look at who owns
                   and what is lost: 100 rounds from seed 1, 2 at once; docs/torture.md has the faults
+  fuzz [--seconds N] [--seed N] [--target NAME]
+                  bytes that nobody should have sent, for each parser: 30 s each; what breaks one is in target/fuzz/,
+                  and belongs into tests/fuzz/corpus/TARGET/ once it is understood
   initramfs [--kernel FILE] [--out FILE]
                   an image that a machine boots with the executable as its first process, and Debian's kernel for it
                   (downloaded once, not installed): target/initramfs/blockferry.cpio and vmlinuz
@@ -98,6 +102,7 @@ fn main() -> ExitCode {
         "vm" => vm::main(arguments),
         "tidy" => tidy::main(arguments),
         "torture" => torture::main(arguments),
+        "fuzz" => fuzz::main(arguments),
         "ci" => ci::main(arguments),
         "help" => {
             // A reader that has seen enough (`| head`) is no error.

@@ -121,6 +121,11 @@ impl Desk for FakeDesk {
         Err(Problem::refused("detach", device, "is in use"))
     }
 
+    fn accept(&self, socket: Arc<Socket>) {
+        // Another protocol begins, with its own first bytes.
+        let _ = self.note("accept".to_owned()).map(|()| socket.send_all(b"NBDMAGIC"));
+    }
+
     fn set(&self, change: &SetRequest) -> Result<(), Problem> {
         self.note(format!("set {:?}", change.bandwidth_bytes))
     }

@@ -16,7 +16,8 @@ pub(super) const SPEC: Spec = Spec {
     options: &[CONTROL, PLAINTEXT],
     notes: "For the other host's migrate, over anything that carries bytes both ways; the process here needs no\n\
             --listen. Ends when either side does. Whoever may use the control door here may do this.\n\n\
-            Examples (on the host that gives):\n\
+            Examples (the second on the host that gives):\n\
+            \x20 blockferry accept g1\n\
             \x20 blockferry migrate g1 'exec:ssh B blockferry accept g1'\n",
 };
 

@@ -73,7 +73,8 @@ pub(super) const SPEC: Spec = Spec {
         opt(
             "transport",
             Takes::One("MODE"),
-            "nbd (data connections), stream (everything inside one connection)\nor auto: stream where NBD is not possible [auto]",
+            "nbd (data connections), stream (everything inside one connection)\n\
+             or auto: stream where NBD is not possible [auto]",
         ),
         opt(
             "verify",

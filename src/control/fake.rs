@@ -1,11 +1,12 @@
 //! For tests: a guest that is not there.
 
-use std::sync::{Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use super::server::{Desk, News};
 use super::wire::*;
 use crate::error::{Exit, Problem};
+use crate::socket::Socket;
 
 /// Longest wait of a test for what must come.
 pub(crate) const WAIT: Duration = Duration::from_secs(10);

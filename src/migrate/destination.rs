@@ -22,6 +22,7 @@ use std::time::Instant;
 use digest::{Asker, NoAnswer};
 use directory::KnownName;
 pub use directory::MigrationDirectory;
+pub(super) use directory::Opened;
 use reception::Reception;
 use remains::Fate;
 
@@ -99,8 +100,8 @@ fn converse(guest: &Arc<Guest>, link: &mut Link, alone: bool) -> Result<(), Stri
                 session.stamp = Some(stamp);
                 let known = KnownName { attempt: stamp.attempt, instance, epoch, token };
                 let answer = match guest.destination.open_stream(guest, known, stream.is_some()) {
-                    Ok((slots, visits)) => {
-                        stream = Some(Stream::start(guest, link, slots, visits, &session.theirs)?);
+                    Ok(opened) => {
+                        stream = Some(Stream::start(guest, link, opened, &session.theirs)?);
                         Message::Streaming { stamp, epoch }
                     }
                     Err(cause) => guest.destination.why_ended(&stamp).unwrap_or_else(|| failed(stamp, &cause)),

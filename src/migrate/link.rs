@@ -324,7 +324,7 @@ mod tests {
 
     use super::*;
     use crate::migrate::wire::{BootId, Capabilities, Challenge, Role, cut};
-    use crate::ownership::{Address, Host, Instance};
+    use crate::ownership::{Host, Instance};
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(5)
@@ -351,7 +351,7 @@ mod tests {
             instance: Instance([2; 16]),
             challenge: Challenge([3; 16]),
             host: Host([4; 16]),
-            address: Address::new(),
+            address: cut(""),
         }
     }
 

@@ -11,19 +11,19 @@
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::destination::answer_digests;
+use super::destination::{Opened, answer_digests};
 use super::link::Link;
 use super::wire::Hello;
 use crate::export::{Fault, Patience, Visit};
 use crate::guest::Guest;
-use crate::limits::{CONNECTION_STACK, DRIVER_STACK, STREAM_SLOTS};
+use crate::limits::{CONNECTION_STACK, DRIVER_STACK, REPLY_TIMEOUT, STREAM_SLOTS};
 use crate::nbd::server::error_number;
 use crate::nbd::wire::EINVAL;
 use crate::socket::Socket;
+use crate::trunk::Trunk;
 use crate::trunk::wire::{Block, DONE_LENGTH, Done, FRAME_HEAD, Kind, Verb, head};
-use crate::trunk::{Slots, Trunk};
 
 /// The threads of one connection. Dropping it ends the connection and waits for them.
 #[derive(Debug)]
@@ -34,15 +34,14 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    /// Turns the phase connection into one that carries blocks too. The visits stand in the order of the offer.
+    /// Turns the phase connection into one that carries blocks too.
     ///
     /// # Errors
     /// There is no thread: the connection is of no more use.
     pub(super) fn start(
         guest: &Arc<Guest>,
         link: &mut Link,
-        (slots, bell): (Slots, Arc<Socket>),
-        visits: Vec<Visit>,
+        Opened { slots, bell, visits }: Opened,
         theirs: &Hello,
     ) -> Result<Self, String> {
         let fault = |error: std::io::Error| format!("no thread for the stream: {error}");
@@ -93,7 +92,7 @@ impl Writer {
             }
             frame[..FRAME_HEAD].copy_from_slice(&head(Kind::Done, length - FRAME_HEAD));
             // The source reads all the time: one that does not has gone.
-            let deadline = Instant::now() + SENDING;
+            let deadline = Instant::now() + REPLY_TIMEOUT;
             if let Err(broken) = self.trunk.send(Kind::Done, &frame[..length], &[], deadline) {
                 log::info!("migration door: stream: {broken}");
                 return;
@@ -148,6 +147,3 @@ impl From<Fault> for Refused {
         Self::Fault(fault)
     }
 }
-
-/// Longest time in which the source takes no acknowledgement.
-const SENDING: Duration = crate::limits::REPLY_TIMEOUT;

@@ -60,17 +60,11 @@ impl Destination {
     }
 
     /// Opens all disks to the blocks that come inside a phase connection: the same names, checked and entered under the
-    /// same lock. Returns where the blocks wait, the bell whose shutdown ends their writer, and the disks in the order
-    /// of the offer.
+    /// same lock.
     ///
     /// # Errors
     /// One line for the source's user.
-    pub(super) fn open_stream(
-        &self,
-        guest: &Guest,
-        known: KnownName,
-        is_open: bool,
-    ) -> Result<((Slots, Arc<Socket>), Vec<Visit>), String> {
+    pub(super) fn open_stream(&self, guest: &Guest, known: KnownName, is_open: bool) -> Result<Opened, String> {
         if is_open {
             return Err("this connection carries blocks already".to_owned());
         }
@@ -79,8 +73,19 @@ impl Destination {
         let (slots, bell) = Slots::new().map_err(|error| format!("no room for blocks: {}", reason(&error)))?;
         let enter = |export: &Arc<Export>| export.enter(Door::Migration, &bell);
         let visits: Result<_, _> = reception.exports.iter().map(enter).collect();
-        Ok(((slots, bell), visits?))
+        Ok(Opened { slots, bell, visits: visits? })
     }
+}
+
+/// The disks of an attempt, open to the blocks that come inside a phase connection.
+#[derive(Debug)]
+pub(in crate::migrate) struct Opened {
+    /// Where blocks wait for their writer.
+    pub(in crate::migrate) slots: Slots,
+    /// Its shutdown is the writer's end.
+    pub(in crate::migrate) bell: Arc<Socket>,
+    /// The disks, in the order of the offer.
+    pub(in crate::migrate) visits: Vec<Visit>,
 }
 
 /// What whoever may write into the disks has been told.

@@ -26,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use crate::cause::Cause;
 use crate::limits::{CLIENT_RECEIVE_BUFFER, GOODBYE_TIMEOUT, SEND_BUFFER, SEND_COPY_MAX, SILENCE_MAX, WINDOW_MAX};
+pub use crate::nbd::client_ask::{Described, Questions};
 pub use crate::nbd::client_calls::{Extent, RequestError};
 use crate::nbd::client_handshake::negotiate;
 pub use crate::nbd::client_handshake::{

@@ -12,8 +12,8 @@ use std::time::Instant;
 
 use crate::cause::Cause;
 use crate::limits::{
-    CONTEXTS_MAX, EXPORT_NAME_MAX, HANDSHAKE_TIMEOUT, MINIMUM_BLOCK_MAX, OPTION_PAYLOAD_MAX, OPTION_REPLIES_MAX,
-    PARTS_MAX, PAYLOAD_MAX, PREFERRED_BLOCK, ZERO_PART_MAX,
+    CONTEXT_LIST_MAX, CONTEXTS_MAX, EXPORT_NAME_MAX, HANDSHAKE_TIMEOUT, MINIMUM_BLOCK_MAX, OPTION_PAYLOAD_MAX,
+    OPTION_REPLIES_MAX, PARTS_MAX, PAYLOAD_MAX, PREFERRED_BLOCK, ZERO_PART_MAX,
 };
 use crate::nbd::wire::{self, Fields, Greeting, OptionHead, OptionReply};
 use crate::socket::Socket;
@@ -56,6 +56,20 @@ pub struct ExportInfo {
 }
 
 impl ExportInfo {
+    /// What a client assumes before a server has said anything.
+    pub(super) fn unknown() -> Self {
+        Self {
+            size: 0,
+            transmission_flags: 0,
+            minimum_block: 512,
+            preferred_block: PREFERRED_BLOCK,
+            maximum_payload: PAYLOAD_MAX,
+            structured: false,
+            contexts: [None; CONTEXTS_MAX],
+            base_allocation: None,
+        }
+    }
+
     /// Whether the server set all of `flags`.
     #[must_use]
     pub fn has(&self, flags: u16) -> bool {
@@ -198,16 +212,7 @@ fn negotiate_before(
         return Err(ConnectError::Name);
     }
     let mut haggling = Haggling::greet(socket, deadline)?;
-    let mut info = ExportInfo {
-        size: 0,
-        transmission_flags: 0,
-        minimum_block: 512,
-        preferred_block: PREFERRED_BLOCK,
-        maximum_payload: PAYLOAD_MAX,
-        structured: false,
-        contexts: [None; CONTEXTS_MAX],
-        base_allocation: None,
-    };
+    let mut info = ExportInfo::unknown();
     if haggling.fixed {
         info.structured = wants.structured && haggling.structured_replies()?;
         if info.structured && !wants.contexts.is_empty() {
@@ -248,10 +253,10 @@ pub fn offer_phases_before(socket: &Socket, deadline: Instant) -> Result<PhasesA
 }
 
 /// A handshake under way.
-struct Haggling<'a> {
+pub(super) struct Haggling<'a> {
     socket: &'a Socket,
     deadline: Instant,
-    fixed: bool,
+    pub(super) fixed: bool,
     no_zeroes: bool,
     /// What leaves with the next option: at first the client flags.
     out: Vec<u8>,
@@ -259,16 +264,19 @@ struct Haggling<'a> {
 }
 
 /// Takes an option's reply and its data, or says what is wrong with them.
-type Take<'a> = &'a mut dyn FnMut(u32, &[u8]) -> Result<(), &'static str>;
+pub(super) type Take<'a> = &'a mut dyn FnMut(u32, &[u8]) -> Result<(), &'static str>;
+
+/// Takes a kind of information and its data, or says what is wrong with it.
+pub(super) type TakeInfo<'a> = &'a mut dyn FnMut(u16, &[u8]) -> Result<(), &'static str>;
 
 /// The refusal of an option.
-struct Refusal {
-    reply: u32,
-    text: Cause,
+pub(super) struct Refusal {
+    pub(super) reply: u32,
+    pub(super) text: Cause,
 }
 
 impl<'a> Haggling<'a> {
-    fn greet(socket: &'a Socket, deadline: Instant) -> Result<Self, ConnectError> {
+    pub(super) fn greet(socket: &'a Socket, deadline: Instant) -> Result<Self, ConnectError> {
         let mut haggling = Self {
             socket,
             deadline,
@@ -297,36 +305,29 @@ impl<'a> Haggling<'a> {
         Ok(haggling)
     }
 
-    fn structured_replies(&mut self) -> Result<bool, ConnectError> {
+    pub(super) fn structured_replies(&mut self) -> Result<bool, ConnectError> {
         Ok(self.ask_simply(STRUCTURED, wire::OPT_STRUCTURED_REPLY)?.is_none())
     }
 
     /// Chooses the metadata contexts that the server has of those in `names`.
     fn contexts(&mut self, export: &str, names: &[&str], info: &mut ExportInfo) -> Result<(), ConnectError> {
-        let usable = |name: &&str| (1..=EXPORT_NAME_MAX).contains(&name.len());
         let names = &names[..names.len().min(CONTEXTS_MAX)];
-        let lengths: heapless::Vec<_, CONTEXTS_MAX> = names.iter().map(|name| length32(name.len())).collect();
-        let (name_length, count) =
-            (length32(export.len()), length32(names.iter().filter(|&name| usable(name)).count()));
-        let mut parts: heapless::Vec<&[u8], { 3 + 2 * CONTEXTS_MAX }> = heapless::Vec::new();
-        let queries = names.iter().zip(&lengths).filter(|(name, _)| usable(name));
-        parts.extend([&name_length[..], export.as_bytes(), &count]);
-        parts.extend(queries.flat_map(|(name, length)| [&length[..], name.as_bytes()]));
         let mut chosen = [None; CONTEXTS_MAX];
-        let refusal = self.ask(CONTEXTS, wire::OPT_SET_META_CONTEXT, &parts, &mut |reply, payload| {
-            let mut fields = Fields::new(payload);
-            let (wire::REP_META_CONTEXT, Some(number)) = (reply, fields.u32()) else {
-                return Err("an unexpected reply");
-            };
-            match names.iter().position(|name| name.as_bytes() == fields.rest()) {
-                _ if chosen.contains(&Some(number)) => Err("it chose one number for two metadata contexts"),
-                Some(place) if chosen[place].is_none() => {
-                    chosen[place] = Some(number);
-                    Ok(())
+        let refusal =
+            self.ask_contexts(CONTEXTS, wire::OPT_SET_META_CONTEXT, export, names, &mut |reply, payload| {
+                let mut fields = Fields::new(payload);
+                let (wire::REP_META_CONTEXT, Some(number)) = (reply, fields.u32()) else {
+                    return Err("an unexpected reply");
+                };
+                match names.iter().position(|name| name.as_bytes() == fields.rest()) {
+                    _ if chosen.contains(&Some(number)) => Err("it chose one number for two metadata contexts"),
+                    Some(place) if chosen[place].is_none() => {
+                        chosen[place] = Some(number);
+                        Ok(())
+                    }
+                    _ => Err("it chose a metadata context that was not asked for"),
                 }
-                _ => Err("it chose a metadata context that was not asked for"),
-            }
-        })?;
+            })?;
         if refusal.is_none() {
             info.contexts = chosen;
             let allocation = names.iter().position(|&name| name == wire::BASE_ALLOCATION);
@@ -335,12 +336,54 @@ impl<'a> Haggling<'a> {
         Ok(())
     }
 
+    /// Sends an option that queries metadata contexts; those that cannot be a name are left out.
+    pub(super) fn ask_contexts(
+        &mut self,
+        operation: &'static str,
+        option: u32,
+        export: &str,
+        queries: &[&str],
+        take: Take<'_>,
+    ) -> Result<Option<Refusal>, ConnectError> {
+        let usable = |name: &&&str| (1..=EXPORT_NAME_MAX).contains(&name.len());
+        let queries: heapless::Vec<&str, CONTEXTS_MAX> =
+            queries.iter().filter(usable).copied().take(CONTEXTS_MAX).collect();
+        let lengths: heapless::Vec<_, CONTEXTS_MAX> = queries.iter().map(|name| length32(name.len())).collect();
+        let (name_length, count) = (length32(export.len()), length32(queries.len()));
+        let mut parts: heapless::Vec<&[u8], { 3 + 2 * CONTEXTS_MAX }> = heapless::Vec::new();
+        parts.extend([&name_length[..], export.as_bytes(), &count]);
+        parts.extend(queries.iter().zip(&lengths).flat_map(|(name, length)| [&length[..], name.as_bytes()]));
+        self.ask(operation, option, &parts, CONTEXT_LIST_MAX, take)
+    }
+
     /// Opens the export; `false` where the server does not know how.
     fn go(&mut self, export: &str, info: &mut ExportInfo) -> Result<bool, ConnectError> {
-        let request = [1_u16.to_be_bytes(), wire::INFO_BLOCK_SIZE.to_be_bytes()].concat();
-        let parts = [&length32(export.len())[..], export.as_bytes(), &request];
+        let asked = [wire::INFO_BLOCK_SIZE];
+        match self.inform(OPENING, wire::OPT_GO, export, &asked, info, &mut |_, _| Ok(()))? {
+            None => Ok(true),
+            Some(Refusal { reply: wire::REP_ERR_UNSUP, .. }) => Ok(false),
+            Some(Refusal { reply, text }) => {
+                self.say_goodbye();
+                Err(ConnectError::Refused { operation: OPENING, reply, text })
+            }
+        }
+    }
+
+    /// Sends INFO or GO, asking for the information in `asked`; what `info` has no place for goes to `other`.
+    pub(super) fn inform(
+        &mut self,
+        operation: &'static str,
+        option: u32,
+        export: &str,
+        asked: &[u16],
+        info: &mut ExportInfo,
+        other: TakeInfo<'_>,
+    ) -> Result<Option<Refusal>, ConnectError> {
+        let count = u16::try_from(asked.len()).unwrap_or(u16::MAX).to_be_bytes();
+        let kinds: heapless::Vec<u8, 16> = asked.iter().flat_map(|kind| kind.to_be_bytes()).collect();
+        let parts = [&length32(export.len())[..], export.as_bytes(), &count, &kinds];
         let mut told = false;
-        let refusal = self.ask(OPENING, wire::OPT_GO, &parts, &mut |reply, payload| {
+        let refusal = self.ask(operation, option, &parts, OPTION_REPLIES_MAX, &mut |reply, payload| {
             let mut fields = Fields::new(payload);
             match (reply, fields.u16()) {
                 (wire::REP_INFO, Some(wire::INFO_EXPORT)) => {
@@ -348,19 +391,14 @@ impl<'a> Haggling<'a> {
                     export_fields(fields, info)
                 }
                 (wire::REP_INFO, Some(wire::INFO_BLOCK_SIZE)) => block_size_fields(fields, info),
-                (wire::REP_INFO, Some(_)) => Ok(()),
+                (wire::REP_INFO, Some(kind)) => other(kind, fields.rest()),
                 _ => Err("an unexpected reply"),
             }
         })?;
-        match refusal {
-            None if told => Ok(true),
-            None => Err(ConnectError::Protocol(OPENING, Cause::new("no size was told"))),
-            Some(Refusal { reply: wire::REP_ERR_UNSUP, .. }) => Ok(false),
-            Some(Refusal { reply, text }) => {
-                self.say_goodbye();
-                Err(ConnectError::Refused { operation: OPENING, reply, text })
-            }
+        if refusal.is_none() && !told {
+            return Err(ConnectError::Protocol(operation, Cause::new("no size was told")));
         }
+        Ok(refusal)
     }
 
     fn export_name(&mut self, export: &str, info: &mut ExportInfo) -> Result<(), ConnectError> {
@@ -375,20 +413,21 @@ impl<'a> Haggling<'a> {
 
     /// Sends an option without data that is answered with one reply.
     fn ask_simply(&mut self, operation: &'static str, option: u32) -> Result<Option<Refusal>, ConnectError> {
-        self.ask(operation, option, &[], &mut |_, _| Err("an unexpected reply"))
+        self.ask(operation, option, &[], OPTION_REPLIES_MAX, &mut |_, _| Err("an unexpected reply"))
     }
 
-    /// Sends an option, gives each reply with data to `take` and returns the last one if it is a refusal.
-    fn ask(
+    /// Sends an option, gives each reply with data, at most `most`, to `take` and returns the last one if it is a refusal.
+    pub(super) fn ask(
         &mut self,
         operation: &'static str,
         option: u32,
         parts: &[&[u8]],
+        most: usize,
         take: Take<'_>,
     ) -> Result<Option<Refusal>, ConnectError> {
         self.send(operation, option, parts)?;
         let broken = |cause: &'static str| ConnectError::Protocol(operation, Cause::new(cause));
-        for _ in 0..OPTION_REPLIES_MAX {
+        for _ in 0..most {
             let mut head = [0; wire::OPTION_REPLY_LENGTH];
             self.receive(operation, &mut head)?;
             let head = OptionReply::parse(&head).ok_or_else(|| broken("no reply to an option"))?;
@@ -425,7 +464,7 @@ impl<'a> Haggling<'a> {
     }
 
     /// Ends the handshake as the specification wants it, as far as it can be done without waiting.
-    fn say_goodbye(&mut self) {
+    pub(super) fn say_goodbye(&mut self) {
         let head = OptionHead { option: wire::OPT_ABORT, length: 0 }.encode();
         let _ = self.socket.send_nowait(&head, &[]);
     }

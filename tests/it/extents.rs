@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use blockferry::nbd::client::{Client, Extent, RequestError, Wants};
+use blockferry::nbd::client::{Client, Extent, Questions, RequestError, Wants};
 use blockferry::nbd::wire;
 
 use crate::client::{nbdkit, open};
@@ -34,8 +34,8 @@ fn extents(client: &mut Client, context: usize, offset: u64, length: u64) -> Vec
     all
 }
 
-fn run(program: &Path, arguments: &[&str], file: &Path) {
-    let done = Command::new(program).args(arguments).arg(file).output().unwrap();
+fn run(program: &Path, arguments: &[&str], file: &Path, more: &[&str]) {
+    let done = Command::new(program).args(arguments).arg(file).args(more).output().unwrap();
     assert!(done.status.success(), "{arguments:?}: {done:?}");
 }
 
@@ -47,11 +47,9 @@ fn qemu_nbd_tells_bitmaps_depth_and_allocation() {
     std::fs::write(&base, vec![7; 2 << 20]).unwrap();
     std::fs::OpenOptions::new().write(true).open(&base).unwrap().set_len(8 * MIB).unwrap();
     let backing = format!("{}", base.display());
-    let made = Command::new(&img).args(["create", "-q", "-f", "qcow2", "-b", &backing, "-F", "raw"]).arg(&top).output();
-    assert!(made.unwrap().status.success());
-    let added = Command::new(&img).args(["bitmap", "--add"]).arg(&top).arg("b0").output().unwrap();
-    assert!(added.status.success(), "{added:?}");
-    run(&io, &["-f", "qcow2", "-c", "write 1M 64k", "-c", "write -z 4M 1M"], &top);
+    run(&img, &["create", "-q", "-f", "qcow2", "-b", &backing, "-F", "raw"], &top, &[]);
+    run(&img, &["bitmap", "--add"], &top, &["b0"]);
+    run(&io, &["-f", "qcow2", "-c", "write 1M 64k", "-c", "write -z 4M 1M"], &top, &[]);
 
     let mut command = Command::new(nbd);
     command.args(["--format=qcow2", "--read-only", "--persistent", "--shared=2", "--bitmap=b0", "--allocation-depth"]);
@@ -86,6 +84,36 @@ fn qemu_nbd_tells_bitmaps_depth_and_allocation() {
     let mut told = Vec::new();
     client.allocation(0, 8 * MIB, &mut |length, flags| told.push((length, flags))).unwrap();
     assert_eq!(told, [(8 * MIB, 0)], "not known to be anything but data");
+}
+
+#[test]
+fn qemu_storage_daemon_is_asked_for_its_exports_and_contexts() {
+    let (Some(img), Some(daemon)) = (peer("qemu-img"), peer("qemu-storage-daemon")) else { return };
+    let folder = scratch();
+    let (image, listener) = (folder.path().join("disk"), folder.path().join("sock"));
+    run(&img, &["create", "-q", "-f", "qcow2"], &image, &["8M"]);
+    run(&img, &["bitmap", "--add"], &image, &["b0"]);
+    let mut command = Command::new(daemon);
+    command.arg("--blockdev").arg(format!("file,node-name=p,filename={}", image.display()));
+    command.args(["--blockdev", "qcow2,node-name=f,file=p"]);
+    command.arg("--nbd-server").arg(format!("addr.type=unix,addr.path={}", listener.display()));
+    command.args(["--export", "nbd,id=e,node-name=f,name=disk,description=a disk,writable=on,bitmaps.0=b0"]);
+    let mut server = Program::start(&mut command);
+    let socket = server.connect_unix(&listener);
+    let mut questions = Questions::begin(&socket).unwrap();
+    let mut exports = Vec::new();
+    assert!(questions.exports(&mut |name, text| exports.push((name.to_owned(), text.to_owned()))).unwrap());
+    assert_eq!(exports, [("disk".to_owned(), "a disk".to_owned())]);
+    let told = questions.describe("disk").unwrap().unwrap();
+    assert_eq!((told.info.size, told.text.as_deref()), (8 * MIB, Some("a disk")));
+    let mut contexts = |queries: &[&str]| {
+        let mut all = Vec::new();
+        assert!(questions.contexts("disk", queries, &mut |name| all.push(name.to_owned())).unwrap());
+        all
+    };
+    assert_eq!(contexts(&[]), ["base:allocation", "qemu:dirty-bitmap:b0"]);
+    assert_eq!(contexts(&["qemu:dirty-bitmap:", "qemu:allocation-depth"]), ["qemu:dirty-bitmap:b0"]);
+    assert!(questions.describe("other").is_err());
 }
 
 #[test]

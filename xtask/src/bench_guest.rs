@@ -1,16 +1,19 @@
-//! A real guest that is moved while it writes, by us, by QEMU alone, and by QEMU alone with a shared disk: what the guest
-//! says of it.
+//! A real guest that is moved while it writes, by us, by QEMU alone, and by QEMU alone with a shared disk: what the
+//! guest says of it.
 //!
-//! The numbers are the guest's own: it measures its longest pause, and after each move compares its whole disk with its
-//! memory. A block that is not as it remembers ends the bench with an error.
+//! The numbers are the guest's own: it measures its longest pause, and after each move compares its whole disk with
+//! its memory. A block that is not as it remembers ends the bench with an error.
 
 use crate::bench::{Bench, Column, Table, median};
-use crate::demo::{count, ms, real};
+use crate::demo::real;
+use crate::demo_host::number;
 use crate::live::{Backing, Body, Nursery};
+use crate::live_pair::Pair;
 use crate::native;
 use crate::util::{Error, Result};
 use std::fs::File;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Size of the guest's disk, in MiB; half of it is stamped, the other holes.
@@ -61,6 +64,7 @@ pub(crate) fn run(bench: &Bench, runs: usize) -> Result<Table> {
         ];
         rows.push((name.to_owned(), numbers));
     };
+    add("blockferry", &by_us(bench, &nursery, runs)?);
     add("QEMU alone, blockdev-mirror", &by_qemu(bench, &nursery, runs, false)?);
     add("QEMU alone, shared disk (no copy)", &by_qemu(bench, &nursery, runs, true)?);
     let notes = vec![
@@ -69,9 +73,23 @@ pub(crate) fn run(bench: &Bench, runs: usize) -> Result<Table> {
         "lost: blocks that are not as the guest remembers, of all its disk, looked up after each move".to_owned(),
         "sent: disk and state; total: from the order until the guest runs".to_owned(),
     ];
-    let title =
-        format!("{runs} live migrations of a Linux guest of 128 MiB, {DISK_MIB} MiB of disk, 500 random writes a second");
+    let title = format!(
+        "{runs} live migrations of a Linux guest of 128 MiB, {DISK_MIB} MiB of disk, 500 random writes a second"
+    );
     Ok(Table { title, columns: COLUMNS, rows, notes })
+}
+
+/// Our way, to and fro.
+fn by_us(bench: &Bench, nursery: &Arc<Nursery>, runs: usize) -> Result<Moves> {
+    let mut pair = Pair::start(nursery, DISK_MIB << 20, false, &bench.log)?;
+    let mut done = Vec::new();
+    for _ in 0..runs {
+        pair.here.writes_on(BEFORE)?;
+        let moved = pair.migrate_by_hand(&["--overwrite"])?;
+        let sent = number(&moved.done, "sent_bytes").unwrap_or(0);
+        done.push(arrived(&mut pair.here, sent, moved.took.as_secs_f64())?);
+    }
+    Ok(Moves { writes: pair.here.report()?.writes, runs: done })
 }
 
 /// QEMU's own way, to and fro.
@@ -82,38 +100,33 @@ fn by_qemu(bench: &Bench, nursery: &Nursery, runs: usize, is_shared: bool) -> Re
     images.iter().try_for_each(empty)?;
     let mut here = start(0, false)?;
     here.live(1)?;
-    moves(here, runs, |here, side| {
+    let mut done = Vec::new();
+    for number in 1..=runs {
+        let side = number % 2;
+        here.writes_on(BEFORE)?;
         if !is_shared {
             empty(&images[side])?;
         }
         let mut there = start(side, true)?;
-        let began = Instant::now();
         here.tell("mark")?;
+        let began = Instant::now();
         let sent = match is_shared {
-            true => native::with_shared_disk(here, &mut there)?,
-            false => native::with_disk(here, &mut there)?,
+            true => native::with_shared_disk(&mut here, &mut there)?,
+            false => native::with_disk(&mut here, &mut there)?,
         };
-        Ok((there, sent, began.elapsed().as_secs_f64()))
-    })
-}
-
-/// Moves a guest so many times, each time to the side with the number that `step` gets, and has it look at its disk.
-fn moves(
-    mut here: Body,
-    runs: usize,
-    mut step: impl FnMut(&mut Body, usize) -> Result<(Body, u64, f64)>,
-) -> Result<Moves> {
-    let mut done = Vec::new();
-    for number in 0..runs {
-        here.writes_on(BEFORE)?;
-        let (there, sent, total_s) = step(&mut here, (number + 1) % 2)?;
+        let total_s = began.elapsed().as_secs_f64();
         here = there;
-        here.writes_on(AFTER)?;
-        let report = here.report()?;
-        here.check()?;
-        done.push(Run { pause_ms: report.pause.as_secs_f64() * 1000.0, total_s, sent_mib: real(sent) / MIB });
+        done.push(arrived(&mut here, sent, total_s)?);
     }
     Ok(Moves { writes: here.report()?.writes, runs: done })
+}
+
+/// The guest has been moved: it goes on, says what it saw, and looks at its disk.
+fn arrived(here: &mut Body, sent: u64, total_s: f64) -> Result<Run> {
+    here.writes_on(AFTER)?;
+    let report = here.report()?;
+    here.check()?;
+    Ok(Run { pause_ms: report.pause.as_secs_f64() * 1000.0, total_s, sent_mib: real(sent) / MIB })
 }
 
 /// An image of the disk's size, all holes.

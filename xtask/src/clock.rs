@@ -1,9 +1,9 @@
 //! A disk that tells the time: each sector that is read holds the host's clock.
 //!
-//! A virtual machine's own clock stands still while the machine does, so a guest that is moved cannot see by it how long
-//! it was away. It reads this disk instead: both QEMUs have it from the same server, as a shared disk that nobody copies,
-//! and a read that is under way when a machine stops is finished before. `live` starts it; the guest's side is
-//! initramfs/guest/src/live.rs.
+//! A virtual machine's own clock stands still while the machine does, so a guest that is moved cannot see by it how
+//! long it was away. It reads this disk instead: both QEMUs have it from the same server, as a shared disk that
+//! nobody copies, and a read that is under way when a machine stops is finished before. `live` starts it; the
+//! guest's side is initramfs/guest/src/live.rs.
 
 use crate::util::{Error, Result};
 use blockferry::nbd::wire;

@@ -27,6 +27,8 @@ const LOOK: Duration = Duration::from_millis(50);
 
 /// What guests are made of.
 pub(crate) struct Nursery {
+    /// The init that guests boot with, and what the hosts run.
+    pub(crate) executable: PathBuf,
     pub(crate) scratch: Arc<Scratch>,
     kernel: Kernel,
     image: PathBuf,
@@ -47,8 +49,6 @@ pub(crate) enum Backing<'a> {
 pub(crate) struct Body {
     pub(crate) machine: Machine,
     pub(crate) qmp: Qmp,
-    /// A second port for QMP, for whoever drives this QEMU.
-    pub(crate) driver: PathBuf,
     inside: Lines,
 }
 
@@ -64,8 +64,8 @@ pub(crate) struct Report {
 }
 
 impl Nursery {
-    /// Prepares everything; `executable` is the init that the guest boots with.
-    pub(crate) fn open(scratch: &Arc<Scratch>, executable: &Path) -> Result<Self> {
+    /// Prepares everything.
+    pub(crate) fn open(scratch: &Arc<Scratch>, executable: &Path) -> Result<Arc<Self>> {
         let kernel = kernel::find(None)?;
         let inside = build::static_program("testguest")?;
         let inside = fs::read(&inside).map_err(|error| Error::new("guest", inside.display(), error))?;
@@ -75,7 +75,13 @@ impl Nursery {
         initramfs::write(&image, &packed)?;
         let clock = scratch.path("clock.nbd");
         clock::serve(&clock)?;
-        Ok(Self { scratch: Arc::clone(scratch), kernel, image, clock })
+        let (executable, scratch) = (executable.to_owned(), Arc::clone(scratch));
+        Ok(Arc::new(Self { executable, scratch, kernel, image, clock }))
+    }
+
+    /// Where the QEMU of this name has a second port for QMP, for whoever drives it.
+    pub(crate) fn driver(&self, name: &str) -> PathBuf {
+        self.scratch.path(&format!("{name}.driver"))
     }
 
     /// Switches a QEMU on. Its disks are /dev/vda and so on, the clock is the last; it has an empty CD-ROM drive too.
@@ -97,7 +103,7 @@ impl Nursery {
         add("-device", "virtio-scsi-pci".to_owned());
         add("-device", "scsi-cd,id=cd0".to_owned());
         let port = self.scratch.path(&format!("{name}.inside"));
-        let driver = self.scratch.path(&format!("{name}.driver"));
+        let driver = self.driver(name);
         add("-device", "virtio-serial-pci".to_owned());
         add("-chardev", format!("socket,id=inside,path={},server=on,wait=off", port.display()));
         add("-device", "virtserialport,chardev=inside,name=test".to_owned());
@@ -105,12 +111,13 @@ impl Nursery {
         if waits {
             more.extend(["-S", "-incoming", "defer"].map(str::to_owned));
         }
-        let append = format!("blockferry.start=/bin/testguest -- export {IDLE} --read-only --nbd unix:///run/idle.sock");
+        let append =
+            format!("blockferry.start=/bin/testguest -- export {IDLE} --read-only --nbd unix:///run/idle.sock");
         let blueprint = Blueprint { name, kernel: &self.kernel.image, image: &self.image, append: &append, more };
         let machine = Machine::start(&self.scratch, &blueprint)?;
         let qmp = machine.qmp()?;
         let inside = Lines::open(&port).map_err(|error| machine.wrong(&format!("the guest's port: {error}")))?;
-        Ok(Body { machine, qmp, driver, inside })
+        Ok(Body { machine, qmp, inside })
     }
 }
 

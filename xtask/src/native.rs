@@ -1,6 +1,6 @@
 //! A guest moved by QEMU alone, as libvirt has it done: the measure for ours.
 //!
-//! `bench_guest` calls it, between two machines of `live`.
+//! `bench_guest` and `live_pair` call it, between two machines of `live`.
 
 use crate::live::Body;
 use crate::qmp::{Qmp, number};
@@ -39,9 +39,14 @@ pub(crate) fn with_disk(from: &mut Body, to: &mut Body) -> Result<u64> {
 
 /// Moves memory and devices; the disk is the same for both.
 pub(crate) fn with_shared_disk(from: &mut Body, to: &mut Body) -> Result<u64> {
-    let sent = migrate(&mut from.qmp, &mut to.qmp, |_| Ok(0))?;
+    let sent = memory_and_devices(from, to)?;
     to.qmp.ask("cont")?;
     Ok(sent)
+}
+
+/// Moves memory and devices; the guest runs nowhere then.
+pub(crate) fn memory_and_devices(from: &mut Body, to: &mut Body) -> Result<u64> {
+    migrate(&mut from.qmp, &mut to.qmp, |_| Ok(0))
 }
 
 /// Moves memory and devices, and calls `before_switchover` when the source's guest stands still. Returns the bytes of

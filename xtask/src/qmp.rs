@@ -53,7 +53,9 @@ impl Qmp {
             return Ok(self.events.drain(..=at).next_back().unwrap_or_default());
         }
         self.events.clear();
-        self.lines.hear(is_meant).map_err(|error| Error::new("qmp", &self.name, format!("{}: {error}", words.join(" "))))
+        self.lines
+            .hear(is_meant)
+            .map_err(|error| Error::new("qmp", &self.name, format!("{}: {error}", words.join(" "))))
     }
 }
 
@@ -80,7 +82,8 @@ mod tests {
             writeln!(stream, "{{\"QMP\": {{}}}}").expect("said");
             for answer in [
                 "{\"return\": {}}",
-                "{\"event\": \"STOP\"}\n{\"event\": \"MIGRATION\", \"data\": {\"status\": \"active\"}}\n{\"return\": {\"size\": 12, \"x\": 1}}",
+                "{\"event\": \"STOP\"}\n{\"event\": \"MIGRATION\", \"data\": {\"status\": \"active\"}}\n\
+                 {\"return\": {\"size\": 12, \"x\": 1}}",
                 "{\"error\": {\"desc\": \"no\"}}\n{\"event\": \"RESUME\"}",
             ] {
                 input.next().expect("a line").expect("a command");

@@ -119,9 +119,13 @@ impl Machine {
         Qmp::open(&self.name, &self.qmp)
     }
 
-    /// How it ended, if it has.
-    pub(crate) fn ended(&mut self) -> Option<std::process::ExitStatus> {
-        self.program.ended()
+    /// Waits until somebody else's `quit` has ended it.
+    pub(crate) fn quits(&mut self) -> Result<()> {
+        match self.program.wait(PATIENCE) {
+            Some(status) if status.success() => Ok(()),
+            Some(status) => Err(self.wrong(&format!("QEMU: {status}"))),
+            None => Err(self.wrong("QEMU runs on")),
+        }
     }
 
     /// An error of this machine, with the end of what it said. Connections of ours that came and went say nothing.

@@ -1,14 +1,14 @@
-//! A guest that is moved while it runs: it writes at a set rate, keeps in its memory what was acknowledged, measures its
-//! own longest pause, and compares its whole disk with its memory whenever it is asked.
+//! A guest that is moved while it runs: it writes at a set rate, keeps in its memory what was acknowledged,
+//! measures its own longest pause, and compares its whole disk with its memory whenever it is asked.
 //!
-//! The memory is what makes it a witness: it moves with the guest, and nobody outside writes into it. A write counts as
-//! acknowledged when the disk has said so (`O_DIRECT`: no page cache stands between), and a block must hold its last
-//! acknowledged stamp; only the one write that failed may be there or not.
+//! The memory is what makes it a witness: it moves with the guest, and nobody outside writes into it. A write
+//! counts as acknowledged when the disk has said so (`O_DIRECT`: no page cache stands between), and a block must
+//! hold its last acknowledged stamp; only the one write that failed may be there or not.
 //!
-//! **The clock.** A machine's own clock stands still while the machine does, so a guest cannot see by it how long it was
-//! away. A second device helps: each read of it gives the time of the host ([`Clock`]). The writer reads it after each
-//! acknowledgement; the longest pause is the largest difference of two of these. The guest's own clock is watched too, by
-//! a ticker, and the report says both.
+//! **The clock.** A machine's own clock stands still while the machine does, so a guest cannot see by it how long
+//! it was away. A second device helps: each read of it gives the time of the host ([`Clock`]). The writer reads it
+//! after each acknowledgement; the longest pause is the largest difference of two of these. The guest's own clock
+//! is watched too, by a ticker, and the report says both.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
@@ -317,7 +317,11 @@ fn compare(disk: &File, last: &[u64], open: Option<(usize, u64)>) -> Result<Stri
             }
             let found = u64::from_le_bytes(content[..8].try_into().unwrap_or_default());
             let is_older = found < *number && holds(content, &mut expected, block, found);
-            if is_older { lost += 1 } else { wrong += 1 }
+            if is_older {
+                lost += 1
+            } else {
+                wrong += 1
+            }
             first.get_or_insert_with(|| format!(" first=block {block}, is of {found}, not of {number}"));
         }
     }

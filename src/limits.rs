@@ -132,7 +132,7 @@ pub const READ_PIECES_MAX: usize = 16;
 /// Largest error chunk that a client takes, in bytes: the longest message and room for fields that we do not know.
 pub const ERROR_CHUNK_MAX: usize = 4096 + 64;
 /// Most extents in one block status reply that a client takes (the NBD specification's own advice).
-pub const CLIENT_EXTENTS_MAX: usize = 1024 * 1024;
+pub const CLIENT_EXTENTS_MAX: u32 = 1024 * 1024;
 /// Largest READ or WRITE that the simple calls of a client make, in bytes.
 pub const CLIENT_REQUEST_MAX: u32 = 1024 * 1024;
 /// Largest WRITE_ZEROES that the simple calls of a client make, in bytes.
@@ -148,10 +148,10 @@ const _: () = assert!(PARTS_MAX as usize <= WINDOW_MAX, "all parts of a request 
 const _: () = assert!(ZERO_PART_MAX >= MINIMUM_BLOCK_MAX, "zeroes are written in whole blocks");
 const _: () = assert!(WINDOW_MAX <= 64, "a client keeps its free slots in 64 bits");
 const _: () = assert!(
-    WINDOW_MAX * (20 + ERROR_CHUNK_MAX) <= CLIENT_RECEIVE_BUFFER,
+    WINDOW_MAX * (32 + ERROR_CHUNK_MAX) <= CLIENT_RECEIVE_BUFFER,
     "all replies to writes fit while a write is being sent, even if each is an error with a long message"
 );
-const _: () = assert!(WINDOW_MAX * 28 + SEND_COPY_MAX < SEND_BUFFER, "a window of small requests fits the send buffer");
+const _: () = assert!(WINDOW_MAX * 32 + SEND_COPY_MAX < SEND_BUFFER, "a window of small requests fits the send buffer");
 const _: () = assert!(SLOT_BUFFER <= RECEIVE_BUFFER, "a parked request must fit a slot");
 const _: () = assert!(RECEIVE_BUFFER <= PAYLOAD_MAX as usize, "larger requests stream through the buffer");
 const _: () = assert!(OPTION_PAYLOAD_MAX > EXPORT_NAME_MAX + 64, "an INFO with the longest name must be readable");

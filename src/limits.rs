@@ -21,6 +21,9 @@ pub const GUEST_NAME_MAX: usize = 64;
 pub const DISK_NAME_MAX: usize = 64;
 /// Longest printable address, in bytes. The hello has a fixed field of this size.
 pub const ADDRESS_MAX: usize = 128;
+/// Longest text that says where another host is reached, in bytes: an address, or a command. What a host says of itself
+/// is an address ([`ADDRESS_MAX`]).
+pub const PLACE_MAX: usize = 256;
 /// Longest cause that travels to the peer or to the command line, in bytes; longer ones are cut.
 pub const CAUSE_MAX: usize = 192;
 /// Longest list of all that a refusal names, in bytes.
@@ -245,6 +248,21 @@ pub const STREAM_MESSAGES_MAX: usize = 256;
 
 const _: () = assert!(STREAM_SLOTS <= 128, "a slot's number is one byte");
 const _: () = assert!(STREAM_RECEIVE_BUFFER >= 64, "a head must fit");
+
+/// Most words of a command that is the way to another host.
+pub const COMMAND_WORDS_MAX: usize = 64;
+/// Longest line of what such a command says on standard error that is taken as one, in bytes.
+pub const COMMAND_LINE_MAX: u64 = KIB as u64;
+/// How long a command has to end after its connection has, and again after it was told to.
+pub const COMMAND_GRACE: Duration = Duration::from_secs(1);
+/// A connection that a command has closed is explained by its end, if that comes so soon.
+pub const COMMAND_LAST_WORDS: Duration = Duration::from_millis(500);
+/// Buffer of each direction of `accept`, in bytes.
+pub const RELAY_BUFFER: usize = 128 * KIB;
+/// Most connections to the migration door that came in through the control door.
+pub const RELAYED_MAX: usize = PHASE_CONNECTIONS_MAX;
+
+const _: () = assert!(PLACE_MAX >= ADDRESS_MAX, "every address is a place");
 
 // ---- domain XML --------------------------------------------------------------------------------------------------
 

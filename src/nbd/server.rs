@@ -156,7 +156,7 @@ fn validate(request: &Request, visit: &Visit, agreed: Agreed) -> Result<(), u32>
 }
 
 /// The error that a client sees; `None` if there is nobody to see it.
-fn error_number(fault: &Fault) -> Option<u32> {
+pub(crate) fn error_number(fault: &Fault) -> Option<u32> {
     use rustix::io::Errno;
     Some(match fault {
         Fault::Gone | Fault::WouldWait => return None,

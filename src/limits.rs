@@ -311,6 +311,8 @@ const _: () = assert!(DIGEST_REGION_MIN >= 16 * GRANULARITY_MIN, "a region is a 
 
 /// Longest Unix socket path that the kernel takes, in bytes.
 pub const UNIX_PATH_MAX: usize = 107;
+/// Longest NBD URI, in bytes: an export's name of the greatest length, all of it percent-encoded, and an address.
+pub const URI_MAX: usize = 3 * EXPORT_NAME_MAX + 3 * ADDRESS_MAX;
 /// Connections that wait at a door until they are accepted.
 pub const LISTEN_BACKLOG: i32 = 128;
 /// Longest wait for another process that is binding a socket in the same directory.

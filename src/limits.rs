@@ -313,6 +313,8 @@ const _: () = assert!(DIGEST_REGION_MIN >= 16 * GRANULARITY_MIN, "a region is a 
 pub const UNIX_PATH_MAX: usize = 107;
 /// Longest NBD URI, in bytes: an export's name of the greatest length, all of it percent-encoded, and an address.
 pub const URI_MAX: usize = 3 * EXPORT_NAME_MAX + 3 * ADDRESS_MAX;
+/// Longest description of another server's export that is shown, in bytes; longer ones are cut.
+pub const INFO_TEXT_MAX: usize = 1024;
 /// Connections that wait at a door until they are accepted.
 pub const LISTEN_BACKLOG: i32 = 128;
 /// Longest wait for another process that is binding a socket in the same directory.

@@ -73,6 +73,8 @@ pub struct Unreadable {
 pub struct Hasher {
     /// Small enough to stay in a core's own cache between the read and the hash.
     buffer: AlignedBuffer,
+    /// From where to where of the disk the buffer holds, while regions of one question are hashed.
+    holds: (u64, u64),
     state: Box<blake3::Hasher>,
     /// The digest of so many zeroes.
     zeroes: (u64, Digest),
@@ -80,7 +82,12 @@ pub struct Hasher {
 
 impl Default for Hasher {
     fn default() -> Self {
-        Self { buffer: AlignedBuffer::new(DIGEST_READ), state: Box::new(blake3::Hasher::new()), zeroes: (0, [0; 32]) }
+        Self {
+            buffer: AlignedBuffer::new(DIGEST_READ),
+            holds: (0, 0),
+            state: Box::new(blake3::Hasher::new()),
+            zeroes: (0, [0; 32]),
+        }
     }
 }
 
@@ -91,8 +98,10 @@ impl Hasher {
     /// # Errors
     /// The first region that cannot be read.
     pub fn regions(&mut self, disk: &Disk, first: u64, digests: &mut [Digest]) -> Result<u64, Unreadable> {
-        let mut read = 0;
-        let mut extent = (0, 0, false);
+        let (mut read, mut extent) = (0, (0, 0, false));
+        let (last, length) = place(disk.size(), first + (digests.len() as u64).saturating_sub(1));
+        let end = last + length;
+        self.holds = (0, 0);
         for (region, digest) in (first..).zip(digests) {
             let (offset, length) = place(disk.size(), region);
             let unreadable = |error| Unreadable { offset, length, error };
@@ -102,16 +111,46 @@ impl Hasher {
             }
             if extent.2 && extent.1 >= offset + length {
                 *digest = self.zeroes(length);
-            } else {
-                *digest = self.region(disk, offset, length).map_err(unreadable)?;
-                read += length;
+                continue;
             }
+            // Small regions are read together, as far as there is data; who cannot be read is found out one by one.
+            let together = extent.1.clamp(offset + length, end.max(offset + length));
+            if self.hold(disk, offset, length, together).is_err() {
+                self.hold(disk, offset, length, offset + length).map_err(unreadable)?;
+            }
+            *digest = self.region(disk, offset, length).map_err(unreadable)?;
+            read += length;
         }
         Ok(read)
     }
 
-    /// Hashes what is read. What had to be brought in for that alone does not stay in the host's page cache.
+    /// Makes the buffer hold a region, and what follows up to `end` as far as it has room; nothing, if it has no room
+    /// for the region.
+    fn hold(&mut self, disk: &Disk, offset: u64, length: u64, end: u64) -> io::Result<()> {
+        let (from, to) = self.holds;
+        if length > DIGEST_READ as u64 || (from <= offset && offset + length <= to) {
+            return Ok(());
+        }
+        // Whole regions: all but a disk's last one are equally long.
+        let wanted = (end - offset).min(DIGEST_READ as u64 / length * length);
+        let bytes = &mut self.buffer[..usize::try_from(wanted).unwrap_or(DIGEST_READ)];
+        self.holds = (0, 0);
+        // What had to be brought in for this alone does not stay in the host's page cache.
+        if disk.read_and_tell(bytes, offset)? {
+            disk.forget_range(offset, wanted);
+        }
+        self.holds = (offset, offset + wanted);
+        Ok(())
+    }
+
+    /// Hashes what the buffer holds, or what is read piece by piece.
     fn region(&mut self, disk: &Disk, offset: u64, length: u64) -> io::Result<Digest> {
+        let (from, to) = self.holds;
+        if from <= offset && offset + length <= to {
+            let at = usize::try_from(offset - from).unwrap_or(usize::MAX);
+            let bytes = &self.buffer[at..at + usize::try_from(length).unwrap_or(usize::MAX)];
+            return Ok(*blake3::hash(bytes).as_bytes());
+        }
         self.state.reset();
         let (mut at, end) = (offset, offset + length);
         let mut brought_in = false;

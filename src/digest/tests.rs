@@ -53,18 +53,25 @@ fn a_region_is_hashed_as_it_reads_and_holes_read_as_zero() {
 }
 
 #[test]
-fn a_large_region_is_hashed_in_pieces_to_the_same_digest() {
+fn regions_are_hashed_together_or_in_pieces_to_the_same_digests() {
     let dir = tempfile::tempdir().expect("a scratch directory");
-    // Its regions have 128 KiB, twice what is read at once.
-    let size = 16 * GIB;
-    let disk = Disk::create(&dir.path().join("a"), size, Cache::Writeback).expect("created");
-    let bytes: Vec<u8> = (0..2 * MIB).map(|at| (at / 7).to_le_bytes()[0]).collect();
-    disk.write(&bytes, 3 << 30, false).expect("written");
-    let region = region_bytes(size);
-    let mut digests = [[0; 32]; 3];
-    Hasher::default().regions(&disk, (3 << 30) / region, &mut digests).expect("read");
-    for (digest, piece) in digests.iter().zip(bytes.chunks(usize::try_from(region).expect("small"))) {
-        assert_eq!(digest, blake3::hash(piece).as_bytes());
+    // Regions of 64 KiB, 128 KiB, and of twice what is read at once.
+    for size in [GIB, 16 * GIB, 128 * GIB] {
+        let disk = Disk::create(&dir.path().join(size.to_string()), size, Cache::Writeback).expect("created");
+        let region = region_bytes(size);
+        let bytes: Vec<u8> = (0..3 * MIB).map(|at| (at / 7).to_le_bytes()[0]).collect();
+        // Data begins and ends within regions.
+        let first = GIB / 2 / region;
+        disk.write(&bytes, GIB / 2 + 4096, false).expect("written");
+        let count = usize::try_from((3 << 20) / region + 1).expect("small");
+        let mut digests = vec![[0; 32]; count];
+        Hasher::default().regions(&disk, first, &mut digests).expect("read");
+        let mut whole = vec![0; 4096];
+        whole.extend_from_slice(&bytes);
+        whole.resize(count * usize::try_from(region).expect("small"), 0);
+        for (digest, piece) in digests.iter().zip(whole.chunks(whole.len() / count)) {
+            assert_eq!(digest, blake3::hash(piece).as_bytes(), "{size}");
+        }
     }
 }
 

@@ -327,6 +327,7 @@ struct ProgressLine<'a> {
     disks: &'a [ProgressDisk<'a>],
     lost_ms: Option<u64>,
     lost_cause: Option<&'a str>,
+    state_bytes: u64,
 }
 
 #[derive(Serialize)]
@@ -388,6 +389,7 @@ pub fn progress(guest: &str, progress: &Progress) -> String {
         disks: &disks,
         lost_ms: progress.lost_ms,
         lost_cause: progress.lost_ms.map(|_| progress.lost_cause.as_str()),
+        state_bytes: progress.state_bytes,
     })
 }
 
@@ -410,6 +412,8 @@ struct DoneLine<'a> {
     verify: Option<&'a str>,
     verified_bytes: Option<u64>,
     root: Option<&'a str>,
+    state_bytes: Option<u64>,
+    pause_us: Option<u64>,
 }
 
 /// How a migration ended.
@@ -435,6 +439,8 @@ pub fn done(guest: &str, done: &Done) -> String {
         verify: receipt.map(|receipt| receipt.verify.word()),
         verified_bytes: receipt.map(|receipt| receipt.verified_bytes),
         root: root.as_deref(),
+        state_bytes: done.state_bytes,
+        pause_us: done.pause_us,
     })
 }
 
@@ -554,7 +560,7 @@ mod tests {
              \"predicted_final_ms\":3,\"downtime_limit_ms\":0,\"bandwidth_bytes\":0,\"held\":false,\"disks\":[\
              {\"name\":\"a\",\"size_bytes\":9,\"left_bytes\":0,\"sent_bytes\":0,\"zero_bytes\":0,\"rate_bytes\":0,\
              \"dirty_rate_bytes\":0,\"passes\":0,\"estimate_s\":8,\"resent_bytes\":0,\"equal_bytes\":0,\
-             \"verified_bytes\":0,\"unverified_bytes\":0}],\"lost_ms\":null,\"lost_cause\":null}\n"
+             \"verified_bytes\":0,\"unverified_bytes\":0}],\"lost_ms\":null,\"lost_cause\":null,\"state_bytes\":0}\n"
         );
         let ended = Done { attempt: 1, owner: Owner::Destination, destination: text("d"), ..Done::default() };
         assert_eq!(
@@ -562,7 +568,7 @@ mod tests {
             "{\"type\":\"done\",\"guest\":\"g1\",\"attempt\":\"00000000000000000000000000000001\",\"exit\":0,\
              \"cause\":null,\"owner\":\"destination\",\"destination\":\"d\",\"sent_bytes\":0,\"zero_bytes\":0,\
              \"passes\":0,\"total_ms\":0,\"switchover_us\":null,\"resent_bytes\":0,\"equal_bytes\":0,\
-             \"verify\":null,\"verified_bytes\":null,\"root\":null}\n"
+             \"verify\":null,\"verified_bytes\":null,\"root\":null,\"state_bytes\":null,\"pause_us\":null}\n"
         );
     }
 }

@@ -93,6 +93,7 @@ fn a_progress() -> Progress {
         .collect(),
         lost_ms: Some(13),
         lost_cause: text("c"),
+        state_bytes: 14,
     }
 }
 
@@ -117,6 +118,8 @@ fn a_done() -> Done {
             term: 13,
             generation: 14,
         }),
+        state_bytes: Some(15),
+        pause_us: Some(16),
     }
 }
 

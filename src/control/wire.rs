@@ -491,6 +491,8 @@ pub struct Progress {
     pub lost_ms: Option<u64>,
     /// Why it is out of reach; empty: it is not.
     pub lost_cause: Cause,
+    /// Bytes of the guest's memory and devices that have moved.
+    pub state_bytes: u64,
 }
 
 /// One disk in [`Progress`].
@@ -590,6 +592,10 @@ pub struct Done {
     pub equal_bytes: u64,
     /// What was verified; `None`: it was not handed over.
     pub receipt: Option<Receipt>,
+    /// Bytes of the guest's memory and devices; `None`: no VMM driver has moved them.
+    pub state_bytes: Option<u64>,
+    /// How long the guest stood, as the VMM drivers saw it; `None`: it was not seen.
+    pub pause_us: Option<u64>,
 }
 
 /// Who owns a guest, as far as this host knows.

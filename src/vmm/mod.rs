@@ -156,6 +156,17 @@ impl Vmm {
             Self::Qmp(path) => qmp::destination::run_again(path, deadline),
         }
     }
+
+    /// On the destination, before "unsealed", in such a process: ends the VMM that has loaded a guest and stands.
+    ///
+    /// # Errors
+    /// One line, for the log. That there is no such VMM is none.
+    pub fn end_again(&self, deadline: Instant) -> Result<(), String> {
+        match self {
+            Self::None => Ok(()),
+            Self::Qmp(path) => qmp::destination::end_again(path, deadline),
+        }
+    }
 }
 
 impl Leaving {

@@ -42,6 +42,7 @@ fn samples(count: usize, length: usize) -> Vec<Message> {
             connections: 4,
             verify: Verify::Full,
             keep_partial: true,
+            state: true,
         }),
         Message::Prepared(Prepared {
             stamp,
@@ -62,11 +63,15 @@ fn samples(count: usize, length: usize) -> Vec<Message> {
         Message::Question { stamp },
         Message::Record { stamp, record },
         Message::Promise { stamp, promise: Promise::NotGiven },
-        Message::Failed { stamp, cause, region: Some(region) },
+        Message::Failed { stamp, cause: cause.clone(), region: Some(region) },
         Message::Ping { number: 7 },
         Message::Pong { number: u64::MAX },
         Message::Digest { stamp, disk: 3, offset_bytes: 1 << 20, regions: 16 },
         Message::Digests { stamp, disk: 3, offset_bytes: 1 << 20, digests: many(&[0x77; 32], count.min(DIGESTS_MAX)) },
+        Message::State { stamp, ran: true },
+        Message::StateReady { stamp },
+        Message::StateQuestion { stamp },
+        Message::StateIs { stamp, standing: Standing::Failed, cause },
     ]
 }
 
@@ -91,8 +96,29 @@ fn hex(bytes: &[u8]) -> String {
 #[test]
 fn message_numbers_are_pinned() {
     let names = [
-        "PREPARE", "PREPARED", "REFUSED", "FENCE", "FENCED", "SEAL", "SEALED", "GO", "RUNNING", "ABORT", "UNSEALED",
-        "QUESTION", "RECORD", "PROMISE", "FAILED", "PING", "PONG", "DIGEST", "DIGESTS",
+        "PREPARE",
+        "PREPARED",
+        "REFUSED",
+        "FENCE",
+        "FENCED",
+        "SEAL",
+        "SEALED",
+        "GO",
+        "RUNNING",
+        "ABORT",
+        "UNSEALED",
+        "QUESTION",
+        "RECORD",
+        "PROMISE",
+        "FAILED",
+        "PING",
+        "PONG",
+        "DIGEST",
+        "DIGESTS",
+        "STATE",
+        "STATE-READY",
+        "STATE-QUESTION",
+        "STATE-IS",
     ];
     let samples = samples(1, 3);
     assert_eq!((samples.len(), names.len()), (usize::from(MESSAGES), usize::from(MESSAGES)));
@@ -349,6 +375,7 @@ proptest! {
                 connections,
                 verify: Verify::Written,
                 keep_partial: numbers[0] % 2 == 1,
+                state: numbers[0] % 3 == 1,
             }),
             Message::Prepared(Prepared {
                 stamp,

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::{Event, Qmp, RunState, Status, soon, state_path, uri};
 use crate::address::Address;
 use crate::error::reason;
-use crate::limits::{QMP_LOOK, QMP_TIMEOUT};
+use crate::limits::{QMP_LOOK, QMP_START_LOOK, QMP_TIMEOUT};
 use crate::socket::Socket;
 
 /// A QEMU that loads a guest, or has loaded it.
@@ -26,7 +26,7 @@ pub struct Arriving {
 pub(in crate::vmm) fn check(path: &Path, may_come: bool, deadline: Instant) -> Result<(), String> {
     match Qmp::connect(path, deadline) {
         Ok(mut qmp) => check_waiting(&mut qmp, deadline).map(drop),
-        Err(_) if may_come && !path.exists() => Ok(()),
+        Err(_) if may_come => Ok(()),
         Err(cause) => Err(cause),
     }
 }
@@ -50,6 +50,14 @@ pub(in crate::vmm) fn run_again(path: &Path, deadline: Instant) -> Result<(), St
     run(&mut qmp, deadline)
 }
 
+/// See [`crate::vmm::Vmm::end_again`].
+pub(in crate::vmm) fn end_again(path: &Path, deadline: Instant) -> Result<(), String> {
+    let Ok(mut qmp) = Qmp::connect(path, deadline) else { return Ok(()) };
+    let (status, _) = qmp.migration(soon(deadline))?;
+    // One that still waits has read nothing that it would believe later.
+    if status == Status::Completed { qmp.quit(deadline) } else { Ok(()) }
+}
+
 /// `cont`, and once more if the guest stops at once because of a request that was refused before.
 fn run(qmp: &mut Qmp, deadline: Instant) -> Result<(), String> {
     loop {
@@ -65,13 +73,23 @@ fn run(qmp: &mut Qmp, deadline: Instant) -> Result<(), String> {
     }
 }
 
+/// A VMM may have been started only when PREPARE had made its disks, or had opened them to it again.
+fn connect_patiently(path: &Path, deadline: Instant) -> Result<Qmp, String> {
+    loop {
+        match Qmp::connect(path, deadline) {
+            Err(_) if Instant::now() + QMP_START_LOOK < deadline => std::thread::sleep(QMP_START_LOOK),
+            connected => return connected,
+        }
+    }
+}
+
 impl Arriving {
     /// Has QEMU listen for the state, and connects.
     ///
     /// # Errors
     /// One line.
     pub fn begin(path: &Path, deadline: Instant) -> Result<(Self, Arc<Socket>), String> {
-        let mut qmp = Qmp::connect(path, deadline)?;
+        let mut qmp = connect_patiently(path, deadline)?;
         check_waiting(&mut qmp, deadline)?;
         // As if it had been started with -S.
         qmp.execute("stop", "", soon(deadline))?;

@@ -286,6 +286,24 @@ pub enum Message {
         /// The digest of each region, in their order.
         digests: heapless::Vec<Digest, DIGESTS_MAX>,
     },
+    /// S to D: from the answer on, this connection carries blocks too: the stream path.
+    Stream {
+        /// The attempt.
+        stamp: Stamp,
+        /// The process that is meant (rule D12).
+        instance: Instance,
+        /// The epoch that the blocks belong to (rule D4).
+        epoch: Epoch,
+        /// The secret of the attempt.
+        token: Token,
+    },
+    /// D to S: they may come.
+    Streaming {
+        /// The attempt.
+        stamp: Stamp,
+        /// The epoch.
+        epoch: Epoch,
+    },
     /// S to D, on a connection of its own: the guest's state follows, as soon as it is ready to be taken (rule M11).
     State {
         /// The attempt.
@@ -315,7 +333,7 @@ pub enum Message {
 }
 
 /// How many messages there are.
-const MESSAGES: u8 = 23;
+const MESSAGES: u8 = 25;
 
 impl Message {
     /// The message's name in logs and errors.
@@ -341,6 +359,8 @@ impl Message {
             Self::Pong { .. } => "PONG",
             Self::Digest { .. } => "DIGEST",
             Self::Digests { .. } => "DIGESTS",
+            Self::Stream { .. } => "STREAM",
+            Self::Streaming { .. } => "STREAMING",
             Self::State { .. } => "STATE",
             Self::StateReady { .. } => "STATE-READY",
             Self::StateQuestion { .. } => "STATE-QUESTION",
@@ -369,6 +389,8 @@ impl Message {
             | Self::Failed { stamp, .. }
             | Self::Digest { stamp, .. }
             | Self::Digests { stamp, .. }
+            | Self::Stream { stamp, .. }
+            | Self::Streaming { stamp, .. }
             | Self::State { stamp, .. }
             | Self::StateReady { stamp }
             | Self::StateQuestion { stamp }

@@ -13,7 +13,6 @@ use crate::limits::{
 };
 use crate::migrate::state::Relay;
 use crate::migrate::wire::Standing;
-use crate::socket::Socket;
 use crate::vmm::{Going, Leaving};
 
 /// The guest's state, on its way.
@@ -21,6 +20,8 @@ use crate::vmm::{Going, Leaving};
 pub(super) struct State {
     vmm: Leaving,
     relay: Option<Arc<Relay>>,
+    /// What the state travels on; a command that is the way to the other host ends with it.
+    carrier: Option<Link>,
     /// Since when the guest stands.
     stands: Option<Instant>,
     /// Until it was heard to run at the destination.
@@ -29,7 +30,7 @@ pub(super) struct State {
 
 impl State {
     pub(super) fn new(vmm: Leaving) -> Self {
-        Self { vmm, relay: None, stands: None, pause: None }
+        Self { vmm, relay: None, carrier: None, stands: None, pause: None }
     }
 
     /// Bytes of the state, if it has begun to move.
@@ -70,9 +71,10 @@ impl Drive<'_> {
         self.show_phase(Phase::State);
         let carrier = self.open_carrier(state.vmm.ran())?;
         let began = state.vmm.start(self.job.downtime_limit(), Instant::now() + STATE_START_MAX);
-        let vmm = began.inspect_err(|_| carrier.shutdown())?;
-        let relay = Relay::start(vmm, carrier, Some(Arc::clone(&self.job.budget)))?;
+        let vmm = began.inspect_err(|_| carrier.socket().shutdown())?;
+        let relay = Relay::start(vmm, Arc::clone(carrier.socket()), Some(Arc::clone(&self.job.budget)))?;
         state.relay = Some(Arc::clone(&relay));
+        state.carrier = Some(carrier);
         while state.vmm.poll(Duration::ZERO)? == Going::Active {
             check(&relay)?;
             self.look()?;
@@ -91,7 +93,7 @@ impl Drive<'_> {
     }
 
     /// A connection of its own for the state, at whose other end a VMM waits.
-    fn open_carrier(&mut self, ran: bool) -> Result<Arc<Socket>, Stop> {
+    fn open_carrier(&mut self, ran: bool) -> Result<Link, Stop> {
         let deadline = Instant::now() + STATE_START_MAX;
         let dialled = dial_aside(self.guest, &self.job.address, deadline);
         let (mut link, theirs) = wait_for(&dialled, TICK, || self.look())?
@@ -104,7 +106,7 @@ impl Drive<'_> {
         while Instant::now() < deadline {
             match link.receive(Instant::now() + TICK).map_err(fault)? {
                 Some(Message::StateReady { stamp }) if stamp.matches(&self.stamp) => {
-                    return Ok(Arc::clone(link.socket()));
+                    return Ok(link);
                 }
                 Some(Message::Failed { stamp, cause, .. }) if stamp.matches(&self.stamp) => {
                     return Err(format!("the destination: {cause}").into());

@@ -229,9 +229,12 @@ impl Relay {
 
     /// The data connections that are open now take in what the source sends, and keep it.
     pub(crate) fn hoard(&self) {
-        self.change(|state| {
-            state.connections.iter_mut().filter(|c| c.kind == Kind::Data).for_each(|c| c.hoards = true)
-        });
+        self.hoard_kind(Kind::Data);
+    }
+
+    /// The same for connections of any kind.
+    pub(crate) fn hoard_kind(&self, kind: Kind) {
+        self.change(|state| state.connections.iter_mut().filter(|c| c.kind == kind).for_each(|c| c.hoards = true));
     }
 
     /// How many bytes are hoarded.
@@ -565,12 +568,14 @@ impl PhaseReader {
         }
         self.rest.extend_from_slice(bytes);
         while let Some(length) = self.rest.first_chunk::<4>() {
-            let end = 4 + u32::from_le_bytes(*length) as usize;
+            // The stream path: the kind of a frame stands above its length, and 0 are the phases.
+            let (kind, length) = (length[3], [length[0], length[1], length[2], 0]);
+            let end = 4 + u32::from_le_bytes(length) as usize;
             if self.rest.len() < end {
                 break;
             }
-            let message = self.rest[4];
-            units.push(Unit { bytes: self.rest.drain(..end).collect(), message: Some(message) });
+            let message = (kind == 0).then_some(self.rest[4]);
+            units.push(Unit { bytes: self.rest.drain(..end).collect(), message });
         }
         units
     }

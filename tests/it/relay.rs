@@ -136,6 +136,8 @@ struct Connection {
     /// Added to the relay's own delay.
     delay: Duration,
     dead: bool,
+    /// Directions in which all has passed.
+    ended: u8,
 }
 
 #[derive(Debug, Default)]
@@ -381,6 +383,7 @@ fn accept(shared: &Arc<Shared>, listener: &TcpListener) {
             silent: false,
             delay: Duration::ZERO,
             dead: false,
+            ended: 0,
         });
         drop(state);
         for (way, from, to) in [(Way::Up, from, to), (Way::Down, back_from, back_to)] {
@@ -479,6 +482,11 @@ fn empty(shared: &Shared, number: usize, way: Way, mut to: TcpStream) {
         shared.changed.notify_all();
     }
     let _ = to.shutdown(Shutdown::Write);
+    // Who has left is not there to be cut.
+    let mut state = shared.lock();
+    let connection = &mut state.connections[number];
+    connection.ended += 1;
+    connection.dead |= connection.ended == 2;
 }
 
 /// The next bytes of a queue, none at its end; `None` if the connection is cut.

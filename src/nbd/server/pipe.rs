@@ -1,8 +1,8 @@
 //! Long reads over a Unix socket without a copy: the pages of the page cache go through a pipe into the socket.
 //!
-//! A worker fills its [`Pipe`] with references to pages, which may wait for the device, sends the head of the reply, and
-//! then lets the pipe run into the socket: three system calls for up to [`PIPE_ROOM`] bytes, and the one copy that is
-//! made is the client's own. Over TCP the kernel's work for each page costs what the copy would have cost, so there
+//! A worker fills its [`Pipe`] with references to pages, which may wait for the device, sends the head of the reply,
+//! and then lets the pipe run into the socket: three system calls for up to [`PIPE_ROOM`] bytes, and the one copy that
+//! is made is the client's own. Over TCP the kernel's work for each page costs what the copy would have cost, so there
 //! bytes are copied (docs/performance.md has the figures).
 //!
 //! What a client then receives is the page as it is when the client takes it out of the socket: at the latest there, a

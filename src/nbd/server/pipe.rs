@@ -52,7 +52,7 @@ impl Connection<'_> {
         }
         let Some(pipe) = place.as_ref() else { return Ok(false) };
         let whole = !self.agreed.structured || request.flags & wire::CMD_FLAG_DF != 0;
-        let end = request.offset + u64::from(request.length);
+        let end = request.offset + request.length;
         let (mut at, mut turn) = (request.offset, None);
         while at < end {
             let left = usize::try_from(end - at).unwrap_or(usize::MAX);
@@ -114,14 +114,14 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().expect("a pair");
         let socket = Arc::new(Socket::new(ours.into()));
         let visit = export.enter(Door::Guest, &socket).expect("let in");
-        let length = u32::try_from(length).expect("short");
+        let length = length as u64;
         let request = Request { flags: 0, command: wire::CMD_READ, cookie: 7, offset, length };
         std::thread::scope(|scope| {
             let client = scope.spawn(move || {
                 let mut all = Vec::new();
                 theirs.read_to_end(&mut all).map(|_| all)
             });
-            let connection = Connection::new(&visit, Agreed { structured, base_allocation: false });
+            let connection = Connection::new(&visit, Agreed { structured, extended: false, base_allocation: false });
             let result = connection.read_uncopied(&request, &mut None);
             visit.socket().shutdown();
             (result, client.join().expect("it does not panic").expect("received"))
@@ -173,8 +173,9 @@ mod tests {
     fn a_piece_that_cannot_be_read_is_an_error_chunk_or_the_end() {
         let (result, reply) = answer(&pattern(), 2 * MIB as u64, 0, LENGTH, true);
         assert!(result.expect("answered"));
-        let error = wire::structured_chunk(wire::REPLY_FLAG_DONE, wire::REPLY_TYPE_ERROR, 7, 6);
-        assert!(reply.ends_with(&[&error[..], &wire::error_chunk(wire::EIO, 0)[..]].concat()));
+        let agreed = Agreed { structured: true, extended: false, base_allocation: false };
+        let request = Request { flags: 0, command: wire::CMD_READ, cookie: 7, offset: 0, length: LENGTH as u64 };
+        assert!(reply.ends_with(ReplyHead::for_result(agreed, &request, wire::EIO).bytes()));
         let (result, reply) = answer(&pattern(), 2 * MIB as u64, 0, LENGTH, false);
         assert!(result.is_err() && reply.len() < LENGTH, "nobody takes it for the whole");
     }

@@ -156,7 +156,7 @@ impl Connection<'_> {
                 }
             }
             Job::Request(request) if request.command == wire::CMD_READ => {
-                let long = request.length as usize > INLINE_READ_MAX;
+                let long = request.length > INLINE_READ_MAX as u64;
                 if long && self.uncopied.load(Ordering::Relaxed) && self.read_uncopied(request, pipe)? {
                     return Ok(());
                 }

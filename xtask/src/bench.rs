@@ -44,7 +44,7 @@ pub(crate) struct Bench {
     pub(crate) log: PathBuf,
 }
 
-/// `cargo xtask bench [chain|server|copy|migrate|guest|tax|scale]... [--runs N] [--quick] [--json]`.
+/// `cargo xtask bench [chain|server|copy|migrate|guest|tax|scale]... [--runs N] [--quick] [--docs] [--json]`.
 pub(crate) fn main(arguments: &[String]) -> Result<()> {
     let asked = parse(arguments)?;
     let executable = build::static_executable()?.place;
@@ -70,7 +70,7 @@ pub(crate) fn main(arguments: &[String]) -> Result<()> {
                 "the machine was busy (load {load:.0} on {cpus} CPUs): times, IOPS and latencies are of little use"
             ));
         }
-        keep(name, &table, &machine)?;
+        keep(name, &table, &machine, asked.docs)?;
         if asked.json {
             print!("{}", table.json(name));
         } else {
@@ -81,9 +81,9 @@ pub(crate) fn main(arguments: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Keeps what was measured: `target/bench/NAME.json`, and a picture beside it.
-fn keep(name: &str, table: &Table, machine: &str) -> Result<()> {
-    let folder = util::target_dir()?.join("bench");
+/// Keeps what was measured: `target/bench/NAME.json`, and a picture beside it; or in docs/bench, for performance.md.
+fn keep(name: &str, table: &Table, machine: &str, docs: bool) -> Result<()> {
+    let folder = if docs { util::root()?.join("docs/bench") } else { util::target_dir()?.join("bench") };
     let write = |ending: &str, text: String| {
         let path = folder.join(format!("{name}.{ending}"));
         fs::write(&path, text).map_err(|error| Error::new("bench", path.display(), error))
@@ -103,6 +103,7 @@ struct Asked {
     benches: Vec<&'static str>,
     runs: Option<usize>,
     json: bool,
+    docs: bool,
 }
 
 fn parse(arguments: &[String]) -> Result<Asked> {
@@ -111,6 +112,8 @@ fn parse(arguments: &[String]) -> Result<Asked> {
     while let Some(word) = words.next() {
         if word == "--json" {
             asked.json = true;
+        } else if word == "--docs" {
+            asked.docs = true;
         } else if word == "--quick" {
             asked.runs = asked.runs.or(Some(1));
         } else if word == "--runs" {
@@ -233,8 +236,10 @@ mod tests {
     #[test]
     fn the_command_line_is_read() {
         let words = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
-        let asked = parse(&words("server --runs 3 chain --json")).expect("fine");
-        assert_eq!((asked.benches, asked.runs, asked.json), (vec!["server", "chain"], Some(3), true));
+        let asked = parse(&words("server --runs 3 chain --json --docs")).expect("fine");
+        assert_eq!((asked.benches, asked.runs), (vec!["server", "chain"], Some(3)));
+        assert!(asked.json && asked.docs);
+        assert_eq!(parse(&words("tax --quick")).expect("fine").runs, Some(1));
         for bad in ["disk", "--runs", "--runs 0", "--runs x"] {
             assert_eq!(parse(&words(bad)).err().map(|error| error.exit), Some(2), "{bad}");
         }

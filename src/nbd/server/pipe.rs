@@ -13,13 +13,13 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::pipe::PipeFlags;
 
 use super::reply::ReplyHead;
 use super::{Connection, error_number, gone, locked};
-use crate::limits::PIPE_ROOM;
+use crate::limits::{PIPE_ROOM, PIPES_MAX};
 use crate::nbd::wire::{self, Request};
 
 /// A worker's pipe; empty between two reads.
@@ -27,17 +27,38 @@ pub(super) struct Pipe {
     from: OwnedFd,
     into: OwnedFd,
     room: usize,
+    _share: Share,
+}
+
+/// The pipes of this process: descriptors are for connections and records first.
+static PIPES: AtomicUsize = AtomicUsize::new(0);
+
+/// One of the pipes that there may be; given back when it is dropped.
+struct Share(&'static AtomicUsize);
+
+impl Share {
+    fn take(of: &'static AtomicUsize) -> Option<Self> {
+        let one_more = |taken: usize| (taken < PIPES_MAX).then_some(taken + 1);
+        of.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).ok().map(|_| Self(of))
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 impl Pipe {
-    /// `None`: the process is out of descriptors, or the system does not have this.
+    /// `None`: there are enough of them, the process is out of descriptors, or the system does not have this.
     fn new() -> Option<Self> {
+        let share = Share::take(&PIPES)?;
         let (from, into) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).ok()?;
         // A user has room in pipes up to a limit; past it they are smaller, and that is all.
         let room = rustix::pipe::fcntl_setpipe_size(&into, PIPE_ROOM)
             .or_else(|_| rustix::pipe::fcntl_getpipe_size(&into))
             .ok()?;
-        Some(Self { from, into, room })
+        Some(Self { from, into, room, _share: share })
     }
 }
 
@@ -159,6 +180,16 @@ mod tests {
             let (data, count) = chunks(&reply, offset);
             assert!(data == wanted && (count > 1 || length < MIB), "{count} chunks at {offset}");
         }
+    }
+
+    #[test]
+    fn pipes_come_to_an_end_and_back() {
+        static OWN: AtomicUsize = AtomicUsize::new(0);
+        let mut taken: Vec<Share> = std::iter::from_fn(|| Share::take(&OWN)).collect();
+        assert_eq!(taken.len(), PIPES_MAX);
+        assert!(taken.pop().is_some() && Share::take(&OWN).is_some(), "what is dropped is there again");
+        drop(taken);
+        assert_eq!(OWN.load(Ordering::Acquire), 0);
     }
 
     #[test]

@@ -83,6 +83,7 @@ impl Bench {
             connections: 0,
             verify: Verify::None,
             keep_partial: false,
+            state: false,
         }
     }
 

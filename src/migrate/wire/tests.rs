@@ -42,6 +42,7 @@ fn samples(count: usize, length: usize) -> Vec<Message> {
             connections: 4,
             verify: Verify::Full,
             keep_partial: true,
+            state: true,
         }),
         Message::Prepared(Prepared {
             stamp,
@@ -62,13 +63,17 @@ fn samples(count: usize, length: usize) -> Vec<Message> {
         Message::Question { stamp },
         Message::Record { stamp, record },
         Message::Promise { stamp, promise: Promise::NotGiven },
-        Message::Failed { stamp, cause, region: Some(region) },
+        Message::Failed { stamp, cause: cause.clone(), region: Some(region) },
         Message::Ping { number: 7 },
         Message::Pong { number: u64::MAX },
         Message::Digest { stamp, disk: 3, offset_bytes: 1 << 20, regions: 16 },
         Message::Digests { stamp, disk: 3, offset_bytes: 1 << 20, digests: many(&[0x77; 32], count.min(DIGESTS_MAX)) },
         Message::Stream { stamp, instance, epoch, token: Token::from_bytes([0x66; 16]) },
         Message::Streaming { stamp, epoch },
+        Message::State { stamp, ran: true },
+        Message::StateReady { stamp },
+        Message::StateQuestion { stamp },
+        Message::StateIs { stamp, standing: Standing::Failed, cause },
     ]
 }
 
@@ -114,6 +119,10 @@ fn message_numbers_are_pinned() {
         "DIGESTS",
         "STREAM",
         "STREAMING",
+        "STATE",
+        "STATE-READY",
+        "STATE-QUESTION",
+        "STATE-IS",
     ];
     let samples = samples(1, 3);
     assert_eq!((samples.len(), names.len()), (usize::from(MESSAGES), usize::from(MESSAGES)));
@@ -373,6 +382,7 @@ proptest! {
                 connections,
                 verify: Verify::Written,
                 keep_partial: numbers[0] % 2 == 1,
+                state: numbers[0] % 3 == 1,
             }),
             Message::Prepared(Prepared {
                 stamp,

@@ -6,6 +6,7 @@ mod bad_input;
 mod chance;
 mod client;
 mod control;
+mod copy;
 mod domain_xml;
 mod export_cli;
 mod exported;

@@ -13,6 +13,7 @@ mod extended;
 mod extents;
 mod footprint;
 mod foreign;
+mod guests;
 mod handshake;
 mod harness;
 mod host;
@@ -25,5 +26,5 @@ mod ownership;
 mod relay;
 mod remains;
 mod torture;
-mod vmm;
+
 mod writer;

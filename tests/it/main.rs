@@ -14,6 +14,7 @@ mod extended;
 mod extents;
 mod footprint;
 mod foreign;
+mod guests;
 mod handshake;
 mod harness;
 mod host;

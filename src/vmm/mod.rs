@@ -130,6 +130,12 @@ impl Vmm {
         }
     }
 
+    /// Whether who uses the guest's attached devices is silent once the state has gone (W5).
+    #[must_use]
+    pub fn stills_devices(&self) -> bool {
+        matches!(self, Self::Hook(_))
+    }
+
     /// Whether the guest's state moves with the disks.
     #[must_use]
     pub fn moves_state(&self) -> bool {

@@ -1,7 +1,8 @@
 //! A hook on the destination: a guest arrives.
 //!
 //! `ready` at PREPARE; `state-in` reads the state and ends with 0 only when it is loaded and the VMM stands, or when it
-//! is stored whole and fsynced (M11); `run` when this host owns and the guest door is open; `abort` when it will not own.
+//! is stored whole and fsynced (M11); `run` when this host owns and the guest door is open; `abort` when it will not
+//! own.
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;

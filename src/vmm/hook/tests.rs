@@ -40,7 +40,8 @@ fn a_state_goes_through_both_ends_and_each_point_is_told_what_it_is_about() {
     let directory = tempfile::tempdir().expect("a directory");
     let vmm = hook(
         directory.path(),
-        r#"echo "$1 $BLOCKFERRY_GUEST $BLOCKFERRY_SIDE $BLOCKFERRY_ATTEMPT $BLOCKFERRY_PEER ran=$BLOCKFERRY_RAN" >> $D/log
+        r#"what="$BLOCKFERRY_GUEST $BLOCKFERRY_SIDE $BLOCKFERRY_ATTEMPT $BLOCKFERRY_PEER"
+           echo "$1 $what ran=$BLOCKFERRY_RAN" >> $D/log
            case $1 in state-out) head -c 300000 /dev/zero ;; state-in) wc -c > $D/state ;; esac"#,
     );
     let mut source = leaving(&vmm);

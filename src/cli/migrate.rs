@@ -41,6 +41,8 @@ pub struct MigrateOptions {
     pub detach: bool,
     /// What has been sent stays at the destination, however the migration ends.
     pub keep_partial: bool,
+    /// Disks that stay need not be within the destination's reach.
+    pub heedless: bool,
 }
 
 pub(super) const SPEC: Spec = Spec {
@@ -74,9 +76,9 @@ pub(super) const SPEC: Spec = Spec {
             "what both sides hash and compare before the hand-over: what was\n\
              written, full (everything) or none [written]",
         ),
+        opt("unsafe", Takes::Nothing, "move even if the destination does not reach a disk that stays"),
         CONTROL,
         PLAINTEXT,
-        later("unsafe", Takes::Nothing),
         later("plain", Takes::Nothing),
         later("tls-dir", Takes::One("DIR")),
         later("key", Takes::One("FILE")),
@@ -122,6 +124,7 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
         connections: matches.number("connections", 1, most)?.unwrap_or(0),
         detach: matches.flag("detach"),
         keep_partial: matches.flag("keep-partial"),
+        heedless: matches.flag("unsafe"),
     }))
 }
 
@@ -161,6 +164,7 @@ impl MigrateOptions {
             incremental: self.incremental,
             verify: self.verify,
             keep_partial: self.keep_partial,
+            heedless: self.heedless,
         }
     }
 }

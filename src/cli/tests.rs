@@ -144,6 +144,7 @@ fn every_wrong_serve_says_what_is_wrong() {
 fn migrate_has_its_defaults_and_accepts_what_is_today() {
     let expected = MigrateOptions {
         keep_partial: false,
+        heedless: false,
         door: door("g1"),
         destination: Address::Tcp { host: "b".to_owned(), port: 49152 },
         overwrite: false,
@@ -201,7 +202,6 @@ fn every_wrong_migrate_says_what_is_wrong() {
             "--copy-storage-all --copy-storage-inc",
             "--copy-storage-inc: cannot be combined with --copy-storage-all".to_owned(),
         ),
-        ("--unsafe", "--unsafe: not built yet".to_owned()),
         ("--plain", "--plain: not built yet".to_owned()),
         ("--tls-dir d", "--tls-dir: not built yet".to_owned()),
         ("--key f", "--key: not built yet".to_owned()),

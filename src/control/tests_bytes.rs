@@ -61,6 +61,7 @@ fn a_migrate_request() -> MigrateRequest {
         incremental: true,
         keep_partial: true,
         verify: Verify::Full,
+        heedless: true,
     }
 }
 

@@ -132,6 +132,8 @@ pub struct MigrateRequest {
     pub keep_partial: bool,
     /// What of the copy is verified before the hand-over.
     pub verify: Verify,
+    /// Disks that stay need not be within the destination's reach.
+    pub heedless: bool,
 }
 
 /// What of the copy is verified before the hand-over (rule D14).

@@ -20,6 +20,7 @@ pub use hello::{
     choose_version,
 };
 
+use crate::domain::Stays;
 use crate::limits::{CAUSE_MAX, DIGESTS_MAX, DISK_NAME_MAX, DISKS_MAX, FRAME_MAX, PROBLEMS_MAX};
 use crate::ownership::{Instance, Promise, Stamp, Summary};
 
@@ -70,6 +71,17 @@ pub struct DiskOffer {
     pub granularity_bytes: u64,
 }
 
+/// One disk that does not move: the destination must reach it by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StayingDisk {
+    /// Its name, the same on both sides.
+    pub name: DiskName,
+    /// Why it stays.
+    pub why: Stays,
+    /// Its size, where this side has it open.
+    pub size_bytes: Option<u64>,
+}
+
 /// Source to destination: the first message of an attempt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Prepare {
@@ -87,6 +99,10 @@ pub struct Prepare {
     pub verify: Verify,
     /// What has been sent stays, however the attempt ends: another one will go on from it.
     pub keep_partial: bool,
+    /// The disks that stay where they are.
+    pub staying: heapless::Vec<StayingDisk, DISKS_MAX>,
+    /// The user wants to move even if the destination cannot reach one of those.
+    pub heedless: bool,
 }
 
 /// What the destination says of one offered disk.

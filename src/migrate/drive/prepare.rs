@@ -37,6 +37,8 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
             wire::Verify::Full => Verify::Full,
         },
         keep_partial: job.request.keep_partial,
+        staying: preflight::staying(guest, &job.request.disks)?,
+        heedless: job.request.heedless,
     });
     let prepared = match ask_to_prepare(job, &mut link, &message, &stamp, &theirs) {
         Ok(prepared) => prepared,

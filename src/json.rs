@@ -327,6 +327,8 @@ struct ProgressLine<'a> {
     disks: &'a [ProgressDisk<'a>],
     lost_ms: Option<u64>,
     lost_cause: Option<&'a str>,
+    transport: &'static str,
+    transport_cause: Option<&'a str>,
 }
 
 #[derive(Serialize)]
@@ -388,6 +390,8 @@ pub fn progress(guest: &str, progress: &Progress) -> String {
         disks: &disks,
         lost_ms: progress.lost_ms,
         lost_cause: progress.lost_ms.map(|_| progress.lost_cause.as_str()),
+        transport: progress.transport.word(),
+        transport_cause: Some(progress.transport_cause.as_str()).filter(|cause| !cause.is_empty()),
     })
 }
 
@@ -554,7 +558,8 @@ mod tests {
              \"predicted_final_ms\":3,\"downtime_limit_ms\":0,\"bandwidth_bytes\":0,\"held\":false,\"disks\":[\
              {\"name\":\"a\",\"size_bytes\":9,\"left_bytes\":0,\"sent_bytes\":0,\"zero_bytes\":0,\"rate_bytes\":0,\
              \"dirty_rate_bytes\":0,\"passes\":0,\"estimate_s\":8,\"resent_bytes\":0,\"equal_bytes\":0,\
-             \"verified_bytes\":0,\"unverified_bytes\":0}],\"lost_ms\":null,\"lost_cause\":null}\n"
+             \"verified_bytes\":0,\"unverified_bytes\":0}],\"lost_ms\":null,\"lost_cause\":null,\
+             \"transport\":\"auto\",\"transport_cause\":null}\n"
         );
         let ended = Done { attempt: 1, owner: Owner::Destination, destination: text("d"), ..Done::default() };
         assert_eq!(

@@ -20,12 +20,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Instant;
 
 use digest::{Asker, NoAnswer};
+use directory::KnownName;
 pub use directory::MigrationDirectory;
+pub(super) use directory::Opened;
 use reception::Reception;
 use remains::Fate;
 
 use super::beat::while_working;
 use super::link::{Link, LinkError};
+use super::stream::Stream;
 use super::wire::{BootId, Capabilities, Challenge, Epoch, Hello, Message, Role, VERSION_HIGHEST, VERSION_LOWEST, cut};
 use crate::digest::{Digest, Hasher};
 use crate::export::{Door, Gate};
@@ -66,30 +69,45 @@ enum Stage {
     Receiving(Box<Reception>),
 }
 
-/// Speaks the phase protocol on one connection until it ends.
-pub fn serve(guest: &Arc<Guest>, socket: &Arc<Socket>) {
+/// Speaks the phase protocol on one connection until it ends. One that is `alone` came another way than through the
+/// door that the source could open data connections to.
+pub fn serve(guest: &Arc<Guest>, socket: &Arc<Socket>, alone: bool) {
     socket.set_keep_alive(LINK_IDLE_MAX);
     let mut link = Link::new(Arc::clone(socket));
-    if let Err(cause) = converse(guest, &mut link) {
+    if let Err(cause) = converse(guest, &mut link, alone) {
         log::info!("migration door: phase connection closed: {cause}");
     }
 }
 
-fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
+fn converse(guest: &Arc<Guest>, link: &mut Link, alone: bool) -> Result<(), String> {
     let challenge = Challenge::random().map_err(|error| error.to_string())?;
-    let ours = hello(guest, Role::Destination, challenge, link.socket());
+    let ours = hello(guest, Role::Destination, challenge, link.socket(), alone);
     let (theirs, _) = link.hello(&ours, Instant::now() + HELLO_TIMEOUT).map_err(|error| error.to_string())?;
     if theirs.guest != ours.guest {
         return Err(format!("the peer speaks of guest '{}', this is '{}'", theirs.guest.escape_debug(), guest.name));
     }
     meet(guest, &theirs);
-    let mut session = Session { theirs, challenge: Some(challenge), stamp: None, asker: Asker::next(), hasher: None };
+    let mut session = Session::new(theirs, Some(challenge));
     let mut heard = Instant::now();
+    let mut stream = None;
     loop {
         match link.receive(Instant::now() + LINK_LOOK) {
             Ok(Some(Message::Ping { number })) => {
                 heard = Instant::now();
                 link.send(&Message::Pong { number }, heard + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
+            }
+            Ok(Some(Message::Stream { stamp, instance, epoch, token })) => {
+                session.stamp = Some(stamp);
+                let known = KnownName { attempt: stamp.attempt, instance, epoch, token };
+                let answer = match guest.destination.open_stream(guest, known, stream.is_some()) {
+                    Ok(opened) => {
+                        stream = Some(Stream::start(guest, link, opened, &session.theirs)?);
+                        Message::Streaming { stamp, epoch }
+                    }
+                    Err(cause) => guest.destination.why_ended(&stamp).unwrap_or_else(|| failed(stamp, &cause)),
+                };
+                heard = Instant::now();
+                link.send(&answer, heard + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
             }
             Ok(Some(message)) => {
                 log::debug!("migration door: received {}", message.name());
@@ -107,7 +125,9 @@ fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
                 // The answer may have taken long; the peer's silence begins now.
                 heard = Instant::now();
             }
-            Ok(None) if heard.elapsed() > LINK_IDLE_MAX => return Err(LinkError::Late.to_string()),
+            Ok(None) if link.heard().map_or(heard, |any| any.max(heard)).elapsed() > LINK_IDLE_MAX => {
+                return Err(LinkError::Late.to_string());
+            }
             Ok(None) => {
                 if let Some(news) = guest.destination.news(guest, &session) {
                     link.send(&news, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
@@ -118,14 +138,37 @@ fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
     }
 }
 
+/// Answers whoever asks for digests on a connection that carries blocks too, until it ends.
+pub(super) fn answer_digests(guest: &Arc<Guest>, link: &mut Link, theirs: Hello) {
+    let mut session = Session::new(theirs, None);
+    let ended = loop {
+        let answer = match link.receive(Instant::now() + LINK_IDLE_MAX) {
+            Ok(Some(message @ Message::Digest { .. })) => guest.destination.answer(guest, &mut session, message),
+            Ok(Some(Message::Ping { number })) => Ok(Some(Message::Pong { number })),
+            Ok(Some(other)) => Err(format!("the peer sent {} where digests are asked for", other.name())),
+            Ok(None) => continue,
+            Err(error) => Err(error.to_string()),
+        };
+        let sent = answer.and_then(|answer| match answer {
+            Some(answer) => link.send(&answer, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string()),
+            None => Ok(()),
+        });
+        if let Err(cause) = sent {
+            break cause;
+        }
+    };
+    log::debug!("migration door: digests: {ended}");
+    link.shut();
+}
+
 /// This side's hello on `socket`. A door that listens at every address of this host is reached at the one that the
-/// peer sees.
-pub fn hello(guest: &Guest, role: Role, challenge: Challenge, socket: &Socket) -> Hello {
+/// peer sees. Beside a connection that is `alone` no others can be opened.
+pub fn hello(guest: &Guest, role: Role, challenge: Challenge, socket: &Socket, alone: bool) -> Hello {
     let address = guest.migration_address.as_ref().map(|door| door.seen_at(socket.local_ip()).to_string());
     Hello {
         versions: (VERSION_LOWEST, VERSION_HIGHEST),
         role,
-        capabilities: Capabilities::NBD,
+        capabilities: if alone { Capabilities::STREAM } else { Capabilities::NBD.with(Capabilities::STREAM) },
         guest: cut(&guest.name),
         title: guest.record().ok().flatten().map(|record| record.title()),
         boot: BootId(guest.boot),
@@ -139,7 +182,7 @@ pub fn hello(guest: &Guest, role: Role, challenge: Challenge, socket: &Socket) -
 /// M8: whatever the peer's hello proves of a higher order.
 pub(super) fn meet(guest: &Guest, theirs: &Hello) {
     let Some(title) = theirs.title else { return };
-    let peer = Peer { host: theirs.host, address: theirs.address.clone() };
+    let peer = Peer { host: theirs.host, address: cut(&theirs.address) };
     if let Err(error) = guest.apply(&Event::Meet { title, peer }) {
         log::warn!("migration: {error}");
     }
@@ -156,6 +199,12 @@ struct Session {
     asker: Asker,
     /// Once it has asked.
     hasher: Option<Hasher>,
+}
+
+impl Session {
+    fn new(theirs: Hello, challenge: Option<Challenge>) -> Self {
+        Self { theirs, challenge, stamp: None, asker: Asker::next(), hasher: None }
+    }
 }
 
 impl Destination {
@@ -327,6 +376,11 @@ impl Destination {
     pub(super) fn tidy(&self, guest: &Guest) {
         let _inner = self.lock();
         guest.tidy_journal();
+    }
+
+    /// What the source of an attempt that ended here is told.
+    fn why_ended(&self, stamp: &Stamp) -> Option<Message> {
+        self.lock().why_ended(stamp)
     }
 
     /// Whether an attempt is received.

@@ -15,7 +15,7 @@ use super::preflight;
 use super::settle::{self, Trouble};
 use super::source::Job;
 use super::verify::{self, Checkers};
-use super::wire::{Epoch, Hello, Message, Mode, Prepare, Prepared, Role, Verify, cut};
+use super::wire::{Capabilities, Epoch, Hello, Message, Mode, Prepare, Prepared, Role, Verify, cut};
 use crate::attach::Held;
 use crate::control::wire::{self, Convergence, DiskProgress, Done, Owner, Phase, text};
 use crate::digest::{Digest, Verified, root_of_all};
@@ -166,6 +166,8 @@ struct Drive<'a> {
     epoch: Epoch,
     peer: Peer,
     link: Link,
+    /// The stream path: the phase connection of the moment. `None`: data connections.
+    stream: Option<Arc<verify::Present>>,
     /// How far away the destination is.
     round_trip: Duration,
     mirrors: Vec<Arc<Mirror>>,
@@ -225,7 +227,9 @@ impl Drive<'_> {
             self.pinged = Instant::now();
         }
         let heard = self.converse(ping.as_ref())?;
-        if self.owed.is_some_and(|since| since.elapsed() > LINK_SILENCE_MAX) {
+        // Blocks that are acknowledged are a sign of life too, and a PONG may be waiting behind them.
+        let last = |since: Instant| self.link.heard().map_or(since, |any| any.max(since));
+        if self.owed.is_some_and(|since| last(since).elapsed() > LINK_SILENCE_MAX) {
             self.link_lost = true;
             return Err(SILENT.to_owned());
         }
@@ -252,7 +256,7 @@ impl Drive<'_> {
 
     fn lost_link(&mut self, error: LinkError) -> String {
         self.link_lost = true;
-        error.to_string()
+        self.link.explain(error)
     }
 
     fn send(&mut self, message: &Message) -> Result<(), LinkError> {

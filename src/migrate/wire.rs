@@ -285,10 +285,28 @@ pub enum Message {
         /// The digest of each region, in their order.
         digests: heapless::Vec<Digest, DIGESTS_MAX>,
     },
+    /// S to D: from the answer on, this connection carries blocks too: the stream path.
+    Stream {
+        /// The attempt.
+        stamp: Stamp,
+        /// The process that is meant (rule D12).
+        instance: Instance,
+        /// The epoch that the blocks belong to (rule D4).
+        epoch: Epoch,
+        /// The secret of the attempt.
+        token: Token,
+    },
+    /// D to S: they may come.
+    Streaming {
+        /// The attempt.
+        stamp: Stamp,
+        /// The epoch.
+        epoch: Epoch,
+    },
 }
 
 /// How many messages there are.
-const MESSAGES: u8 = 19;
+const MESSAGES: u8 = 21;
 
 impl Message {
     /// The message's name in logs and errors.
@@ -314,6 +332,8 @@ impl Message {
             Self::Pong { .. } => "PONG",
             Self::Digest { .. } => "DIGEST",
             Self::Digests { .. } => "DIGESTS",
+            Self::Stream { .. } => "STREAM",
+            Self::Streaming { .. } => "STREAMING",
         }
     }
 
@@ -337,7 +357,9 @@ impl Message {
             | Self::Promise { stamp, .. }
             | Self::Failed { stamp, .. }
             | Self::Digest { stamp, .. }
-            | Self::Digests { stamp, .. } => Some(stamp),
+            | Self::Digests { stamp, .. }
+            | Self::Stream { stamp, .. }
+            | Self::Streaming { stamp, .. } => Some(stamp),
             Self::Ping { .. } | Self::Pong { .. } => None,
         }
     }

@@ -31,7 +31,7 @@ impl Server {
     /// The next request and its payload.
     fn request_with_payload(&mut self) -> Option<(Request, Vec<u8>)> {
         let request = self.request()?;
-        let length = if request.command == wire::CMD_WRITE { request.length as usize } else { 0 };
+        let length = if request.command == wire::CMD_WRITE { usize::try_from(request.length).unwrap() } else { 0 };
         let mut payload = vec![0; length];
         self.0.read_exact(&mut payload).ok()?;
         Some((request, payload))
@@ -69,7 +69,7 @@ fn client_of(structured: bool, script: impl FnOnce(&mut Server) + Send + 'static
         server.option(wire::OPT_GO, 12, &[(wire::REP_INFO, &size), (wire::REP_ACK, &[])]);
         script(&mut server);
     });
-    let wants = Wants { structured, contexts: &[] };
+    let wants = Wants { structured, ..Wants::default() };
     let mut client = Client::connect(Arc::new(Socket::new(ours.into())), "disk", wants).unwrap();
     client.set_silence_max(5 * SECOND);
     (client, peer)

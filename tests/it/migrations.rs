@@ -214,7 +214,10 @@ fn named_disks_move_and_the_others_do_not() {
     let refused = a.migrate(&b.listen, &["--migrate-disks", "vdb"]);
     assert_eq!(refused.code, Some(1), "{refused:?}");
     let cause = format!("disk vda: stays (not chosen) and {} does not exist at the destination", at("b.vda").display());
-    assert!(refused.stderr.contains(&format!("refused by the destination: {cause}; nothing has changed")), "{refused:?}");
+    assert!(
+        refused.stderr.contains(&format!("refused by the destination: {cause}; nothing has changed")),
+        "{refused:?}"
+    );
     assert!(!at("b.vdb").exists());
     a.migrate(&b.listen, &["--migrate-disks", "vdb", "--unsafe"]).well();
     vdb.verify_file(&at("b.vdb")).assert_whole();

@@ -14,14 +14,14 @@ use super::remains::{self, Fate};
 use super::{Inner, Session, Stage, check, refused_writes};
 use crate::disk::{Disk, sync_directory_of};
 use crate::guest::Guest;
-use crate::migrate::wire::{Epoch, Message, Prepare, Prepared, Token, Verify};
+use crate::migrate::wire::{Epoch, Message, Prepare, Prepared, Token, Verify, cut};
 use crate::ownership::{Event, Journal, Peer, Refusal, Stamp, Why, next};
 
 impl Inner {
     pub(super) fn prepare(&mut self, guest: &Guest, session: &mut Session, offer: &Prepare) -> Result<Message, String> {
         let stamp = offer.stamp;
         let fresh = session.challenge.take_if(|ours| *ours == offer.challenge).is_some();
-        let from = Peer { host: session.theirs.host, address: session.theirs.address.clone() };
+        let from = Peer { host: session.theirs.host, address: cut(&session.theirs.address) };
         let event = Event::Prepare { stamp, from: from.clone(), fresh };
         let refused = |problems: Problems| Ok(Message::Refused { stamp, problems: problems.list() });
 

@@ -130,7 +130,8 @@ impl<'a> Drive<'a> {
                 Ok(()) => {}
                 Err(NotReady::Lost(cause)) => return Err(NotYet::GoOn(cause)),
                 Err(NotReady::TooSlow) => {
-                    self.down = true;
+                    // A stream that is slow is the same one when it is opened again.
+                    self.down = self.stream.is_none();
                     return Err(NotYet::GoOn(format!("disk {}: the final pass takes too long", mirror.name())));
                 }
                 Err(NotReady::Unverified(cause)) => {

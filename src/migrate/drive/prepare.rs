@@ -12,6 +12,7 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
     let dialled = dial_aside(guest, &job.address, Instant::now() + DIAL_MAX);
     let (mut link, theirs) = wait_for(&dialled, TICK, || job.cancelled().map_or(Ok(()), Err))?
         .map_err(|no_link| format!("{}: {no_link}", job.address))?;
+    let stream = choose_transport(job, &theirs)?.then(Arc::default);
     let record = guest.record().map_err(|error| error.to_string())?.ok_or("this host owns nothing")?;
     let stamp = Stamp {
         lineage: record.lineage,
@@ -60,6 +61,7 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
         prepared,
         peer: Peer { host: theirs.host, address: cut(&job.address.to_string()) },
         link,
+        stream,
         mirrors: Vec::new(),
         lanes: Lanes::default(),
         checkers: Checkers::default(),
@@ -75,6 +77,35 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
         pinged: Instant::now(),
         flushed: Instant::now(),
     })
+}
+
+/// Whether the disks travel inside the phase connection; shows how, and why.
+fn choose_transport(job: &Job, theirs: &Hello) -> Result<bool, String> {
+    let (alone, asked) = (job.address.address().is_none(), job.request.transport);
+    let why_not_nbd = match theirs.capabilities.has(Capabilities::NBD) {
+        _ if alone => Some("the command is one connection"),
+        false => Some("the destination can take no data connections"),
+        true => None,
+    };
+    let stream = match (asked, why_not_nbd) {
+        (wire::Transport::Nbd, Some(why)) => {
+            return Err(format!("{}: {why}; --transport stream sends everything through this one", job.address));
+        }
+        (wire::Transport::Nbd, None) => false,
+        (wire::Transport::Stream, _) => true,
+        (wire::Transport::Auto, why) => why.is_some(),
+    };
+    if stream && !theirs.capabilities.has(Capabilities::STREAM) {
+        return Err(format!("{}: the destination takes no blocks inside the phase connection", job.address));
+    }
+    job.show(|progress| {
+        progress.transport = if stream { wire::Transport::Stream } else { wire::Transport::Nbd };
+        progress.transport_cause = why_not_nbd.filter(|_| asked == wire::Transport::Auto).map(text).unwrap_or_default();
+    });
+    if let Some(why) = why_not_nbd {
+        log::info!("migration: {why}: the disks travel inside the phase connection");
+    }
+    Ok(stream)
 }
 
 /// The time from a question to its answer on an idle link.

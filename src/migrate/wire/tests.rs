@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use proptest::prelude::*;
 
 use super::*;
-use crate::ownership::{Address, Attempt, Host, Kind, Lineage, Order, Peer, Title, Word};
+use crate::ownership::{Attempt, Host, Kind, Lineage, Order, Peer, Title, Word};
 
 fn stamp() -> Stamp {
     Stamp {
@@ -70,6 +70,8 @@ fn samples(count: usize, length: usize) -> Vec<Message> {
         Message::Pong { number: u64::MAX },
         Message::Digest { stamp, disk: 3, offset_bytes: 1 << 20, regions: 16 },
         Message::Digests { stamp, disk: 3, offset_bytes: 1 << 20, digests: many(&[0x77; 32], count.min(DIGESTS_MAX)) },
+        Message::Stream { stamp, instance, epoch, token: Token::from_bytes([0x66; 16]) },
+        Message::Streaming { stamp, epoch },
     ]
 }
 
@@ -94,8 +96,27 @@ fn hex(bytes: &[u8]) -> String {
 #[test]
 fn message_numbers_are_pinned() {
     let names = [
-        "PREPARE", "PREPARED", "REFUSED", "FENCE", "FENCED", "SEAL", "SEALED", "GO", "RUNNING", "ABORT", "UNSEALED",
-        "QUESTION", "RECORD", "PROMISE", "FAILED", "PING", "PONG", "DIGEST", "DIGESTS",
+        "PREPARE",
+        "PREPARED",
+        "REFUSED",
+        "FENCE",
+        "FENCED",
+        "SEAL",
+        "SEALED",
+        "GO",
+        "RUNNING",
+        "ABORT",
+        "UNSEALED",
+        "QUESTION",
+        "RECORD",
+        "PROMISE",
+        "FAILED",
+        "PING",
+        "PONG",
+        "DIGEST",
+        "DIGESTS",
+        "STREAM",
+        "STREAMING",
     ];
     let samples = samples(1, 3);
     assert_eq!((samples.len(), names.len()), (usize::from(MESSAGES), usize::from(MESSAGES)));
@@ -225,7 +246,7 @@ fn hello() -> Hello {
 
 #[test]
 fn hello_without_a_record_says_no_lineage() {
-    let hello = Hello { title: None, address: Address::new(), role: Role::Other(200), ..hello() };
+    let hello = Hello { title: None, address: cut(""), role: Role::Other(200), ..hello() };
     assert_eq!(Hello::parse(&hello.encode()), Ok(hello));
 }
 
@@ -249,6 +270,8 @@ fn malformed_hellos_are_refused_with_their_reason() {
         bytes[at] = byte;
         Hello::parse(&bytes)
     };
+    // Nobody may make a host run a command.
+    let command = Hello::parse(&Hello { address: cut("exec:rm -rf /"), ..hello() }.encode());
     let cases = [
         (with(0, b'N'), HelloError::Magic, "the peer is not blockferry"),
         (with(8, 4), HelloError::Versions, "the peer's versions are not a range"),
@@ -258,6 +281,7 @@ fn malformed_hellos_are_refused_with_their_reason() {
         (with(24, 0x1b), HelloError::Guest, "the peer's guest name is malformed"),
         (with(14, 129), HelloError::Address, "the peer's address is malformed"),
         (with(200, 0xff), HelloError::Address, "the peer's address is malformed"),
+        (command, HelloError::Address, "the peer's address is malformed"),
     ];
     for (is, error, line) in cases {
         assert_eq!(is, Err(error));
@@ -375,8 +399,8 @@ proptest! {
 
     #[test]
     fn hellos_survive_the_wire(
-        stamp in any_stamp(), guest in "[^\\p{Cc}]{1,20}", address in "[^\\p{Cc}]{0,40}", role: u8, capabilities: u64,
-        versions: (u16, u16), ids: [[u8; 16]; 4],
+        stamp in any_stamp(), guest in "[^\\p{Cc}]{1,20}", form in "(|tcp://|unix:///)", rest in "[^\\p{Cc}]{0,40}",
+        role: u8, capabilities: u64, versions: (u16, u16), ids: [[u8; 16]; 4],
     ) {
         let role = match role { 1 => Role::Source, 2 => Role::Destination, 3 => Role::Asker, n => Role::Other(n) };
         let title = Title { lineage: stamp.lineage, order: stamp.order, word: stamp.word };
@@ -390,7 +414,7 @@ proptest! {
             instance: Instance(ids[1]),
             challenge: Challenge(ids[2]),
             host: Host(ids[3]),
-            address: cut(&address),
+            address: cut(&if form.is_empty() { form } else { form + &rest }),
         };
         prop_assert_eq!(Hello::parse(&hello.encode()), Ok(hello));
     }

@@ -36,3 +36,4 @@ pub mod socket;
 pub mod standing;
 pub mod trunk;
 pub mod units;
+pub mod uri;

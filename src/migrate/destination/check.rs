@@ -8,7 +8,7 @@ use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::disk::{Access, Cache, Content, Disk, Identity, OpenError, free_space_beside, place_beside};
+use crate::disk::{Access, Cache, Content, Disk, Identity, OpenError, absolute, free_space_beside, place_beside};
 use crate::domain::{Source, Stays};
 use crate::error::reason;
 use crate::export::Export;
@@ -193,7 +193,7 @@ impl Look<'_> {
             wrong(&format_args!("is {why} at the destination"));
             return None;
         };
-        let place = match std::path::absolute(path).map(PathBuf::into_os_string).map(OsString::into_string) {
+        let place = match absolute(path).map(PathBuf::into_os_string).map(OsString::into_string) {
             Ok(Ok(place)) => place,
             _ => {
                 wrong(&format_args!("{} cannot be remembered", path.display()));

@@ -329,6 +329,7 @@ struct ProgressLine<'a> {
     lost_cause: Option<&'a str>,
     transport: &'static str,
     transport_cause: Option<&'a str>,
+    state_bytes: u64,
 }
 
 #[derive(Serialize)]
@@ -392,6 +393,7 @@ pub fn progress(guest: &str, progress: &Progress) -> String {
         lost_cause: progress.lost_ms.map(|_| progress.lost_cause.as_str()),
         transport: progress.transport.word(),
         transport_cause: Some(progress.transport_cause.as_str()).filter(|cause| !cause.is_empty()),
+        state_bytes: progress.state_bytes,
     })
 }
 
@@ -414,6 +416,8 @@ struct DoneLine<'a> {
     verify: Option<&'a str>,
     verified_bytes: Option<u64>,
     root: Option<&'a str>,
+    state_bytes: Option<u64>,
+    pause_us: Option<u64>,
 }
 
 /// How a migration ended.
@@ -439,6 +443,8 @@ pub fn done(guest: &str, done: &Done) -> String {
         verify: receipt.map(|receipt| receipt.verify.word()),
         verified_bytes: receipt.map(|receipt| receipt.verified_bytes),
         root: root.as_deref(),
+        state_bytes: done.state_bytes,
+        pause_us: done.pause_us,
     })
 }
 
@@ -559,7 +565,7 @@ mod tests {
              {\"name\":\"a\",\"size_bytes\":9,\"left_bytes\":0,\"sent_bytes\":0,\"zero_bytes\":0,\"rate_bytes\":0,\
              \"dirty_rate_bytes\":0,\"passes\":0,\"estimate_s\":8,\"resent_bytes\":0,\"equal_bytes\":0,\
              \"verified_bytes\":0,\"unverified_bytes\":0}],\"lost_ms\":null,\"lost_cause\":null,\
-             \"transport\":\"auto\",\"transport_cause\":null}\n"
+             \"transport\":\"auto\",\"transport_cause\":null,\"state_bytes\":0}\n"
         );
         let ended = Done { attempt: 1, owner: Owner::Destination, destination: text("d"), ..Done::default() };
         assert_eq!(
@@ -567,7 +573,7 @@ mod tests {
             "{\"type\":\"done\",\"guest\":\"g1\",\"attempt\":\"00000000000000000000000000000001\",\"exit\":0,\
              \"cause\":null,\"owner\":\"destination\",\"destination\":\"d\",\"sent_bytes\":0,\"zero_bytes\":0,\
              \"passes\":0,\"total_ms\":0,\"switchover_us\":null,\"resent_bytes\":0,\"equal_bytes\":0,\
-             \"verify\":null,\"verified_bytes\":null,\"root\":null}\n"
+             \"verify\":null,\"verified_bytes\":null,\"root\":null,\"state_bytes\":null,\"pause_us\":null}\n"
         );
     }
 }

@@ -37,3 +37,4 @@ pub mod standing;
 pub mod trunk;
 pub mod units;
 pub mod uri;
+pub mod vmm;

@@ -515,3 +515,42 @@ pub const INIT_RESTART_CALM: Duration = Duration::from_secs(60);
 pub const INIT_GRACE: (Duration, Duration) = (Duration::from_secs(3), Duration::from_secs(2));
 /// Longest sync before the machine ends: a disk that hangs does not keep it on.
 pub const INIT_SYNC_MAX: Duration = Duration::from_secs(10);
+
+// ---- VMM drivers -------------------------------------------------------------------------------------------------
+
+/// Longest line of QEMU's monitor, in bytes.
+pub const QMP_LINE_MAX: usize = 64 * KIB;
+/// Events of QEMU's that are kept until somebody looks.
+pub const QMP_EVENTS_MAX: usize = 64;
+/// Longest path of a monitor's neighbour: a Unix socket's.
+pub const QMP_PATH_MAX: usize = UNIX_PATH_MAX;
+/// How long QEMU may take for one answer: it waits for its disks, and for the state's socket.
+pub const QMP_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often QEMU is asked whether it has come to where it is to come.
+pub const QMP_LOOK: Duration = Duration::from_millis(2);
+/// How often a QEMU that is to come is looked for.
+pub const QMP_START_LOOK: Duration = Duration::from_millis(100);
+/// What QEMU is told of its bandwidth, in bytes a second: the budget of the migration holds it back.
+pub const QMP_BANDWIDTH: u64 = 16 * GIB;
+/// How long the state may take to begin to move: both VMMs are asked, and a connection is made.
+pub const STATE_START_MAX: Duration = Duration::from_secs(20);
+/// How long a guest may stand whose state is gone, until the destination has loaded it.
+pub const STATE_LOAD_MAX: Duration = Duration::from_secs(30);
+/// How long a guest may stand until what is left of its disks is copied, before the rest of its state follows.
+pub const STATE_DRAIN_MAX: Duration = QUIESCE_MAX;
+/// How long the state may stand still while its guest waits.
+pub const STATE_STALL_MAX: Duration = Duration::from_secs(20);
+/// How often is looked around while a guest stands.
+pub const STANDING_TICK: Duration = Duration::from_millis(1);
+/// How long a VMM whose socket has closed may take to say that it is done.
+pub const VMM_LAST_WORD: Duration = Duration::from_millis(500);
+/// How long a VMM may take until its guest runs, or until it has ended.
+pub const VMM_RUN_MAX: Duration = Duration::from_secs(10);
+/// How long a VMM may take to end before "unsealed" is said.
+pub const VMM_END_MAX: Duration = Duration::from_secs(3);
+/// How often a state that waits for its budget looks whether its guest stands.
+pub const STATE_LOOK: Duration = Duration::from_millis(10);
+/// Bytes of a guest's state on their way in one direction, in each process.
+pub const STATE_BUFFER: usize = 256 * KIB;
+
+const _: () = assert!(VMM_END_MAX.as_secs() < UNSEALED_PATIENCE.as_secs(), "unsealed is said while it is waited for");

@@ -157,6 +157,7 @@ fn whole_line(guest: &str, progress: &Progress) -> String {
     let head = format!("{}: {}: {}", OneLine(guest), progress.phase.word(), time_ms(progress.elapsed_ms));
     let body = match progress.lost_ms {
         Some(lost_ms) => format!(": reconnecting for {}: {}", time_ms(lost_ms), OneLine(&progress.lost_cause)),
+        None if progress.phase == Phase::State => format!(": {} of memory and devices", size(progress.state_bytes)),
         None if progress.phase > Phase::Passes => String::new(),
         None => format!(": {}", convergence(progress)),
     };
@@ -241,6 +242,8 @@ fn again(resent_bytes: u64) -> String {
 /// The last line of a migration that went well.
 fn done_line(guest: &str, done: &Done) -> String {
     let switchover = done.switchover_us.map(|us| format!(", switchover {}", time_us(us))).unwrap_or_default();
+    let pause = done.pause_us.map(|us| format!(", the guest stood for {}", time_us(us))).unwrap_or_default();
+    let state = done.state_bytes.map(|bytes| format!(", memory and devices {}", size(bytes))).unwrap_or_default();
     let equal = match done.equal_bytes {
         0 => String::new(),
         bytes => format!(" ({} were there already)", size(bytes)),
@@ -248,7 +251,7 @@ fn done_line(guest: &str, done: &Done) -> String {
     let verified = done.receipt.as_ref().map(|receipt| format!(", {}", receipt_words(receipt, 16))).unwrap_or_default();
     let note = if done.message.is_empty() { String::new() } else { format!(" ({})", OneLine(&done.message)) };
     format!(
-        "{}: migrated to {}: sent {}{} and {} of zeroes{equal} in {} pass{}, {}{switchover}{verified}{note}",
+        "{}: migrated to {}: sent {}{} and {} of zeroes{equal} in {} pass{}, {}{switchover}{pause}{state}{verified}{note}",
         OneLine(guest),
         OneLine(&done.destination),
         size(done.sent_bytes),

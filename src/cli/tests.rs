@@ -19,6 +19,7 @@ use crate::listener::Listener;
 use crate::options::{ExportFile, Lifetime};
 use crate::place::Place;
 use crate::progress::{Display, Form};
+use crate::vmm::Vmm;
 
 fn parsed(line: &[&str]) -> Result<Parsed, Problem> {
     let args: Vec<String> = line.iter().map(|arg| (*arg).to_owned()).collect();
@@ -64,6 +65,7 @@ fn serve_has_its_defaults() {
         listen: None,
         control: vec![unix("/run/blockferry/g1/control.sock")],
         control_ports: Vec::new(),
+        vmm: Vmm::None,
         insecure_plaintext: false,
         json: false,
     };
@@ -74,13 +76,14 @@ fn serve_has_its_defaults() {
 fn serve_takes_every_option() {
     let line = "serve --disk vda,file=/d/a.raw,size=1G g1 --disk=vdb,external --nbd unix:///n1 --nbd unix:///n2 \
                 --listen tcp://[::]:0 --control unix:///c1 --control unix:///c2 --state /s --volatile-state \
-                --vmm none --insecure-plaintext";
+                --vmm qmp:/run/g1.qmp --insecure-plaintext";
     let Command::Serve(options) = command(line) else { panic!("not serve") };
     assert_eq!(options.disks.len(), 2);
     assert_eq!(options.nbd, [unix("/n1"), unix("/n2")]);
     assert_eq!(options.control, [unix("/c1"), unix("/c2")]);
     assert_eq!(options.listen, Some(Address::Tcp { host: "::".to_owned(), port: 0 }));
     assert_eq!(options.state, PathBuf::from("/s"));
+    assert_eq!(options.vmm, Vmm::Qmp("/run/g1.qmp".into()));
     assert!(options.volatile_state && options.insecure_plaintext);
     options.check().expect("plaintext is allowed");
     let refused = ServeOptions { insecure_plaintext: false, ..options }.check().expect_err("plaintext");
@@ -126,9 +129,8 @@ fn every_wrong_serve_says_what_is_wrong() {
         ("serve g1 --disk a --nbd virtio:x", format!("serve: --nbd: 'virtio:x': {A_PORT}")),
         ("serve g1 --disk a --listen virtio:x", format!("serve: --listen: 'virtio:x': {A_PORT}")),
         ("serve g1 --disk a --state=", "serve: --state: the path is empty".to_owned()),
-        ("serve g1 --disk a --vmm qmp:/q", "serve: --vmm: 'qmp:/q' is not built yet; use none".to_owned()),
-        ("serve g1 --disk a --vmm hook:/h", "serve: --vmm: 'hook:/h' is not built yet; use none".to_owned()),
-        ("serve g1 --disk a --vmm xen", "serve: --vmm: 'xen' is not known; use none".to_owned()),
+        ("serve g1 --disk a --vmm qmp:q", "serve: --vmm: 'qmp:q': the path is not absolute".to_owned()),
+        ("serve g1 --disk a --vmm xen", "serve: --vmm: 'xen' is not known; use none or qmp:PATH".to_owned()),
         ("serve g1 --disk a --domain-xml f", "serve: --domain-xml: it stands instead of --disk".to_owned()),
         ("serve g1 --domain-xml f --domain-xml f", "serve: --domain-xml: given twice".to_owned()),
         ("serve g1 --disk a --tls-dir d", "serve: --tls-dir: not built yet".to_owned()),

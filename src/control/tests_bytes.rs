@@ -97,6 +97,7 @@ fn a_progress() -> Progress {
         lost_cause: text("c"),
         transport: Transport::Stream,
         transport_cause: text("n"),
+        state_bytes: 14,
     }
 }
 
@@ -121,6 +122,8 @@ fn a_done() -> Done {
             term: 13,
             generation: 14,
         }),
+        state_bytes: Some(15),
+        pause_us: Some(16),
     }
 }
 

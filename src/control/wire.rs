@@ -525,6 +525,8 @@ pub struct Progress {
     pub transport: Transport,
     /// Why they travel inside the phase connection, where nobody has asked for that; else empty.
     pub transport_cause: Cause,
+    /// Bytes of the guest's memory and devices that have moved.
+    pub state_bytes: u64,
 }
 
 /// One disk in [`Progress`].
@@ -624,6 +626,10 @@ pub struct Done {
     pub equal_bytes: u64,
     /// What was verified; `None`: it was not handed over.
     pub receipt: Option<Receipt>,
+    /// Bytes of the guest's memory and devices; `None`: no VMM driver has moved them.
+    pub state_bytes: Option<u64>,
+    /// How long the guest stood, as the VMM drivers saw it; `None`: it was not seen.
+    pub pause_us: Option<u64>,
 }
 
 /// Who owns a guest, as far as this host knows.

@@ -14,6 +14,7 @@ mod directory;
 mod prepare;
 mod reception;
 mod remains;
+mod state;
 
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -25,11 +26,14 @@ pub use directory::MigrationDirectory;
 pub(super) use directory::Opened;
 use reception::Reception;
 use remains::Fate;
+use state::Loading;
 
 use super::beat::while_working;
 use super::link::{Link, LinkError};
 use super::stream::Stream;
-use super::wire::{BootId, Capabilities, Challenge, Epoch, Hello, Message, Role, VERSION_HIGHEST, VERSION_LOWEST, cut};
+use super::wire::{
+    BootId, Capabilities, Challenge, Epoch, Hello, Message, Role, Standing, VERSION_HIGHEST, VERSION_LOWEST, cut,
+};
 use crate::digest::{Digest, Hasher};
 use crate::export::{Door, Gate};
 use crate::guest::Guest;
@@ -41,6 +45,8 @@ use crate::socket::Socket;
 #[derive(Debug, Default)]
 pub struct Destination {
     inner: Mutex<Inner>,
+    /// The guest's state, if a VMM driver takes it in.
+    state: Loading,
 }
 
 #[derive(Debug, Default)]
@@ -109,6 +115,17 @@ fn converse(guest: &Arc<Guest>, link: &mut Link, alone: bool) -> Result<(), Stri
                 heard = Instant::now();
                 link.send(&answer, heard + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
             }
+            Ok(Some(Message::State { stamp, ran })) => {
+                // This connection is the state's from here on.
+                log::debug!("migration door: received STATE");
+                return guest.destination.take_state(guest, link, stamp, ran);
+            }
+            Ok(Some(Message::StateQuestion { stamp })) => {
+                heard = Instant::now();
+                let (standing, cause) = guest.destination.state.standing(&stamp);
+                let answer = Message::StateIs { stamp, standing, cause: cut(&cause) };
+                link.send(&answer, heard + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
+            }
             Ok(Some(message)) => {
                 log::debug!("migration door: received {}", message.name());
                 // Asked by the thousand, and as long as a small read each.
@@ -120,6 +137,7 @@ fn converse(guest: &Arc<Guest>, link: &mut Link, alone: bool) -> Result<(), Stri
                 log::debug!("migration door: answered {}", answer.name());
                 link.send(&answer, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
                 if matches!(answer, Message::Running { .. }) {
+                    guest.destination.state.run(guest);
                     guest.destination.keep_receipt(guest);
                 }
                 // The answer may have taken long; the peer's silence begins now.
@@ -284,6 +302,19 @@ impl Destination {
         answer.map(Some)
     }
 
+    /// Takes the guest's state in, on a connection that is its own.
+    fn take_state(&self, guest: &Guest, link: &mut Link, stamp: Stamp, ran: bool) -> Result<(), String> {
+        let wanted = match &self.lock().stage {
+            Stage::Receiving(reception) => stamp.matches(&reception.stamp) && reception.state,
+            Stage::Idle => false,
+        };
+        if !wanted {
+            let _ = link.send(&failed(stamp, &"no state is expected"), Instant::now() + REPLY_TIMEOUT);
+            return Err("a state that is not expected".to_owned());
+        }
+        self.state.take(guest, link, stamp, ran)
+    }
+
     /// Answers DIGEST: found good under the lock, hashed outside of it.
     ///
     /// # Errors
@@ -336,6 +367,11 @@ impl Destination {
             }
             _ => Ok(None),
         }
+    }
+
+    /// This host owns, and has not been told so on a connection of the source's: lets the guest run.
+    pub(super) fn run_guest(&self, guest: &Guest) {
+        self.state.run(guest);
     }
 
     /// Keeps the receipt of the attempt by which this host owns, if there is one. The switchover is over.
@@ -462,6 +498,8 @@ impl Inner {
             Err("requests in flight do not end".to_owned())
         } else if refused_writes(guest) > reception.refused_before {
             Err("a client of the destination's guest door wrote before the hand-over".to_owned())
+        } else if reception.state && guest.destination.state.standing(&stamp).0 != Standing::Loaded {
+            Err("the guest's state is not loaded".to_owned())
         } else {
             // M2: from here on nothing of this attempt is cleaned up, whatever becomes of it.
             reception.digests.compare(roots).and_then(|same| {
@@ -504,6 +542,9 @@ impl Inner {
         let Stage::Receiving(reception) = &self.stage else { return };
         let stamp = reception.stamp;
         log::warn!("migration: attempt {:.8} ended here: {cause}", stamp.attempt);
+        if reception.state {
+            guest.destination.state.end(guest, &stamp);
+        }
         self.stop_receiving();
         self.clean_up(guest, fate);
         if let Err(error) = guest.apply(&Event::AbortReceiving { attempt: stamp.attempt }) {
@@ -579,6 +620,7 @@ fn refused_writes(guest: &Guest) -> u64 {
 fn shut_guest_doors(guest: &Guest, stamp: &Stamp) {
     let record = guest.record().ok().flatten();
     if record.and_then(|record| record.stamp()).is_some_and(|mine| mine.matches(stamp)) {
+        guest.destination.state.end(guest, stamp);
         for export in guest.exports() {
             let _ = export.end_connections(Door::Guest);
         }

@@ -99,10 +99,27 @@ pub struct Prepare {
     pub verify: Verify,
     /// What has been sent stays, however the attempt ends: another one will go on from it.
     pub keep_partial: bool,
+    /// The guest's state will follow, by the VMM drivers of both sides (rule M11).
+    pub state: bool,
     /// The disks that stay where they are.
     pub staying: heapless::Vec<StayingDisk, DISKS_MAX>,
     /// The user wants to move even if the destination cannot reach one of those.
     pub heedless: bool,
+}
+
+/// How far the guest's state is at the destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Standing {
+    /// None has come.
+    None,
+    /// It comes.
+    Loading,
+    /// It is loaded whole, and the guest stands.
+    Loaded,
+    /// The guest runs.
+    Running,
+    /// It cannot be loaded, or the guest cannot run.
+    Failed,
 }
 
 /// What the destination says of one offered disk.
@@ -303,10 +320,36 @@ pub enum Message {
         /// The epoch.
         epoch: Epoch,
     },
+    /// S to D, on a connection of its own: the guest's state follows, as soon as it is ready to be taken (rule M11).
+    State {
+        /// The attempt.
+        stamp: Stamp,
+        /// The guest ran: it is to run there, too.
+        ran: bool,
+    },
+    /// D to S: a VMM waits for it. From the next byte on both ways carry what the VMMs say to each other.
+    StateReady {
+        /// The attempt.
+        stamp: Stamp,
+    },
+    /// S to D: how far is the guest's state?
+    StateQuestion {
+        /// The attempt.
+        stamp: Stamp,
+    },
+    /// D to S: so far.
+    StateIs {
+        /// The attempt.
+        stamp: Stamp,
+        /// How far.
+        standing: Standing,
+        /// Why it failed; empty: it did not.
+        cause: Cause,
+    },
 }
 
 /// How many messages there are.
-const MESSAGES: u8 = 21;
+const MESSAGES: u8 = 25;
 
 impl Message {
     /// The message's name in logs and errors.
@@ -334,6 +377,10 @@ impl Message {
             Self::Digests { .. } => "DIGESTS",
             Self::Stream { .. } => "STREAM",
             Self::Streaming { .. } => "STREAMING",
+            Self::State { .. } => "STATE",
+            Self::StateReady { .. } => "STATE-READY",
+            Self::StateQuestion { .. } => "STATE-QUESTION",
+            Self::StateIs { .. } => "STATE-IS",
         }
     }
 
@@ -359,7 +406,11 @@ impl Message {
             | Self::Digest { stamp, .. }
             | Self::Digests { stamp, .. }
             | Self::Stream { stamp, .. }
-            | Self::Streaming { stamp, .. } => Some(stamp),
+            | Self::Streaming { stamp, .. }
+            | Self::State { stamp, .. }
+            | Self::StateReady { stamp }
+            | Self::StateQuestion { stamp }
+            | Self::StateIs { stamp, .. } => Some(stamp),
             Self::Ping { .. } | Self::Pong { .. } => None,
         }
     }

@@ -42,7 +42,7 @@ impl Budget {
 
     /// Spends `bytes` if there is credit (`urgent`: in any case). Otherwise returns the time after which to ask again.
     #[expect(clippy::cast_precision_loss, reason = "rates and sizes are far below 2^52")]
-    pub(super) fn spend(&self, bytes: usize, urgent: bool) -> Option<Duration> {
+    pub fn spend(&self, bytes: usize, urgent: bool) -> Option<Duration> {
         let mut bucket = self.lock();
         if bucket.rate == 0 {
             return None;

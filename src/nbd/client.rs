@@ -454,19 +454,28 @@ impl Client {
         self.lost.insert(Lost { operation, cause }).clone()
     }
 
-    /// Says goodbye, which a server needs to know that nothing was cut off. Wait for the requests in flight before.
+    /// Says goodbye, which a server needs to know that nothing was cut off, and takes its time for it. Wait for the
+    /// requests in flight before.
     pub fn disconnect(mut self) {
         if self.lost.is_none() {
             let goodbye = Request { flags: 0, command: wire::CMD_DISC, cookie: 0, offset: 0, length: 0 };
             let deadline = Instant::now() + GOODBYE_TIMEOUT;
             self.put_head(goodbye);
             let _ = self.socket.send_all_before(&self.send[self.sent..], deadline);
+            // Nothing may follow a goodbye.
+            self.lose(SENDING, "it was closed");
         }
     }
 }
 
+/// A client that owes nothing and is owed nothing says goodbye, as far as it can be done without waiting. With requests
+/// in flight it does not: their outcome is given up, and the connection with it.
 impl Drop for Client {
     fn drop(&mut self) {
+        if self.lost.is_none() && self.in_flight() == 0 && self.send.is_empty() {
+            self.put_head(Request { flags: 0, command: wire::CMD_DISC, cookie: 0, offset: 0, length: 0 });
+            let _ = self.socket.send_nowait(&self.send, &[]);
+        }
         self.socket.shutdown();
     }
 }

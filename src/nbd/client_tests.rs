@@ -127,6 +127,27 @@ fn requests_have_the_bytes_of_the_specification() {
 }
 
 #[test]
+fn a_client_that_is_dropped_says_goodbye_unless_it_waits_for_something() {
+    for waits in [false, true] {
+        let (mut client, peer) = client(move |server| {
+            if waits {
+                assert_eq!(server.request().unwrap().command, wire::CMD_FLUSH);
+            } else {
+                let goodbye = Request { flags: 0, command: wire::CMD_DISC, cookie: 0, offset: 0, length: 0 };
+                assert_eq!(server.request(), Some(goodbye));
+            }
+            assert_eq!(server.request(), None);
+        });
+        if waits {
+            assert_eq!(client.submit_flush(1), Ok(Submitted::Taken));
+            client.push().unwrap();
+        }
+        drop(client);
+        peer.join().unwrap();
+    }
+}
+
+#[test]
 fn small_requests_gather_until_pushed() {
     let (mut client, peer) = client(|server| {
         server.0.set_nonblocking(true).unwrap();
@@ -205,6 +226,9 @@ fn a_server_that_only_sends_while_we_send_is_no_deadlock() {
         // Far more than the socket and the client's buffer hold.
         server.0.write_all(&vec![9; read.length as usize]).unwrap();
         while let Some((request, payload)) = server.request_with_payload() {
+            if request.command == wire::CMD_DISC {
+                return;
+            }
             assert!(payload.iter().all(|&byte| byte == 3));
             server.reply(request.cookie);
         }

@@ -23,8 +23,9 @@ REPLIES = [
      "attached:*device receipt:?kept"),
     ("progress", "attempt:u phase:phase elapsed_ms:u convergence:convergence predicted_ms:?u downtime_limit_ms:u "
      "bandwidth:u held:b disks:*moving lost_ms:?u lost_cause:t transport:transport "
-     "transport_cause:t"), ("done", "attempt:u exit:b message:t owner:owner "
-     "destination:t sent:u zeroes:u passes:u total_ms:u switchover_us:?u resent:u equal:u receipt:?receipt")]
+     "transport_cause:t state:u"), ("done", "attempt:u exit:b message:t owner:owner "
+     "destination:t sent:u zeroes:u passes:u total_ms:u switchover_us:?u resent:u equal:u receipt:?receipt state:?u "
+     "pause_us:?u")]
 
 def crc32c(data):
     crc = 0xFFFFFFFF

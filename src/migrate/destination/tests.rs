@@ -84,6 +84,7 @@ impl Bench {
             connections: 0,
             verify: Verify::None,
             keep_partial: false,
+            state: false,
             staying: heapless::Vec::new(),
             heedless: false,
         }

@@ -29,6 +29,7 @@ use crate::mirror::{Ask, Bell, Failure};
 use crate::nbd::wire as nbd;
 use crate::ownership::Host;
 use crate::uri::NbdUri;
+use crate::vmm::Vmm;
 
 /// One disk of the server.
 struct Target {
@@ -130,6 +131,11 @@ fn targets(guest: &Guest, job: &Job, uri: &NbdUri) -> Result<Vec<Target>, String
     preflight::offers(&job.exports)?;
     if guest.attached.hold().is_none_or(|held| !held.is_empty()) {
         return Err("a disk is a device of this host (blockferry attach): not to a plain NBD server".to_owned());
+    }
+    if !matches!(guest.vmm, Vmm::None) {
+        return Err(
+            "the guest's state cannot go to a plain NBD server: serve it with --vmm none, and stop it".to_owned()
+        );
     }
     if job.exports.len() > 1 && !uri.export.is_empty() {
         let disks = job.exports.len();

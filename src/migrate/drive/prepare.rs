@@ -7,6 +7,7 @@ use super::*;
 /// Everything before the first byte: dials, says hello, has the destination check and open the disks. A failure here
 /// has changed nothing.
 pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String> {
+    let leaving = guest.vmm.leaving(Instant::now() + REPLY_TIMEOUT)?;
     // Before the destination waits for an answer: it may take a while on a large disk.
     let disks = preflight::offers(&job.exports)?;
     let dialled = dial_aside(guest, &job.address, Instant::now() + DIAL_MAX);
@@ -38,6 +39,7 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
             wire::Verify::Full => Verify::Full,
         },
         keep_partial: job.request.keep_partial,
+        state: leaving.is_some(),
         staying: preflight::staying(guest, &job.request.disks)?,
         heedless: job.request.heedless,
     });
@@ -74,6 +76,8 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
         outage: Outage::default(),
         meter: Meter::new(job.exports.len(), round_trip.unwrap_or_default()),
         owed: None,
+        state: leaving.map(State::new),
+        written_ahead: false,
         pinged: Instant::now(),
         flushed: Instant::now(),
     })

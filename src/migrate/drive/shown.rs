@@ -35,6 +35,15 @@ impl Drive<'_> {
     pub(super) fn show(&self, counts: &[Counts], verdict: Verdict, converged: bool) {
         show(self.job, &self.mirrors, &self.meter, counts, verdict, converged);
     }
+
+    /// While the guest's state moves.
+    pub(super) fn show_state(&self, counts: &[Counts], bytes: u64) {
+        self.job.show(|progress| {
+            progress.state_bytes = bytes;
+            progress.bandwidth_bytes = self.job.budget.rate();
+            progress.disks = disks(&self.mirrors, &self.meter, counts);
+        });
+    }
 }
 
 /// How a migration is going.

@@ -43,6 +43,7 @@ fn samples(count: usize, length: usize) -> Vec<Message> {
             connections: 4,
             verify: Verify::Full,
             keep_partial: true,
+            state: true,
             staying: many(&staying, count.min(DISKS_MAX)),
             heedless: false,
         }),
@@ -65,13 +66,17 @@ fn samples(count: usize, length: usize) -> Vec<Message> {
         Message::Question { stamp },
         Message::Record { stamp, record },
         Message::Promise { stamp, promise: Promise::NotGiven },
-        Message::Failed { stamp, cause, region: Some(region) },
+        Message::Failed { stamp, cause: cause.clone(), region: Some(region) },
         Message::Ping { number: 7 },
         Message::Pong { number: u64::MAX },
         Message::Digest { stamp, disk: 3, offset_bytes: 1 << 20, regions: 16 },
         Message::Digests { stamp, disk: 3, offset_bytes: 1 << 20, digests: many(&[0x77; 32], count.min(DIGESTS_MAX)) },
         Message::Stream { stamp, instance, epoch, token: Token::from_bytes([0x66; 16]) },
         Message::Streaming { stamp, epoch },
+        Message::State { stamp, ran: true },
+        Message::StateReady { stamp },
+        Message::StateQuestion { stamp },
+        Message::StateIs { stamp, standing: Standing::Failed, cause },
     ]
 }
 
@@ -117,6 +122,10 @@ fn message_numbers_are_pinned() {
         "DIGESTS",
         "STREAM",
         "STREAMING",
+        "STATE",
+        "STATE-READY",
+        "STATE-QUESTION",
+        "STATE-IS",
     ];
     let samples = samples(1, 3);
     assert_eq!((samples.len(), names.len()), (usize::from(MESSAGES), usize::from(MESSAGES)));
@@ -376,6 +385,7 @@ proptest! {
                 connections,
                 verify: Verify::Written,
                 keep_partial: numbers[0] % 2 == 1,
+                state: numbers[0] % 3 == 1,
                 staying: heapless::Vec::new(),
                 heedless: numbers[0] % 3 == 1,
             }),

@@ -7,7 +7,23 @@ use crate::nbd::handshake::Agreed;
 use crate::nbd::wire::{self, Request};
 
 /// An extended chunk's head, and what may follow it.
-const LONGEST: usize = wire::EXTENDED_CHUNK_LENGTH + 8;
+const LONGEST: usize = wire::EXTENDED_CHUNK_LENGTH + 6 + TEXT_MAX;
+/// Longest text of an error, in bytes.
+const TEXT_MAX: usize = 64;
+
+/// What a client's user is told about an error.
+fn text(error: u32) -> &'static str {
+    match error {
+        wire::EPERM => "this disk may not be written here",
+        wire::EIO => "the disk has failed",
+        wire::ENOMEM => "no memory",
+        wire::ENOSPC => "no space is left, or the range is beyond the end",
+        wire::EOVERFLOW => "more than one reply may carry",
+        wire::ENOTSUP => "it would not be fast",
+        wire::ESHUTDOWN => "another host owns this disk, or nothing is received",
+        _ => "the request is invalid",
+    }
+}
 
 /// The bytes of a reply before its data.
 pub(super) struct ReplyHead {
@@ -49,17 +65,48 @@ impl ReplyHead {
         Self::new(&[&wire::structured_chunk(flags, kind, request.cookie, length), front])
     }
 
-    /// Without data: success, or an error. A READ or BLOCK_STATUS of a client that agreed on structured replies is
-    /// never answered with a simple one, and nothing is after extended headers.
+    /// Without data: success, or an error, which has words where replies are structured. A success is as short as it
+    /// was agreed: only a READ or BLOCK_STATUS must not be answered with a simple reply, and nothing after extended
+    /// headers.
     pub(super) fn for_result(agreed: Agreed, request: &Request, error: u32) -> Self {
-        let structured = agreed.structured && matches!(request.command, wire::CMD_READ | wire::CMD_BLOCK_STATUS);
+        let data = matches!(request.command, wire::CMD_READ | wire::CMD_BLOCK_STATUS);
+        let structured = agreed.structured && (data || error != 0);
         if !structured && !agreed.extended {
             return Self::new(&[&wire::simple_reply(error, request.cookie)]);
         }
         if error == 0 {
             return Self::chunk(agreed, request, true, wire::REPLY_TYPE_NONE, 0, &[]);
         }
-        let error = wire::error_chunk(error, 0);
-        Self::chunk(agreed, request, true, wire::REPLY_TYPE_ERROR, error.len() as u64, &error)
+        let text = text(error).as_bytes();
+        let mut chunk: heapless::Vec<u8, { 6 + TEXT_MAX }> = heapless::Vec::new();
+        // No text is longer than there is room for.
+        let _ = chunk.extend_from_slice(&wire::error_chunk(error, u16::try_from(text.len()).unwrap_or(0)));
+        let _ = chunk.extend_from_slice(text);
+        Self::chunk(agreed, request, true, wire::REPLY_TYPE_ERROR, chunk.len() as u64, &chunk)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_have_words_where_replies_are_structured() {
+        let request = Request { flags: 0, command: wire::CMD_WRITE, cookie: 7, offset: 512, length: 512 };
+        let mut agreed = Agreed { structured: false, extended: false, base_allocation: false };
+        assert_eq!(ReplyHead::for_result(agreed, &request, wire::EIO).bytes(), wire::simple_reply(wire::EIO, 7));
+        agreed.structured = true;
+        assert_eq!(ReplyHead::for_result(agreed, &request, 0).bytes(), wire::simple_reply(0, 7));
+        for error in 1..=u32::from(u8::MAX) {
+            let head = ReplyHead::for_result(agreed, &request, error);
+            let text = text(error);
+            assert!(text.len() <= TEXT_MAX, "{text}");
+            let expected = wire::error_chunk(error, u16::try_from(text.len()).unwrap_or(0));
+            assert_eq!(head.bytes()[wire::CHUNK_LENGTH..], [&expected[..], text.as_bytes()].concat());
+        }
+        agreed.extended = true;
+        let head = ReplyHead::for_result(agreed, &request, wire::EIO);
+        assert_eq!(head.bytes()[wire::EXTENDED_CHUNK_LENGTH..][..6], wire::error_chunk(wire::EIO, 19));
+        assert_eq!(ReplyHead::for_result(agreed, &request, 0).bytes(), wire::extended_chunk(1, 0, 7, 512, 0));
     }
 }

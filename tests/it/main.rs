@@ -14,6 +14,7 @@ mod extended;
 mod extents;
 mod footprint;
 mod foreign;
+mod foreign_guests;
 mod handshake;
 mod harness;
 mod host;

@@ -6,11 +6,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
 use std::time::Duration;
-
-use blockferry::address::Address;
-use blockferry::nbd::client::{Client, Wants};
 
 use crate::harness::{Program, blockferry, peer, scratch};
 use crate::host::Host;
@@ -123,9 +119,7 @@ fn a_guest_that_was_not_started_on_blockferry_moves_to_it_by_qemus_mirror() {
     let same = std::fs::read(at("a.raw")).expect("an image") == std::fs::read(at("b.raw")).expect("an image");
     assert!(same, "the images differ");
     let b = Host::owner(folder.path(), "b", &[&format!("vda,file={}", at("b.raw").display())]);
-    let door = Address::parse(&b.door.to_string()).expect("its door");
-    let socket = Arc::new(door.connect(Duration::from_secs(5)).expect("served"));
-    let mut client = Client::connect(socket, "vda", Wants::default()).expect("served");
+    let mut client = b.open("vda").expect("served");
     let mut bytes = [0; 4096];
     for (offset, pattern) in [(0, 17), (2 * MIB, 19), (MIB, 23), (5 * MIB, 29)] {
         client.read_exact(offset, &mut bytes).expect("read");

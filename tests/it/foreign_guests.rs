@@ -1,5 +1,5 @@
-//! The walk-through of docs/foreign-guests.md with a real QEMU: a guest that was not started on blockferry moves to it by
-//! QEMU's own mirror. Its load comes from QEMU's monitor, through the guest's device.
+//! The walk-through of docs/foreign-guests.md with a real QEMU: a guest that was not started on blockferry moves to it
+//! by QEMU's own mirror. Its load comes from QEMU's monitor, through the guest's device.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};

@@ -68,6 +68,8 @@ fn an_overlay_moves_to_another_one_on_the_same_base_and_only_what_differs_travel
     for offset in [0, 20 * MIB, 64 * MIB - 512] {
         assert_eq!(a.try_write("vda", offset), Ok(()));
     }
+    // Or qemu-img would look at what qemu-nbd has not put into the image yet.
+    a.open("vda").expect("served").flush().expect("flushed");
     // What is there is not empty, and says so.
     let refused = a.migrate(&b.listen, &[]);
     assert_eq!(refused.code, Some(1), "{refused:?}");
@@ -96,7 +98,9 @@ fn a_raw_disk_moves_into_an_empty_qcow2_and_back() {
     let a = Host::owner(folder.path(), "a", &[&format!("vda,file={}", at("a.raw").display())]);
     let b = Host::start(folder.path(), "b", &[&format!("vda,file={}", backend.uri())]);
     a.migrate(&b.listen, &["--verify", "full"]).well();
-    qemu_img(&["compare", "-q", "-U", "-f", "raw", "-F", "qcow2", text(&at("a.raw")), text(&at("b.qcow2"))]);
+    // The image itself is locked against qemu-img.
+    std::fs::copy(at("a.raw"), at("copy.raw")).expect("copied");
+    qemu_img(&["compare", "-q", "-U", "-f", "raw", "-F", "qcow2", text(&at("copy.raw")), text(&at("b.qcow2"))]);
     ledger.verify_door(b.open("vda").expect("served")).assert_whole();
     exactly_one_takes("vda", 0, &b, &a);
     b.migrate(&a.listen, &["--copy-storage-inc"]).well();

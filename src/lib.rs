@@ -17,6 +17,7 @@ pub mod doors;
 pub mod error;
 pub mod export;
 pub mod guest;
+pub mod info;
 pub mod init;
 pub mod json;
 pub mod limits;

@@ -225,7 +225,7 @@ fn every_wrong_migrate_says_what_is_wrong() {
             "--copy-storage-all --copy-storage-inc",
             "--copy-storage-inc: cannot be combined with --copy-storage-all".to_owned(),
         ),
-        ("--plain", "--plain: not built yet".to_owned()),
+        ("--plain", "DEST: 'tcp://b:1': --plain goes to an NBD URI".to_owned()),
         ("--tls-dir d", "--tls-dir: not built yet".to_owned()),
         ("--key f", "--key: not built yet".to_owned()),
         ("--peers f", "--peers: not built yet".to_owned()),
@@ -247,7 +247,7 @@ fn every_wrong_migrate_says_what_is_wrong() {
     wrong("migrate g1", "migrate: DEST: missing");
     wrong("migrate g1 tcp://b:0", "migrate: DEST: 'tcp://b:0': port 0 can be listened on only");
     wrong("migrate g1 b:1", "migrate: DEST: 'b:1' is not an address: unix:///PATH or tcp://HOST:PORT");
-    wrong("migrate g1 nbd://b/x", "migrate: DEST: 'nbd://b/x': plain NBD destinations are not built yet");
+    wrong("migrate g1 nbd://b/x", "migrate: DEST: 'nbd://b/x': a plain NBD server: see --plain");
     wrong("migrate g1 exec:", "migrate: DEST: 'exec:': the command names no program");
     wrong(
         "migrate g1 exec:cat --transport nbd",

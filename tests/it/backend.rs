@@ -149,7 +149,7 @@ fn a_server_that_cannot_be_a_disk_is_named() {
         (exported.unix(""), "the server offers it read-only"),
         (format!("nbd+unix:///?socket={}", at("none").display()), "No such file or directory"),
         ("nbd://192.0.2.1/x".to_owned(), "--insecure-plaintext allows it"),
-        ("nbds://127.0.0.1/x".to_owned(), "nbds: is not supported yet"),
+        ("nbds://127.0.0.1/x".to_owned(), "is not supported yet"),
     ] {
         let refused = export(&uri);
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();

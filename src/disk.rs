@@ -10,6 +10,7 @@ mod remote;
 mod tests;
 
 use std::io::{Error, ErrorKind, Result};
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
 pub use crate::nbd::client::ExportInfo;
@@ -185,6 +186,19 @@ impl Disk {
     #[must_use]
     pub fn read_cached(&self, buffer: &mut [u8], offset: u64) -> bool {
         matches!(&self.0, Kind::Image(image) if image.read_cached(buffer, offset))
+    }
+
+    /// Puts the pages of up to `length` bytes at `offset` into a pipe that nobody reads meanwhile, waiting for the
+    /// device if need be. Returns how many bytes it had room for, at least one.
+    ///
+    /// # Errors
+    /// As [`Disk::read`], and those of files that have no pages to give; the pipe may hold something then.
+    pub fn fill_pipe(&self, pipe: BorrowedFd<'_>, offset: u64, length: usize) -> Result<usize> {
+        match &self.0 {
+            Kind::Image(image) => image.fill_pipe(pipe, offset, length),
+            // It has no pages here.
+            Kind::Remote(_) => Err(Error::from(ErrorKind::Unsupported)),
+        }
     }
 
     /// As [`Disk::read`]; tells whether the page cache did not have it and has it only now, where that can be seen.

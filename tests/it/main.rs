@@ -28,4 +28,5 @@ mod plain;
 mod relay;
 mod remains;
 mod torture;
+mod vmm;
 mod writer;

@@ -8,11 +8,12 @@ use std::io::{self, ErrorKind};
 use std::sync::atomic::Ordering;
 use std::sync::{Condvar, Mutex, PoisonError};
 
+use super::pipe::Pipe;
 use super::reply::ReplyHead;
 use super::{Connection, error_number, gone, locked};
 use crate::disk::AlignedBuffer;
 use crate::export::{Fault, Patience};
-use crate::limits::{SLOT_BUFFER, SLOTS, STATUS_EXTENTS_MAX};
+use crate::limits::{INLINE_READ_MAX, SLOT_BUFFER, SLOTS, STATUS_EXTENTS_MAX};
 use crate::nbd::handshake::BASE_ALLOCATION_ID;
 use crate::nbd::wire::{self, Request};
 
@@ -33,6 +34,7 @@ pub(super) struct Worker {
 struct Mail {
     job: Option<Job>,
     buffer: Option<AlignedBuffer>,
+    pipe: Option<Pipe>,
     dismissed: bool,
 }
 
@@ -76,7 +78,7 @@ impl Connection<'_> {
     }
 
     /// Sends while `sending` is held. What could not be sent whole ends the connection.
-    fn send_in_turn(&self, first: &[u8], second: &[u8]) -> io::Result<()> {
+    pub(super) fn send_in_turn(&self, first: &[u8], second: &[u8]) -> io::Result<()> {
         if self.broken.load(Ordering::Acquire) {
             return Err(ErrorKind::BrokenPipe.into());
         }
@@ -84,7 +86,7 @@ impl Connection<'_> {
     }
 
     /// Nothing that is sent from now on could be understood.
-    fn break_off(&self) {
+    pub(super) fn break_off(&self) {
         self.broken.store(true, Ordering::Release);
         self.visit.socket().shutdown();
     }
@@ -120,8 +122,8 @@ impl Connection<'_> {
         loop {
             if let Some(job) = mail.job.take() {
                 let mut nothing = AlignedBuffer::default();
-                let Mail { buffer, .. } = &mut *mail;
-                let outcome = self.serve(&job, buffer.as_mut().unwrap_or(&mut nothing));
+                let Mail { buffer, pipe, .. } = &mut *mail;
+                let outcome = self.serve(&job, buffer.as_mut().unwrap_or(&mut nothing), pipe);
                 // Else the connection is ending; its thread finds that out by itself.
                 if let Err(error) = outcome {
                     log::debug!("nbd: export {}: {error}", self.visit.export().name());
@@ -142,7 +144,7 @@ impl Connection<'_> {
     }
 
     /// Does a job and replies. An error is the connection's end.
-    fn serve(&self, job: &Job, buffer: &mut [u8]) -> io::Result<()> {
+    fn serve(&self, job: &Job, buffer: &mut [u8], pipe: &mut Option<Pipe>) -> io::Result<()> {
         match job {
             Job::Piece { request, ticket, offset, length } => {
                 if let Err(fault) = self.visit.write(Patience::Wait, *offset, &buffer[..*length], false) {
@@ -153,7 +155,13 @@ impl Connection<'_> {
                     None => Ok(()),
                 }
             }
-            Job::Request(request) if request.command == wire::CMD_READ => self.read(request, buffer),
+            Job::Request(request) if request.command == wire::CMD_READ => {
+                let long = request.length > INLINE_READ_MAX as u64;
+                if long && self.uncopied.load(Ordering::Relaxed) && self.read_uncopied(request, pipe)? {
+                    return Ok(());
+                }
+                self.read(request, buffer)
+            }
             Job::Request(request) if request.command == wire::CMD_BLOCK_STATUS => self.block_status(request),
             Job::Request(request) => {
                 let error = match self.change(request, buffer) {
@@ -258,7 +266,7 @@ impl Connection<'_> {
         self.send(head.bytes(), &extents)
     }
 
-    fn reply(&self, request: &Request, error: u32) -> io::Result<()> {
+    pub(super) fn reply(&self, request: &Request, error: u32) -> io::Result<()> {
         self.send(ReplyHead::for_result(self.agreed, request, error).bytes(), &[])
     }
 

@@ -29,8 +29,8 @@ UNDERSTOOD = {
     "status": ("status", ["g", "owner", 1, 2, 3, "p", "running", "h", [DISK], [{"name": "a", "device": "/dev/nbd0"}], KEPT]),
     "progress": ("progress", [5, "passes", 6, ("guest-is-faster", 9, 8), 7, 10, 11, 1, [MOVING], 13, "c", "stream", "n", 14]),
     "progress-first": ("progress", [5, "prepare", 0, "copying", None, 0, 0, 0, [], None, "", "auto", "", 0]),
-    "done": ("done", [1, 3, "x", "destination", "d", 4, 5, 6, 7, 8, 9, 10, RECEIPT]),
-    "done-aborted": ("done", [1, 3, "x", "here", "d", 4, 5, 6, 7, None, 9, 10, None]),
+    "done": ("done", [1, 3, "x", "destination", "d", 4, 5, 6, 7, 8, 9, 10, RECEIPT, 15, 16]),
+    "done-aborted": ("done", [1, 3, "x", "here", "d", 4, 5, 6, 7, None, 9, 10, None, 15, 16]),
 }
 
 asked, understood, words = set(), set(), {kind: [] for kind in client.WORDS}

@@ -17,6 +17,7 @@ mod foreign;
 mod foreign_guests;
 mod handshake;
 mod harness;
+mod hooks;
 mod host;
 mod images;
 mod interop;

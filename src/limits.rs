@@ -408,6 +408,13 @@ const _: () = assert!(ADDRESS_MAX > UNIX_PATH_MAX + "unix://".len(), "every Unix
 const _: () = assert!(PORT_LOOK.as_millis() * 2 < HELLO_REPEAT.as_millis(), "a repeated hello finds the port open");
 const _: () = assert!(HELLO_REPEAT.as_secs() * 5 <= HELLO_TIMEOUT.as_secs(), "a hello is repeated several times");
 const _: () = assert!(HANG_UP_POLL.as_millis() <= 200, "a client that goes away is noticed within 200 ms");
+// ---- servers as disks and destinations ---------------------------------------------------------------------------
+
+/// Connections to the server behind one disk: as many requests are under way at once.
+pub const BACKEND_CONNECTIONS_MAX: usize = 8;
+/// Bytes that a server is asked about at once when it is asked for extents: what it says of more would be thrown away.
+pub const BACKEND_STATUS: u64 = 128 * MIB as u64;
+
 // ---- phases ------------------------------------------------------------------------------------------------------
 
 /// Longest frame of the phase protocol without its length, in bytes; the largest message of each kind fits (a test

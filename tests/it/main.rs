@@ -1,5 +1,6 @@
 //! Integration tests: the program and its parts against real programs that nobody here wrote.
 
+mod backend;
 mod bad_clients;
 mod bad_input;
 #[path = "../common/chance.rs"]
@@ -14,6 +15,7 @@ mod extended;
 mod extents;
 mod footprint;
 mod foreign;
+mod foreign_guests;
 mod guests;
 mod handshake;
 mod harness;
@@ -25,6 +27,7 @@ mod json;
 mod migrations;
 mod orders;
 mod ownership;
+mod plain;
 mod relay;
 mod remains;
 mod torture;

@@ -10,7 +10,7 @@ ASKED = {
     "status": b"\1",
     "claim": b"\2\0",
     "migrate": client.migrate("tcp://b:1", 300, 2, ["vda"], overwrite=1, connections=4, detach=1, plaintext=1,
-                              incremental=1, keep_partial=1, verify=2, transport=2),
+                              incremental=1, keep_partial=1, verify=2, transport=2, heedless=1),
     "cancel": b"\5" + client.text("no"),
     "set": b"\6" + client.option(100 << 20) + client.option(300),
     "set-no-limit": b"\6" + client.option(0) + client.option(None),

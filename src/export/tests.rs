@@ -38,7 +38,7 @@ fn soon() -> Instant {
 fn who_may_write_in_which_gate() {
     use Door::{Guest, Migration};
     let word = |visit: &Visit| match visit.write(Patience::Now, 0, &[1; 512], false) {
-        Ok(()) => "done",
+        Ok(_) => "done",
         Err(Fault::NotPermitted) => "EPERM",
         Err(Fault::Fenced) => "ESHUTDOWN",
         Err(Fault::WouldWait) => "waits",

@@ -21,8 +21,9 @@
 //! Only then does the server reply. The mark is in a `Drop` because a write that failed half-way has changed the disk
 //! too.
 //!
-//! In synchronous mode a write that succeeded comes back with an [`Owed`], and is answered when [`Visit::wait_for_copy`]
-//! returns (D7; `dirty/waiters.rs`). It is counted out before that: a drain does not wait for the mirror.
+//! In synchronous mode a write that succeeded comes back with an [`Owed`], and is answered when
+//! [`Visit::wait_for_copy`] returns (D7; `dirty/waiters.rs`). It is counted out before that: a drain does not wait for
+//! the mirror.
 //!
 //! Because a write looks for the map after it has changed the disk, and under the lock under which [`Export::arm`]
 //! puts the map there, a write that is not marked was on the disk before the map was armed, and the bulk pass, which

@@ -327,6 +327,14 @@ struct ProgressLine<'a> {
     disks: &'a [ProgressDisk<'a>],
     lost_ms: Option<u64>,
     lost_cause: Option<&'a str>,
+    synchronous: Option<SinceRates>,
+}
+
+/// Why guest writes wait.
+#[derive(Serialize)]
+struct SinceRates {
+    dirty_rate_bytes: u64,
+    rate_bytes: u64,
 }
 
 #[derive(Serialize)]
@@ -388,6 +396,9 @@ pub fn progress(guest: &str, progress: &Progress) -> String {
         disks: &disks,
         lost_ms: progress.lost_ms,
         lost_cause: progress.lost_ms.map(|_| progress.lost_cause.as_str()),
+        synchronous: progress
+            .synchronous
+            .map(|since| SinceRates { dirty_rate_bytes: since.dirty_rate_bytes, rate_bytes: since.rate_bytes }),
     })
 }
 
@@ -554,7 +565,8 @@ mod tests {
              \"predicted_final_ms\":3,\"downtime_limit_ms\":0,\"bandwidth_bytes\":0,\"held\":false,\"disks\":[\
              {\"name\":\"a\",\"size_bytes\":9,\"left_bytes\":0,\"sent_bytes\":0,\"zero_bytes\":0,\"rate_bytes\":0,\
              \"dirty_rate_bytes\":0,\"passes\":0,\"estimate_s\":8,\"resent_bytes\":0,\"equal_bytes\":0,\
-             \"verified_bytes\":0,\"unverified_bytes\":0}],\"lost_ms\":null,\"lost_cause\":null}\n"
+             \"verified_bytes\":0,\"unverified_bytes\":0}],\"lost_ms\":null,\"lost_cause\":null,\
+             \"synchronous\":null}\n"
         );
         let ended = Done { attempt: 1, owner: Owner::Destination, destination: text("d"), ..Done::default() };
         assert_eq!(

@@ -471,7 +471,8 @@ pub const LANES_DISTANT: usize = 4;
 /// Stack of the thread that drives a migration, in bytes.
 pub const DRIVER_STACK: usize = 256 * KIB;
 
-const _: () = assert!(SYNCHRONOUS_WAIT_MAX.as_secs() < QUIESCE_MAX.as_secs(), "who waits is not what a quiesce fails by");
+const _: () =
+    assert!(SYNCHRONOUS_WAIT_MAX.as_secs() < QUIESCE_MAX.as_secs(), "who waits is not what a quiesce fails by");
 const _: () = assert!(QUIESCE_MAX.as_secs() < LINK_IDLE_MAX.as_secs(), "a quiet link outlives a quiesce");
 const _: () = assert!(PING_PERIOD.as_secs() * 3 < LINK_SILENCE_MAX.as_secs(), "one late PONG is no dead link");
 const _: () = assert!(LINK_SILENCE_MAX.as_secs() < SEAL_MAX.as_secs(), "SEAL is said again over a new link");

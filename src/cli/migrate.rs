@@ -7,7 +7,7 @@ use super::options::{Matches, Spec, Takes, later, opt};
 use super::{Command, print};
 use crate::address::Address;
 use crate::control::client::Client;
-use crate::control::wire::{MigrateRequest, Reply, Request, Verify, text};
+use crate::control::wire::{MigrateRequest, Reply, Request, Synchronous, Verify, text};
 use crate::domain::{check_disk_name, parse_size};
 use crate::error::{Exit, Problem};
 use crate::json;
@@ -37,6 +37,8 @@ pub struct MigrateOptions {
     pub hold: bool,
     /// Data connections of one disk; 0: one, or several to a distant host.
     pub connections: u8,
+    /// Whether guest writes wait for the mirror.
+    pub synchronous: Synchronous,
     /// Return once the migration has started.
     pub detach: bool,
     /// What has been sent stays at the destination, however the migration ends.
@@ -66,7 +68,12 @@ pub(super) const SPEC: Spec = Spec {
             "what has been sent stays there even if this is cancelled; the next\nmigration goes on from it",
         ),
         opt("connections", Takes::One("N"), "data connections of one disk, 1 to 8 [1, more to a distant host]"),
-        opt("synchronous", Takes::One("never"), "guest writes never wait for the mirror [never]"),
+        opt(
+            "synchronous",
+            Takes::One("MODE"),
+            "guest writes wait for the mirror: auto (when it does not converge),\n\
+             always (from the end of the bulk pass) or never [auto]",
+        ),
         opt("transport", Takes::One("MODE"), "nbd, or auto: today the same [auto]"),
         opt(
             "verify",
@@ -99,7 +106,6 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
     if matches!(destination, Address::Tcp { port: 0, .. }) {
         return Err(SPEC.usage("DEST", format!("'{destination}': port 0 can be listened on only")));
     }
-    matches.only("synchronous", &["never"], &["auto", "always"])?;
     matches.only("transport", &["nbd", "auto"], &["stream"])?;
     let [all, inc, overwrite] = ["copy-storage-all", "copy-storage-inc", "overwrite"].map(|name| matches.flag(name));
     if inc && (all || overwrite) {
@@ -115,6 +121,7 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
         verify: matches.read("verify", parse_verify)?.unwrap_or_default(),
         disks: matches.read("migrate-disks", parse_names)?.unwrap_or_default(),
         bandwidth_bytes: matches.read("bandwidth", parse_size)?.unwrap_or(0),
+        synchronous: matches.read("synchronous", parse_synchronous)?.unwrap_or_default(),
         downtime_limit_ms: matches
             .number("downtime-limit", 1, DOWNTIME_LIMIT_MAX_MS)?
             .unwrap_or(DOWNTIME_LIMIT_DEFAULT_MS),
@@ -129,6 +136,12 @@ fn parse_verify(text: &str) -> Result<Verify, String> {
     let modes = [Verify::Written, Verify::Full, Verify::None];
     let known = modes.into_iter().find(|mode| mode.word() == text);
     known.ok_or_else(|| format!("'{text}' is neither written, full nor none"))
+}
+
+fn parse_synchronous(text: &str) -> Result<Synchronous, String> {
+    let modes = [Synchronous::Auto, Synchronous::Always, Synchronous::Never];
+    let known = modes.into_iter().find(|mode| mode.word() == text);
+    known.ok_or_else(|| format!("'{text}' is neither auto, always nor never"))
 }
 
 /// `A,B`.
@@ -160,6 +173,7 @@ impl MigrateOptions {
             insecure_plaintext: self.door.insecure_plaintext,
             incremental: self.incremental,
             verify: self.verify,
+            synchronous: self.synchronous,
             keep_partial: self.keep_partial,
         }
     }

@@ -61,6 +61,7 @@ fn a_migrate_request() -> MigrateRequest {
         incremental: true,
         keep_partial: true,
         verify: Verify::Full,
+        synchronous: Synchronous::Never,
     }
 }
 
@@ -93,6 +94,7 @@ fn a_progress() -> Progress {
         .collect(),
         lost_ms: Some(13),
         lost_cause: text("c"),
+        synchronous: Some(Since { dirty_rate_bytes: 14, rate_bytes: 15 }),
     }
 }
 
@@ -238,6 +240,7 @@ fn values() -> Vec<String> {
         }),
         lines("owner", &[O::Here, O::Destination, O::Unknown, O::Elsewhere], |v| v.word().to_owned()),
         lines("word", &words, |v| format!("{v:?}")),
+        lines("synchronous", &[Synchronous::Auto, Synchronous::Always, Synchronous::Never], |v| v.word().to_owned()),
         lines("verify", &[Verify::None, Verify::Written, Verify::Full], |v| v.word().to_owned()),
     ]
     .concat()

@@ -20,16 +20,16 @@
 //!
 //! # Who waits for whom
 //!
-//! A write that waits is done and marked, and is *not* in flight for a drain: a drain wants what is on the disk to be in
-//! the map, and it is. Were it counted, a quiesce would stand or fall with the link, and a verification, which drains
-//! before it believes a difference, would wait for a copy of the region that it keeps. The final pass copies all that is
-//! dirty, so whoever waits at a quiesce is answered by it, or let go when the gates open again.
+//! A write that waits is done and marked, and is *not* in flight for a drain: a drain wants what is on the disk to be
+//! in the map, and it is. Were it counted, a quiesce would stand or fall with the link, and a verification, which
+//! drains before it believes a difference, would wait for a copy of the region that it keeps. The final pass copies all
+//! that is dirty, so whoever waits at a quiesce is answered by it, or let go when the gates open again.
 //!
 //! All waiting ends with an acknowledgement or by being let go, granules dirty: [`DirtyMap::synchronous`] with `false`
-//! (a lost connection, a failure, a stop: `mirror.rs` says so in the same breath in which it records them), a guest that
-//! has hung up (`export.rs`), or [`SYNCHRONOUS_WAIT_MAX`] after the mark. If no copy at all was acknowledged in that
-//! time, the map is *stalled*: all are let go at once, and nobody waits until something is acknowledged again. So an
-//! outage that nobody has noticed yet costs each write that limit once, and not one limit after the other.
+//! (a lost connection, a failure, a stop: `mirror.rs` says so in the same breath in which it records them), a guest
+//! that has hung up (`export.rs`), or [`SYNCHRONOUS_WAIT_MAX`] after the mark. If no copy at all was acknowledged in
+//! that time, the map is *stalled*: all are let go at once, and nobody waits until something is acknowledged again. So
+//! an outage that nobody has noticed yet costs each write that limit once, and not one limit after the other.
 
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};

@@ -315,3 +315,36 @@ fn d9_a_disk_whose_sync_failed_takes_nothing_from_a_migration() {
     assert!(matches!(mirror.write(Patience::Now, 0, &[1; 512], false), Err(Fault::Disk(_))));
     assert!(matches!(mirror.flush(), Err(Fault::Disk(_))), "and is never said to be durable again");
 }
+
+#[test]
+fn d7_a_write_that_waits_for_its_copy_keeps_no_drain_and_no_quiesce_waiting() {
+    let bench = Bench::new(Gate::Serving);
+    let (guest, _client) = bench.enter(Door::Guest);
+    let map = DirtyMap::new(1 << 20);
+    bench.export.arm(&map).expect("armed");
+    map.synchronous(true);
+    let owed = guest.write(Patience::Now, 0, &[1; 512], false).expect("written").expect("not to be answered yet");
+    assert!(bench.export.drain_admitted());
+    let quiesced = quiesce(&[Arc::clone(&bench.export)], soon()).expect("quiesced");
+    map.take_waited(1 << 20).expect("waited for").acknowledge();
+    guest.wait_for_copy(owed);
+    drop(quiesced);
+}
+
+#[test]
+fn d7_a_guest_that_has_hung_up_waits_no_longer_and_a_failed_write_never_does() {
+    let bench = Bench::new(Gate::Serving);
+    let (guest, client) = bench.enter(Door::Guest);
+    let map = DirtyMap::new(1 << 20);
+    bench.export.arm(&map).expect("armed");
+    map.synchronous(true);
+    assert!(matches!(guest.write(Patience::Now, 1 << 30, &[1; 512], false), Err(Fault::Disk(_))));
+    assert!(map.take_waited(1 << 20).is_none());
+    let owed = guest.write(Patience::Now, 0, &[1; 512], false).expect("written").expect("not to be answered yet");
+    guest.flush().expect("a flush does not wait");
+    drop(client);
+    let began = Instant::now();
+    guest.wait_for_copy(owed);
+    assert!(began.elapsed() < Duration::from_secs(1), "D11: whoever reconnects waits for this");
+    assert_eq!(map.outstanding().granules, 1, "it is copied later");
+}

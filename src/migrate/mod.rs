@@ -16,5 +16,6 @@ mod preflight;
 pub mod recover;
 pub mod settle;
 pub mod source;
+mod synchrony;
 mod verify;
 pub mod wire;

@@ -2,11 +2,12 @@
 //!
 //! # One thread reads, a few work
 //!
-//! The connection's own thread receives as many pipelined requests as there are with one system call and serves at
-//! once what needs no waiting: reads that are in the page cache, writes into it. The replies gather in a buffer and
-//! leave together when no whole request is left. Whatever may wait, a read from the device, a sync, a trim, a write to
-//! a slow disk or at a closed gate, goes to one of up to [`SLOTS`] workers, which answers by itself; the requests
-//! behind it are served meanwhile. What is done and waits only for the mirror (D7) is left to the answerer. Workers are started when first needed and live as long as the connection.
+//! The connection's own thread receives as many pipelined requests as there are with one system call and serves at once
+//! what needs no waiting: reads that are in the page cache, writes into it. The replies gather in a buffer and leave
+//! together when no whole request is left. Whatever may wait, a read from the device, a sync, a trim, a write to a slow
+//! disk or at a closed gate, goes to one of up to [`SLOTS`] workers, which answers by itself; the requests behind it
+//! are served meanwhile. What is done and waits only for the mirror (D7) is left to the answerer. Workers are started
+//! when first needed and live as long as the connection.
 //!
 //! Memory is one receive buffer, one reply buffer and one buffer for each started worker, allocated once; a request
 //! larger than they are passes through them piece by piece, and a refused write is read to its end and dropped, so
@@ -16,9 +17,9 @@
 //!
 //! [`Reader::next_request`] receives, [`validate`] says what is wrong with it, `serve` or a [`Worker`] does it through
 //! the [`Visit`], and a reply is sent. The connection and its reader are in this file, the workers in `worker.rs`, the
-//! answerer in `answerer.rs`, the bytes of replies in `reply.rs`. Which error a client sees is decided in [`error_number`] alone. Section names of the
-//! NBD specification that this follows: "Transmission", "Request types", "Structured reply chunk", "Error values",
-//! "Terminating the transmission phase".
+//! answerer in `answerer.rs`, the bytes of replies in `reply.rs`. Which error a client sees is decided in
+//! [`error_number`] alone. Section names of the NBD specification that this follows: "Transmission", "Request types",
+//! "Structured reply chunk", "Error values", "Terminating the transmission phase".
 
 use std::io::{self, ErrorKind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,8 +27,8 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Scope};
 use std::time::Instant;
 
-use crate::disk::AlignedBuffer;
 use crate::dirty::Owed;
+use crate::disk::AlignedBuffer;
 use crate::export::{Door, Fault, Patience, Visit};
 use crate::limits::{
     DIRECT_ALIGN, INLINE_READ_MAX, OWED_MAX, PAYLOAD_MAX, RECEIVE_BUFFER, REPLY_BUFFER, SLOT_BUFFER, SLOTS, SLOW_WRITE,

@@ -8,6 +8,7 @@ mod faults;
 mod load;
 mod outages;
 mod restarts;
+mod synchronous;
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};

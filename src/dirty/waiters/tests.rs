@@ -182,8 +182,8 @@ enum Step {
     Write(u64, u64),
     /// A write of which nobody waits: one that failed.
     Mark(u64, u64),
-    Take(u64),
-    TakeWaited(u64),
+    Take(usize),
+    TakeWaited(usize),
     Acknowledge(usize),
     Lose(usize),
     HangUp(usize),
@@ -196,8 +196,8 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         4 => run().prop_map(|(first, count)| Step::Write(first, count.min(GRANULES - first))),
         1 => run().prop_map(|(first, count)| Step::Mark(first, count.min(GRANULES - first))),
-        2 => (1..100u64).prop_map(Step::Take),
-        2 => (1..100u64).prop_map(Step::TakeWaited),
+        2 => (1..100usize).prop_map(Step::Take),
+        2 => (1..100usize).prop_map(Step::TakeWaited),
         4 => any::<usize>().prop_map(Step::Acknowledge),
         1 => any::<usize>().prop_map(Step::Lose),
         1 => any::<usize>().prop_map(Step::HangUp),
@@ -261,8 +261,8 @@ proptest! {
                     model.writers.push(Writer { owed, left, since: model.takes });
                 }
                 Step::Mark(first, count) => map.mark(first * G, count * G),
-                Step::Take(most) => drop(model.took(map.take((most * G) as usize))),
-                Step::TakeWaited(most) => drop(model.took(map.take_waited((most * G) as usize))),
+                Step::Take(most) => drop(model.took(map.take(most * 4096))),
+                Step::TakeWaited(most) => drop(model.took(map.take_waited(most * 4096))),
                 Step::Acknowledge(_) | Step::Lose(_) if model.flying.is_empty() => {}
                 Step::Acknowledge(which) => model.acknowledge(which % model.flying.len()),
                 Step::Lose(which) => drop(model.flying.swap_remove(which % model.flying.len())),

@@ -51,6 +51,10 @@ impl Drive<'_> {
             progress.downtime_limit_ms = u32::try_from(self.job.downtime_limit().as_millis()).unwrap_or(u32::MAX);
             progress.bandwidth_bytes = self.job.budget.rate();
             progress.held = converged && self.job.request.hold && !self.job.is_switched();
+            progress.synchronous = self
+                .synchrony
+                .on()
+                .map(|rates| wire::Since { dirty_rate_bytes: rates.dirtied, rate_bytes: rates.copied });
             progress.disks = self.disks(counts);
         });
     }

@@ -152,9 +152,8 @@ impl<'a> Connection<'a> {
     where
         'a: 's,
     {
-        let later = |request: &Request, ticket, owed| {
-            self.answer_later(scope, Answer { request: *request, ticket, owed })
-        };
+        let later =
+            |request: &Request, ticket, owed| self.answer_later(scope, Answer { request: *request, ticket, owed });
         match job {
             Job::Piece { request, ticket, offset, length } => {
                 match self.visit.write(Patience::Wait, *offset, &buffer[..*length], false) {

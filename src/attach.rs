@@ -90,7 +90,7 @@ const KERNEL_FLAGS: u16 = nbd::FLAG_HAS_FLAGS
     | nbd::FLAG_SEND_TRIM
     | nbd::FLAG_SEND_WRITE_ZEROES;
 /// The kernel speaks no more than simple replies.
-const KERNEL_AGREED: Agreed = Agreed { structured: false, base_allocation: false };
+const KERNEL_AGREED: Agreed = Agreed { structured: false, extended: false, base_allocation: false };
 
 /// The devices of one guest.
 #[derive(Debug, Default)]

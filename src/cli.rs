@@ -14,6 +14,7 @@ use crate::log;
 use crate::options::{ExportOptions, ServeOptions};
 use options::{Matches, Spec};
 
+mod accept;
 pub mod attach;
 pub mod export;
 pub mod guest;
@@ -78,6 +79,8 @@ pub enum Command {
     Recover(RecoverOptions),
     /// Change the running migration.
     Set(SetOptions),
+    /// Bring another host's connection to the migration door.
+    Accept(GuestDoor),
     /// Make a disk a device of this host.
     Attach(AttachOptions),
     /// Give a device up.
@@ -88,7 +91,7 @@ pub enum Command {
 type Subcommand = (&'static Spec, fn(&Matches) -> Result<Command, Problem>);
 
 /// The subcommands that are built, in the order of the help.
-const COMMANDS: [Subcommand; 12] = [
+const COMMANDS: [Subcommand; 13] = [
     (&serve::SPEC, serve::parse),
     (&guest::CLAIM, guest::parse_claim),
     (&migrate::SPEC, migrate::parse),
@@ -98,13 +101,14 @@ const COMMANDS: [Subcommand; 12] = [
     (&recover::WHO_OWNS, recover::parse_who_owns),
     (&recover::RECOVER, recover::parse_recover),
     (&guest::SET, guest::parse_set),
+    (&accept::SPEC, accept::parse),
     (&attach::ATTACH, attach::parse_attach),
     (&attach::DETACH, attach::parse_detach),
     (&export::SPEC, export::parse),
 ];
 
 /// Subcommands of the contract that a later part builds.
-const LATER: [&str; 4] = ["accept", "copy", "info", "keygen"];
+const LATER: [&str; 3] = ["copy", "info", "keygen"];
 
 /// Runs the program with the arguments after its name.
 pub fn run(args: impl IntoIterator<Item = OsString>, entry: &Entry) -> Exit {
@@ -191,6 +195,7 @@ fn execute(parsed: Parsed, entry: &Entry) -> Result<Exit, Problem> {
         Command::Cancel(door) => print(&guest::cancel(&door, json)?),
         Command::Status(door) => print(&guest::status(&door, json)?),
         Command::Set(options) => print(&guest::set(&options, json)?),
+        Command::Accept(door) => accept::run(&door)?,
         Command::Attach(options) => print(&attach::attach(&options, json)?),
         Command::Detach(options) => print(&attach::detach(&options, json)?),
         Command::WhoOwns(options) => return recover::who_owns(&options, json).map(answer),

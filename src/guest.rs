@@ -22,6 +22,7 @@ use crate::ownership::{
     Answer, Content, Door, Event, Found, Host, How, ImageList, Images, Instance, Journal, KeepError, Keeper, Kind,
     Order, Promise, Receipt, Record, Stamp, State, Store, show,
 };
+use crate::vmm::Vmm;
 
 /// One disk of the guest.
 #[derive(Debug)]
@@ -47,6 +48,8 @@ pub struct Guest {
     pub boot: [u8; 16],
     /// Where this host's migration door listens.
     pub migration_address: Option<Address>,
+    /// What moves its memory and devices.
+    pub vmm: Vmm,
     /// TCP beyond this host is allowed without keys.
     pub insecure_plaintext: bool,
     /// What this process receives.
@@ -101,6 +104,7 @@ impl Guest {
             instance,
             boot: boot_id(),
             migration_address,
+            vmm: options.vmm.clone(),
             insecure_plaintext: options.insecure_plaintext,
             destination: Destination::default(),
             source: Sending::default(),

@@ -327,6 +327,9 @@ struct ProgressLine<'a> {
     disks: &'a [ProgressDisk<'a>],
     lost_ms: Option<u64>,
     lost_cause: Option<&'a str>,
+    transport: &'static str,
+    transport_cause: Option<&'a str>,
+    state_bytes: u64,
     synchronous: Option<SinceRates>,
 }
 
@@ -396,6 +399,9 @@ pub fn progress(guest: &str, progress: &Progress) -> String {
         disks: &disks,
         lost_ms: progress.lost_ms,
         lost_cause: progress.lost_ms.map(|_| progress.lost_cause.as_str()),
+        transport: progress.transport.word(),
+        transport_cause: Some(progress.transport_cause.as_str()).filter(|cause| !cause.is_empty()),
+        state_bytes: progress.state_bytes,
         synchronous: progress
             .synchronous
             .map(|since| SinceRates { dirty_rate_bytes: since.dirty_rate_bytes, rate_bytes: since.rate_bytes }),
@@ -421,6 +427,8 @@ struct DoneLine<'a> {
     verify: Option<&'a str>,
     verified_bytes: Option<u64>,
     root: Option<&'a str>,
+    state_bytes: Option<u64>,
+    pause_us: Option<u64>,
 }
 
 /// How a migration ended.
@@ -446,6 +454,8 @@ pub fn done(guest: &str, done: &Done) -> String {
         verify: receipt.map(|receipt| receipt.verify.word()),
         verified_bytes: receipt.map(|receipt| receipt.verified_bytes),
         root: root.as_deref(),
+        state_bytes: done.state_bytes,
+        pause_us: done.pause_us,
     })
 }
 
@@ -566,6 +576,7 @@ mod tests {
              {\"name\":\"a\",\"size_bytes\":9,\"left_bytes\":0,\"sent_bytes\":0,\"zero_bytes\":0,\"rate_bytes\":0,\
              \"dirty_rate_bytes\":0,\"passes\":0,\"estimate_s\":8,\"resent_bytes\":0,\"equal_bytes\":0,\
              \"verified_bytes\":0,\"unverified_bytes\":0}],\"lost_ms\":null,\"lost_cause\":null,\
+             \"transport\":\"auto\",\"transport_cause\":null,\"state_bytes\":0,\
              \"synchronous\":null}\n"
         );
         let ended = Done { attempt: 1, owner: Owner::Destination, destination: text("d"), ..Done::default() };
@@ -574,7 +585,7 @@ mod tests {
             "{\"type\":\"done\",\"guest\":\"g1\",\"attempt\":\"00000000000000000000000000000001\",\"exit\":0,\
              \"cause\":null,\"owner\":\"destination\",\"destination\":\"d\",\"sent_bytes\":0,\"zero_bytes\":0,\
              \"passes\":0,\"total_ms\":0,\"switchover_us\":null,\"resent_bytes\":0,\"equal_bytes\":0,\
-             \"verify\":null,\"verified_bytes\":null,\"root\":null}\n"
+             \"verify\":null,\"verified_bytes\":null,\"root\":null,\"state_bytes\":null,\"pause_us\":null}\n"
         );
     }
 }

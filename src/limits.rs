@@ -21,6 +21,9 @@ pub const GUEST_NAME_MAX: usize = 64;
 pub const DISK_NAME_MAX: usize = 64;
 /// Longest printable address, in bytes. The hello has a fixed field of this size.
 pub const ADDRESS_MAX: usize = 128;
+/// Longest text that says where another host is reached, in bytes: an address, or a command. What a host says of itself
+/// is an address ([`ADDRESS_MAX`]).
+pub const PLACE_MAX: usize = 256;
 /// Longest cause that travels to the peer or to the command line, in bytes; longer ones are cut.
 pub const CAUSE_MAX: usize = 192;
 /// Longest list of all that a refusal names, in bytes.
@@ -129,7 +132,7 @@ pub const READ_PIECES_MAX: usize = 16;
 /// Largest error chunk that a client takes, in bytes: the longest message and room for fields that we do not know.
 pub const ERROR_CHUNK_MAX: usize = 4096 + 64;
 /// Most extents in one block status reply that a client takes (the NBD specification's own advice).
-pub const CLIENT_EXTENTS_MAX: usize = 1024 * 1024;
+pub const CLIENT_EXTENTS_MAX: u32 = 1024 * 1024;
 /// Largest READ or WRITE that the simple calls of a client make, in bytes.
 pub const CLIENT_REQUEST_MAX: u32 = 1024 * 1024;
 /// Largest WRITE_ZEROES that the simple calls of a client make, in bytes.
@@ -145,10 +148,10 @@ const _: () = assert!(PARTS_MAX as usize <= WINDOW_MAX, "all parts of a request 
 const _: () = assert!(ZERO_PART_MAX >= MINIMUM_BLOCK_MAX, "zeroes are written in whole blocks");
 const _: () = assert!(WINDOW_MAX <= 64, "a client keeps its free slots in 64 bits");
 const _: () = assert!(
-    WINDOW_MAX * (20 + ERROR_CHUNK_MAX) <= CLIENT_RECEIVE_BUFFER,
+    WINDOW_MAX * (32 + ERROR_CHUNK_MAX) <= CLIENT_RECEIVE_BUFFER,
     "all replies to writes fit while a write is being sent, even if each is an error with a long message"
 );
-const _: () = assert!(WINDOW_MAX * 28 + SEND_COPY_MAX < SEND_BUFFER, "a window of small requests fits the send buffer");
+const _: () = assert!(WINDOW_MAX * 32 + SEND_COPY_MAX < SEND_BUFFER, "a window of small requests fits the send buffer");
 const _: () = assert!(SLOT_BUFFER <= RECEIVE_BUFFER, "a parked request must fit a slot");
 const _: () = assert!(RECEIVE_BUFFER <= PAYLOAD_MAX as usize, "larger requests stream through the buffer");
 const _: () = assert!(OPTION_PAYLOAD_MAX > EXPORT_NAME_MAX + 64, "an INFO with the longest name must be readable");
@@ -265,6 +268,21 @@ pub const STREAM_MESSAGES_MAX: usize = 256;
 
 const _: () = assert!(STREAM_SLOTS <= 128, "a slot's number is one byte");
 const _: () = assert!(STREAM_RECEIVE_BUFFER >= 64, "a head must fit");
+
+/// Most words of a command that is the way to another host.
+pub const COMMAND_WORDS_MAX: usize = 64;
+/// Longest line of what such a command says on standard error that is taken as one, in bytes.
+pub const COMMAND_LINE_MAX: u64 = KIB as u64;
+/// How long a command has to end after its connection has, and again after it was told to.
+pub const COMMAND_GRACE: Duration = Duration::from_secs(1);
+/// A connection that a command has closed is explained by its end, if that comes so soon.
+pub const COMMAND_LAST_WORDS: Duration = Duration::from_millis(500);
+/// Buffer of each direction of `accept`, in bytes.
+pub const RELAY_BUFFER: usize = 128 * KIB;
+/// Most connections to the migration door that came in through the control door.
+pub const RELAYED_MAX: usize = PHASE_CONNECTIONS_MAX;
+
+const _: () = assert!(PLACE_MAX >= ADDRESS_MAX, "every address is a place");
 
 // ---- domain XML --------------------------------------------------------------------------------------------------
 
@@ -510,3 +528,42 @@ pub const INIT_RESTART_CALM: Duration = Duration::from_secs(60);
 pub const INIT_GRACE: (Duration, Duration) = (Duration::from_secs(3), Duration::from_secs(2));
 /// Longest sync before the machine ends: a disk that hangs does not keep it on.
 pub const INIT_SYNC_MAX: Duration = Duration::from_secs(10);
+
+// ---- VMM drivers -------------------------------------------------------------------------------------------------
+
+/// Longest line of QEMU's monitor, in bytes.
+pub const QMP_LINE_MAX: usize = 64 * KIB;
+/// Events of QEMU's that are kept until somebody looks.
+pub const QMP_EVENTS_MAX: usize = 64;
+/// Longest path of a monitor's neighbour: a Unix socket's.
+pub const QMP_PATH_MAX: usize = UNIX_PATH_MAX;
+/// How long QEMU may take for one answer: it waits for its disks, and for the state's socket.
+pub const QMP_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often QEMU is asked whether it has come to where it is to come.
+pub const QMP_LOOK: Duration = Duration::from_millis(2);
+/// How often a QEMU that is to come is looked for.
+pub const QMP_START_LOOK: Duration = Duration::from_millis(100);
+/// What QEMU is told of its bandwidth, in bytes a second: the budget of the migration holds it back.
+pub const QMP_BANDWIDTH: u64 = 16 * GIB;
+/// How long the state may take to begin to move: both VMMs are asked, and a connection is made.
+pub const STATE_START_MAX: Duration = Duration::from_secs(20);
+/// How long a guest may stand whose state is gone, until the destination has loaded it.
+pub const STATE_LOAD_MAX: Duration = Duration::from_secs(30);
+/// How long a guest may stand until what is left of its disks is copied, before the rest of its state follows.
+pub const STATE_DRAIN_MAX: Duration = QUIESCE_MAX;
+/// How long the state may stand still while its guest waits.
+pub const STATE_STALL_MAX: Duration = Duration::from_secs(20);
+/// How often is looked around while a guest stands.
+pub const STANDING_TICK: Duration = Duration::from_millis(1);
+/// How long a VMM whose socket has closed may take to say that it is done.
+pub const VMM_LAST_WORD: Duration = Duration::from_millis(500);
+/// How long a VMM may take until its guest runs, or until it has ended.
+pub const VMM_RUN_MAX: Duration = Duration::from_secs(10);
+/// How long a VMM may take to end before "unsealed" is said.
+pub const VMM_END_MAX: Duration = Duration::from_secs(3);
+/// How often a state that waits for its budget looks whether its guest stands.
+pub const STATE_LOOK: Duration = Duration::from_millis(10);
+/// Bytes of a guest's state on their way in one direction, in each process.
+pub const STATE_BUFFER: usize = 256 * KIB;
+
+const _: () = assert!(VMM_END_MAX.as_secs() < UNSEALED_PATIENCE.as_secs(), "unsealed is said while it is waited for");

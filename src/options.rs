@@ -6,6 +6,7 @@ use crate::address::Address;
 use crate::disk::Cache;
 use crate::domain::Disk;
 use crate::error::Problem;
+use crate::vmm::Vmm;
 
 /// What `serve` was asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +29,8 @@ pub struct ServeOptions {
     pub control: Vec<Address>,
     /// The control doors that are virtio ports, by name, each once; with the sockets at least one.
     pub control_ports: Vec<String>,
+    /// What moves the guest's memory and devices.
+    pub vmm: Vmm,
     /// TCP beyond this host is allowed without keys.
     pub insecure_plaintext: bool,
     /// The ready line is JSON.
@@ -48,6 +51,7 @@ impl ServeOptions {
             listen: None,
             control: Vec::new(),
             control_ports: Vec::new(),
+            vmm: Vmm::None,
             insecure_plaintext: true,
             json: false,
         }

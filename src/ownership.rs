@@ -38,10 +38,10 @@ pub use receipt::Receipt;
 pub use store::{Found, Look, Store, look, show};
 pub use transition::{heard_promise, heard_record, next, promise};
 
-use crate::limits::ADDRESS_MAX;
+use crate::limits::PLACE_MAX;
 
 /// A printable address.
-pub type Address = heapless::String<ADDRESS_MAX>;
+pub type Address = heapless::String<PLACE_MAX>;
 
 /// The rank of an owner: generations rise at each hand-over, terms only by an operator's word. Compared by term, then
 /// generation; printed as `TERM.GENERATION`.

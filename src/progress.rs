@@ -32,12 +32,14 @@ pub struct Display<W> {
     drawn: usize,
     /// The last plain line: when, what phase, whether converged and whether the destination was out of reach.
     told: Option<(Instant, Phase, bool, bool)>,
+    /// It has been said that the disks travel inside the phase connection.
+    noted: bool,
 }
 
 impl<W: Write> Display<W> {
     /// Nothing is shown yet.
     pub fn new(out: W, form: Form, guest: &str) -> Self {
-        Self { out, form, guest: guest.to_owned(), drawn: 0, told: None }
+        Self { out, form, guest: guest.to_owned(), drawn: 0, told: None, noted: false }
     }
 
     /// Shows how the migration is `now`.
@@ -46,8 +48,13 @@ impl<W: Write> Display<W> {
         let text = match form {
             Form::Json => json::progress(&self.guest, progress),
             Form::Terminal => self.picture(progress),
-            Form::Lines if !self.is_time(progress, now) => return,
-            Form::Lines => format!("{}\n", total_line(&self.guest, progress)),
+            Form::Lines => {
+                let mut text = self.note(progress).map(|note| format!("{note}\n")).unwrap_or_default();
+                if self.is_time(progress, now) {
+                    text.push_str(&format!("{}\n", total_line(&self.guest, progress)));
+                }
+                text
+            }
         };
         self.put(&text);
     }
@@ -69,6 +76,16 @@ impl<W: Write> Display<W> {
         Ok(())
     }
 
+    /// The line that says, once, that and why NBD is not what the disks travel by.
+    fn note(&mut self, progress: &Progress) -> Option<String> {
+        if self.noted || progress.transport_cause.is_empty() {
+            return None;
+        }
+        self.noted = true;
+        let (guest, cause) = (OneLine(&self.guest), OneLine(&progress.transport_cause));
+        Some(format!("{guest}: the disks travel inside the phase connection (stream), without NBD: {cause}"))
+    }
+
     /// Whether a plain line is due; remembers it.
     fn is_time(&mut self, progress: &Progress, now: Instant) -> bool {
         let converged = progress.convergence == Convergence::Converged;
@@ -88,6 +105,9 @@ impl<W: Write> Display<W> {
         let mut text = String::from("\x1b[?7l");
         if self.drawn > 0 {
             text.push_str(&format!("\x1b[{}A", self.drawn));
+        }
+        if let Some(note) = self.note(progress) {
+            text.push_str(&format!("\r{note}\x1b[K\n"));
         }
         let lines = disk_lines(progress);
         self.drawn = lines.len() + 1;
@@ -137,6 +157,7 @@ fn whole_line(guest: &str, progress: &Progress) -> String {
     let head = format!("{}: {}: {}", OneLine(guest), progress.phase.word(), time_ms(progress.elapsed_ms));
     let body = match progress.lost_ms {
         Some(lost_ms) => format!(": reconnecting for {}: {}", time_ms(lost_ms), OneLine(&progress.lost_cause)),
+        None if progress.phase == Phase::State => format!(": {} of memory and devices", size(progress.state_bytes)),
         None if progress.phase > Phase::Passes => String::new(),
         None => format!(": {}", convergence(progress)),
     };
@@ -229,6 +250,8 @@ fn again(resent_bytes: u64) -> String {
 /// The last line of a migration that went well.
 fn done_line(guest: &str, done: &Done) -> String {
     let switchover = done.switchover_us.map(|us| format!(", switchover {}", time_us(us))).unwrap_or_default();
+    let pause = done.pause_us.map(|us| format!(", the guest stood for {}", time_us(us))).unwrap_or_default();
+    let state = done.state_bytes.map(|bytes| format!(", memory and devices {}", size(bytes))).unwrap_or_default();
     let equal = match done.equal_bytes {
         0 => String::new(),
         bytes => format!(" ({} were there already)", size(bytes)),
@@ -236,7 +259,7 @@ fn done_line(guest: &str, done: &Done) -> String {
     let verified = done.receipt.as_ref().map(|receipt| format!(", {}", receipt_words(receipt, 16))).unwrap_or_default();
     let note = if done.message.is_empty() { String::new() } else { format!(" ({})", OneLine(&done.message)) };
     format!(
-        "{}: migrated to {}: sent {}{} and {} of zeroes{equal} in {} pass{}, {}{switchover}{verified}{note}",
+        "{}: migrated to {}: sent {}{} and {} of zeroes{equal} in {} pass{}, {}{switchover}{pause}{state}{verified}{note}",
         OneLine(guest),
         OneLine(&done.destination),
         size(done.sent_bytes),

@@ -6,6 +6,7 @@
 
 use std::io::ErrorKind;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::address::Address;
@@ -23,13 +24,14 @@ use crate::doors::{self, GuestDirectory};
 use crate::error::{Problem, reason};
 use crate::export::{Door, Export, Gate};
 use crate::guest::Guest;
-use crate::limits::{HANG_UP_POLL, LANE_SILENCE_MAX, RESTART_LOOK, RESTART_PATIENCE};
+use crate::limits::{CONNECTION_STACK, HANG_UP_POLL, LANE_SILENCE_MAX, RELAYED_MAX, RESTART_LOOK, RESTART_PATIENCE};
 use crate::listener::Listener;
 use crate::migrate::destination::{self, MigrationDirectory};
 use crate::migrate::{recover, settle};
 use crate::options::{ExportOptions, Lifetime, ServeOptions};
 use crate::ownership::{Event, Journal, KeepError, Lineage, State, Word};
 use crate::ready::{self, Ready};
+use crate::socket::Socket;
 use crate::standing::{self, Standing};
 
 /// `blockferry serve`.
@@ -54,7 +56,7 @@ pub fn serve(options: ServeOptions) -> Result<(), Problem> {
     for name in &options.control_ports {
         open_control_port(&guest, name)?;
     }
-    let desk = ControlDesk { guest: Arc::clone(&guest) };
+    let desk = ControlDesk::new(&guest);
     let server = Server::new(&desk);
     let status = desk.status();
     let doors: Vec<Address> = nbd.iter().map(|listener| listener.address().clone()).collect();
@@ -119,14 +121,14 @@ fn open_migration_door(guest: &Arc<Guest>, listener: &Arc<Listener>) -> Result<(
         // A source that has vanished leaves nothing behind; a phase connection soon has shorter times.
         socket.set_keep_alive(LANE_SILENCE_MAX / 2);
         let directory = MigrationDirectory { guest: &guest, socket: &socket };
-        doors::serve_nbd("migration", &socket, &directory, |socket| destination::serve(&guest, socket));
+        doors::serve_nbd("migration", &socket, &directory, |socket| destination::serve(&guest, socket, false));
     });
     opened.map_err(|error| Problem::fatal("migration door", listener.address(), error))
 }
 
 /// A port is looked for in the background: its driver may be loaded later.
 fn open_control_port(guest: &Arc<Guest>, name: &str) -> Result<(), Problem> {
-    let desk = ControlDesk { guest: Arc::clone(guest) };
+    let desk = ControlDesk::new(guest);
     let port = name.to_owned();
     let spawned = std::thread::Builder::new().name("control port".to_owned()).spawn(move || -> () {
         port_door::run(&port, &desk);
@@ -181,6 +183,14 @@ pub fn export(options: ExportOptions) -> Result<(), Problem> {
 /// What the control door talks to.
 struct ControlDesk {
     guest: Arc<Guest>,
+    /// Connections to the migration door that came in here.
+    relayed: Arc<AtomicUsize>,
+}
+
+impl ControlDesk {
+    fn new(guest: &Arc<Guest>) -> Self {
+        Self { guest: Arc::clone(guest), relayed: Arc::default() }
+    }
 }
 
 impl Desk for ControlDesk {
@@ -307,6 +317,28 @@ impl Desk for ControlDesk {
         let parsed = Device::parse(device).map_err(|cause| Problem::usage("detach", device, cause))?;
         let detached = self.guest.attached.detach(&self.guest, parsed);
         detached.map_err(|cause| Problem::refused("detach", device, cause))
+    }
+
+    fn accept(&self, socket: Arc<Socket>) {
+        if self.relayed.fetch_add(1, Ordering::AcqRel) >= RELAYED_MAX {
+            self.relayed.fetch_sub(1, Ordering::AcqRel);
+            log::warn!("migration door: more than {RELAYED_MAX} connections through the control door");
+            socket.shutdown();
+            return;
+        }
+        let (guest, relayed) = (Arc::clone(&self.guest), Arc::clone(&self.relayed));
+        let serve = move || {
+            let directory = MigrationDirectory { guest: &guest, socket: &socket };
+            doors::serve_nbd("migration", &socket, &directory, |socket| destination::serve(&guest, socket, true));
+            // Others may hold it still, and whoever relays it waits for its end.
+            socket.shutdown();
+            relayed.fetch_sub(1, Ordering::AcqRel);
+        };
+        let thread = std::thread::Builder::new().name("relayed connection".to_owned()).stack_size(CONNECTION_STACK);
+        if let Err(error) = thread.spawn(serve) {
+            self.relayed.fetch_sub(1, Ordering::AcqRel);
+            log::warn!("migration door: no thread for a connection: {error}");
+        }
     }
 
     fn set(&self, change: &SetRequest) -> Result<(), Problem> {

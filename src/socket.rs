@@ -224,6 +224,11 @@ impl Socket {
         let _ = rustix::net::shutdown(&self.fd, Shutdown::Both);
     }
 
+    /// Says to the peer that nothing more comes; it may go on sending.
+    pub fn finish_sending(&self) {
+        let _ = rustix::net::shutdown(&self.fd, Shutdown::Write);
+    }
+
     /// Bounds every later [`Socket::recv`]; `None` lifts the bound.
     ///
     /// # Errors

@@ -7,11 +7,12 @@ use super::options::{Matches, Spec, Takes, later, opt};
 use super::{Command, print};
 use crate::address::Address;
 use crate::control::client::Client;
-use crate::control::wire::{MigrateRequest, Reply, Request, Synchronous, Verify, text};
+use crate::control::wire::{MigrateRequest, Reply, Request, Synchronous, Transport, Verify, text};
 use crate::domain::{check_disk_name, parse_size};
 use crate::error::{Exit, Problem};
 use crate::json;
 use crate::limits::{CONNECTIONS_PER_DISK_MAX, DISKS_MAX, DOWNTIME_LIMIT_DEFAULT_MS, DOWNTIME_LIMIT_MAX_MS};
+use crate::place::Place;
 use crate::progress::{Display, Form};
 
 /// What `migrate` was asked for.
@@ -20,7 +21,7 @@ pub struct MigrateOptions {
     /// The guest.
     pub door: GuestDoor,
     /// The destination's migration door.
-    pub destination: Address,
+    pub destination: Place,
     /// Disks there that are not empty are overwritten.
     pub overwrite: bool,
     /// Disks there hold an older copy: only what differs is sent.
@@ -43,6 +44,8 @@ pub struct MigrateOptions {
     pub detach: bool,
     /// What has been sent stays at the destination, however the migration ends.
     pub keep_partial: bool,
+    /// How the disks are to travel.
+    pub transport: Transport,
 }
 
 pub(super) const SPEC: Spec = Spec {
@@ -74,7 +77,12 @@ pub(super) const SPEC: Spec = Spec {
             "guest writes wait for the mirror: auto (when it does not converge),\n\
              always (from the end of the bulk pass) or never [auto]",
         ),
-        opt("transport", Takes::One("MODE"), "nbd, or auto: today the same [auto]"),
+        opt(
+            "transport",
+            Takes::One("MODE"),
+            "nbd (data connections), stream (everything inside one connection)\n\
+             or auto: stream where NBD is not possible [auto]",
+        ),
         opt(
             "verify",
             Takes::One("MODE"),
@@ -89,11 +97,13 @@ pub(super) const SPEC: Spec = Spec {
         later("key", Takes::One("FILE")),
         later("peers", Takes::One("FILE")),
     ],
-    notes: "DEST is the --listen address of `blockferry serve GUEST` on the other host.\n\
+    notes: "DEST is the --listen address of `blockferry serve GUEST` on the other host, or exec:COMMAND: a command\n\
+            (words with quotes, no shell) whose stdin and stdout lead to `blockferry accept GUEST` there.\n\
             Runs in the foreground; when it goes away (Ctrl-C) the migration ends and this host goes on, until\n\
             ownership is being given away.\n\n\
             Examples:\n\
             \x20 blockferry migrate g1 tcp://B:49152 --insecure-plaintext\n\
+            \x20 blockferry migrate g1 'exec:ssh B blockferry accept g1'\n\
             \x20 blockferry migrate g1 tcp://127.0.0.1:49152 --migrate-disks vda,vdb --bandwidth 100M --hold\n",
 };
 
@@ -102,11 +112,14 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
     if destination.starts_with("nbd://") || destination.starts_with("nbd+unix://") {
         return Err(SPEC.usage("DEST", format!("'{destination}': plain NBD destinations are not built yet")));
     }
-    let destination = Address::parse(destination).map_err(|cause| SPEC.usage("DEST", cause))?;
-    if matches!(destination, Address::Tcp { port: 0, .. }) {
+    let destination = Place::parse(destination).map_err(|cause| SPEC.usage("DEST", cause))?;
+    if matches!(destination, Place::At(Address::Tcp { port: 0, .. })) {
         return Err(SPEC.usage("DEST", format!("'{destination}': port 0 can be listened on only")));
     }
-    matches.only("transport", &["nbd", "auto"], &["stream"])?;
+    let transport = matches.read("transport", parse_transport)?.unwrap_or_default();
+    if transport == Transport::Nbd && destination.address().is_none() {
+        return Err(SPEC.usage("--transport nbd", format!("'{destination}' is one connection: no NBD beside it")));
+    }
     let [all, inc, overwrite] = ["copy-storage-all", "copy-storage-inc", "overwrite"].map(|name| matches.flag(name));
     if inc && (all || overwrite) {
         let other = if all { "copy-storage-all" } else { "overwrite" };
@@ -129,7 +142,14 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
         connections: matches.number("connections", 1, most)?.unwrap_or(0),
         detach: matches.flag("detach"),
         keep_partial: matches.flag("keep-partial"),
+        transport,
     }))
+}
+
+fn parse_transport(text: &str) -> Result<Transport, String> {
+    let modes = [Transport::Auto, Transport::Nbd, Transport::Stream];
+    let known = modes.into_iter().find(|mode| mode.word() == text);
+    known.ok_or_else(|| format!("'{text}' is neither auto, nbd nor stream"))
 }
 
 fn parse_verify(text: &str) -> Result<Verify, String> {
@@ -175,6 +195,7 @@ impl MigrateOptions {
             verify: self.verify,
             synchronous: self.synchronous,
             keep_partial: self.keep_partial,
+            transport: self.transport,
         }
     }
 }

@@ -11,6 +11,7 @@ use crate::domain::{Disk, check_disks, check_guest_name, xml};
 use crate::error::{Problem, reason};
 use crate::limits::DOMAIN_XML_MAX;
 use crate::options::ServeOptions;
+use crate::vmm::Vmm;
 
 pub(super) const SPEC: Spec = Spec {
     name: "serve",
@@ -45,7 +46,12 @@ pub(super) const SPEC: Spec = Spec {
              missing, never copied [/var/lib/blockferry/GUEST]",
         ),
         opt("volatile-state", Takes::Nothing, "DIR may be on a tmpfs: then a power cut loses who owns the guest"),
-        opt("vmm", Takes::One("none"), "what holds the guest still: none, the caller does [none]"),
+        opt(
+            "vmm",
+            Takes::One("none|qmp:PATH"),
+            "what moves the guest's memory and devices: none, the caller does; qmp:PATH,\n\
+             QEMU by a monitor of its own at this socket, on both hosts (docs/vmm.md) [none]",
+        ),
         opt("insecure-plaintext", Takes::Nothing, "allow TCP beyond this host without keys"),
         later("tls-dir", Takes::One("DIR")),
         later("key", Takes::One("FILE")),
@@ -72,7 +78,6 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
         (false, Some(_)) => return Err(matches.error("domain-xml", "it stands instead of --disk")),
         _ => check_disks(&disks).map_err(|cause| matches.error("disk", cause))?,
     }
-    matches.only("vmm", &["none"], &["qmp:", "hook:"])?;
     let (control, control_ports) = control_doors(matches, guest)?;
     Ok(Command::Serve(ServeOptions {
         guest: guest.to_owned(),
@@ -84,6 +89,7 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
         listen: matches.read("listen", Address::parse)?,
         control,
         control_ports,
+        vmm: matches.read("vmm", Vmm::parse)?.unwrap_or_default(),
         insecure_plaintext: matches.flag("insecure-plaintext"),
         json: false,
     }))

@@ -10,14 +10,17 @@ use crate::attach::Device;
 use crate::control::fake::{FakeDesk, WAIT};
 use crate::control::server::Server;
 use crate::control::wire::{
-    AttachRequest, Done, Owner, Ownership, Phase, Progress, Request, SetRequest, Synchronous, Verify, Word, text,
+    AttachRequest, Done, Owner, Ownership, Phase, Progress, Request, SetRequest, Synchronous, Transport, Verify, Word,
+    text,
 };
 use crate::disk::Cache;
 use crate::domain::Disk;
 use crate::limits::{CONNECTIONS_PER_DISK_MAX, DOWNTIME_LIMIT_DEFAULT_MS};
 use crate::listener::Listener;
 use crate::options::{ExportFile, Lifetime};
+use crate::place::Place;
 use crate::progress::{Display, Form};
+use crate::vmm::Vmm;
 
 fn parsed(line: &[&str]) -> Result<Parsed, Problem> {
     let args: Vec<String> = line.iter().map(|arg| (*arg).to_owned()).collect();
@@ -25,7 +28,9 @@ fn parsed(line: &[&str]) -> Result<Parsed, Problem> {
 }
 
 fn command(line: &str) -> Command {
-    let args: Vec<&str> = line.split_whitespace().collect();
+    // As a shell splits it: examples are pasted.
+    let args = crate::command::words(line).unwrap_or_default();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
     parsed(&args).unwrap_or_else(|problem| panic!("{line}: {problem}")).command
 }
 
@@ -61,6 +66,7 @@ fn serve_has_its_defaults() {
         listen: None,
         control: vec![unix("/run/blockferry/g1/control.sock")],
         control_ports: Vec::new(),
+        vmm: Vmm::None,
         insecure_plaintext: false,
         json: false,
     };
@@ -71,13 +77,14 @@ fn serve_has_its_defaults() {
 fn serve_takes_every_option() {
     let line = "serve --disk vda,file=/d/a.raw,size=1G g1 --disk=vdb,external --nbd unix:///n1 --nbd unix:///n2 \
                 --listen tcp://[::]:0 --control unix:///c1 --control unix:///c2 --state /s --volatile-state \
-                --vmm none --insecure-plaintext";
+                --vmm qmp:/run/g1.qmp --insecure-plaintext";
     let Command::Serve(options) = command(line) else { panic!("not serve") };
     assert_eq!(options.disks.len(), 2);
     assert_eq!(options.nbd, [unix("/n1"), unix("/n2")]);
     assert_eq!(options.control, [unix("/c1"), unix("/c2")]);
     assert_eq!(options.listen, Some(Address::Tcp { host: "::".to_owned(), port: 0 }));
     assert_eq!(options.state, PathBuf::from("/s"));
+    assert_eq!(options.vmm, Vmm::Qmp("/run/g1.qmp".into()));
     assert!(options.volatile_state && options.insecure_plaintext);
     options.check().expect("plaintext is allowed");
     let refused = ServeOptions { insecure_plaintext: false, ..options }.check().expect_err("plaintext");
@@ -123,9 +130,8 @@ fn every_wrong_serve_says_what_is_wrong() {
         ("serve g1 --disk a --nbd virtio:x", format!("serve: --nbd: 'virtio:x': {A_PORT}")),
         ("serve g1 --disk a --listen virtio:x", format!("serve: --listen: 'virtio:x': {A_PORT}")),
         ("serve g1 --disk a --state=", "serve: --state: the path is empty".to_owned()),
-        ("serve g1 --disk a --vmm qmp:/q", "serve: --vmm: 'qmp:/q' is not built yet; use none".to_owned()),
-        ("serve g1 --disk a --vmm hook:/h", "serve: --vmm: 'hook:/h' is not built yet; use none".to_owned()),
-        ("serve g1 --disk a --vmm xen", "serve: --vmm: 'xen' is not known; use none".to_owned()),
+        ("serve g1 --disk a --vmm qmp:q", "serve: --vmm: 'qmp:q': the path is not absolute".to_owned()),
+        ("serve g1 --disk a --vmm xen", "serve: --vmm: 'xen' is not known; use none or qmp:PATH".to_owned()),
         ("serve g1 --disk a --domain-xml f", "serve: --domain-xml: it stands instead of --disk".to_owned()),
         ("serve g1 --domain-xml f --domain-xml f", "serve: --domain-xml: given twice".to_owned()),
         ("serve g1 --disk a --tls-dir d", "serve: --tls-dir: not built yet".to_owned()),
@@ -145,7 +151,7 @@ fn migrate_has_its_defaults_and_accepts_what_is_today() {
     let expected = MigrateOptions {
         keep_partial: false,
         door: door("g1"),
-        destination: Address::Tcp { host: "b".to_owned(), port: 49152 },
+        destination: Place::At(Address::Tcp { host: "b".to_owned(), port: 49152 }),
         overwrite: false,
         incremental: false,
         verify: Verify::Written,
@@ -156,10 +162,10 @@ fn migrate_has_its_defaults_and_accepts_what_is_today() {
         connections: 0,
         synchronous: Synchronous::Auto,
         detach: false,
+        transport: Transport::Auto,
     };
     assert_eq!(command("migrate g1 tcp://b:49152"), Command::Migrate(expected.clone()));
-    for today in ["--copy-storage-all", "--verify written", "--transport nbd", "--transport auto", "--synchronous auto"]
-    {
+    for today in ["--copy-storage-all", "--verify written", "--transport auto", "--synchronous auto"] {
         assert_eq!(command(&format!("migrate g1 tcp://b:49152 {today}")), Command::Migrate(expected.clone()));
     }
 }
@@ -192,12 +198,31 @@ fn migrate_takes_every_option_and_they_all_travel() {
 }
 
 #[test]
+fn a_command_may_be_the_way_to_the_destination_and_a_guest_may_be_brought_here() {
+    let line = ["migrate", "g1", "exec:ssh -p 22 'B' blockferry accept g1", "--transport", "stream"];
+    let parsed = parse(&line.map(str::to_owned)).expect("a command line");
+    let Command::Migrate(options) = parsed.command else { panic!("not migrate") };
+    assert_eq!(options.request().destination, "exec:ssh -p 22 'B' blockferry accept g1");
+    assert_eq!(options.request().transport, Transport::Stream);
+    for (word, transport) in [("nbd", Transport::Nbd), ("auto", Transport::Auto)] {
+        let Command::Migrate(options) = command(&format!("migrate g1 unix:///b --transport {word}")) else {
+            panic!("not migrate")
+        };
+        assert_eq!(options.request().transport, transport);
+    }
+    assert_eq!(
+        command("accept g1 --control unix:///c"),
+        Command::Accept(GuestDoor { control: unix("/c"), ..door("g1") })
+    );
+    wrong("accept", "accept: GUEST: missing");
+}
+
+#[test]
 fn every_wrong_migrate_says_what_is_wrong() {
     let whole = "is not a whole number from";
     for (options, text) in [
         ("--synchronous x", "--synchronous: 'x' is neither auto, always nor never".to_owned()),
-        ("--transport stream", "--transport: 'stream' is not built yet; use nbd or auto".to_owned()),
-        ("--transport x", "--transport: 'x' is not known; use nbd or auto".to_owned()),
+        ("--transport x", "--transport: 'x' is neither auto, nbd nor stream".to_owned()),
         ("--verify x", "--verify: 'x' is neither written, full nor none".to_owned()),
         ("--copy-storage-inc --overwrite", "--copy-storage-inc: cannot be combined with --overwrite".to_owned()),
         (
@@ -228,7 +253,15 @@ fn every_wrong_migrate_says_what_is_wrong() {
     wrong("migrate g1 tcp://b:0", "migrate: DEST: 'tcp://b:0': port 0 can be listened on only");
     wrong("migrate g1 b:1", "migrate: DEST: 'b:1' is not an address: unix:///PATH or tcp://HOST:PORT");
     wrong("migrate g1 nbd://b/x", "migrate: DEST: 'nbd://b/x': plain NBD destinations are not built yet");
-    wrong("migrate g1 exec:ssh", "migrate: DEST: 'exec:ssh': exec: addresses are not supported yet");
+    wrong("migrate g1 exec:", "migrate: DEST: 'exec:': the command names no program");
+    wrong(
+        "migrate g1 exec:cat --transport nbd",
+        "migrate: --transport nbd: 'exec:cat' is one connection: no NBD beside it",
+    );
+    wrong(
+        "serve g1 --disk vda --listen exec:cat",
+        "serve: --listen: 'exec:cat': exec: addresses are not supported yet",
+    );
     wrong("migrate g1 vsock://2:1", "migrate: DEST: 'vsock://2:1': vsock:// addresses are not supported yet");
     let many: Vec<String> = (0..33).map(|i| format!("v{i}")).collect();
     let line = format!("migrate g1 tcp://b:1 --migrate-disks {}", many.join(","));

@@ -161,6 +161,12 @@ impl Client {
         }
     }
 
+    /// The connection, once the process has said that it is none of the control door any more.
+    #[must_use]
+    pub fn into_socket(self) -> Option<Arc<Socket>> {
+        self.link.socket().map(Arc::clone)
+    }
+
     fn refused(&self, cause: impl std::fmt::Display) -> Problem {
         Problem::refused(self.operation, &self.guest, cause)
     }

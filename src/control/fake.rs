@@ -1,11 +1,12 @@
 //! For tests: a guest that is not there.
 
-use std::sync::{Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use super::server::{Desk, News};
 use super::wire::*;
 use crate::error::{Exit, Problem};
+use crate::socket::Socket;
 
 /// Longest wait of a test for what must come.
 pub(crate) const WAIT: Duration = Duration::from_secs(10);
@@ -119,6 +120,11 @@ impl Desk for FakeDesk {
     fn detach(&self, device: &str) -> Result<(), Problem> {
         self.note(format!("detach {device}"))?;
         Err(Problem::refused("detach", device, "is in use"))
+    }
+
+    fn accept(&self, socket: Arc<Socket>) {
+        // Another protocol begins, with its own first bytes.
+        let _ = self.note("accept".to_owned()).map(|()| socket.send_all(b"NBDMAGIC"));
     }
 
     fn set(&self, change: &SetRequest) -> Result<(), Problem> {

@@ -121,6 +121,15 @@ impl Link {
         Ok(())
     }
 
+    /// The socket, for who speaks something else on it from now on; `None` on a port.
+    #[must_use]
+    pub fn socket(&self) -> Option<&Arc<Socket>> {
+        match &self.way {
+            Way::Socket(socket) => Some(socket),
+            Way::Port(_) => None,
+        }
+    }
+
     /// Whether the peer has gone (or has said that it sends no more).
     #[must_use]
     pub fn has_hung_up(&self) -> bool {

@@ -76,6 +76,9 @@ pub trait Desk: Send + Sync {
     /// Why not.
     fn detach(&self, device: &str) -> std::result::Result<(), Problem>;
 
+    /// A connection of another host that somebody brings here. Returns at once; the connection lives on.
+    fn accept(&self, socket: Arc<Socket>);
+
     /// Changes the running migration.
     ///
     /// # Errors
@@ -203,6 +206,7 @@ pub(crate) fn converse(link: &mut Link, desk: &dyn Desk) -> Result<()> {
             Request::Migrate(request) => hello = migrate(link, desk, &request)?,
             Request::Follow => hello = follow_present(link, desk)?,
             Request::Attach(request) => hello = attach(link, desk, &request)?,
+            Request::Accept => return accept(link, desk),
             request => answer(link, desk, request)?,
         }
     }
@@ -216,7 +220,7 @@ fn unknown_request() -> Problem {
 fn answer(link: &mut Link, desk: &dyn Desk, request: Request) -> Result<()> {
     match request {
         // Handled by the callers.
-        Request::Hello { .. } | Request::Migrate(_) | Request::Follow | Request::Attach(_) => Ok(()),
+        Request::Hello { .. } | Request::Migrate(_) | Request::Follow | Request::Attach(_) | Request::Accept => Ok(()),
         Request::Status => send(link, &Reply::Status(desk.status())),
         Request::Claim { discard_record } => report(link, desk.claim(discard_record)),
         Request::Switch => report(link, desk.switch()),
@@ -278,6 +282,17 @@ fn attach(link: &mut Link, desk: &dyn Desk, request: &AttachRequest) -> Result<O
     }
 }
 
+/// Makes the connection one to the migration door: this was its last word as a control connection.
+fn accept(link: &mut Link, desk: &dyn Desk) -> Result<()> {
+    let Some(socket) = link.socket().map(Arc::clone) else {
+        return refuse(link, &Problem::refused("accept", "connection", "a virtio port is no way to a migration door"));
+    };
+    // Before anybody else speaks on it.
+    send(link, &Reply::Ok)?;
+    desk.accept(socket);
+    Ok(())
+}
+
 /// Follows the running migration, or tells the end of the last one.
 fn follow_present(link: &mut Link, desk: &dyn Desk) -> Result<Option<Request>> {
     match desk.news(None, Duration::ZERO) {
@@ -328,7 +343,7 @@ fn answer_meanwhile(link: &mut Link, desk: &dyn Desk) -> Result<Option<Request>>
     loop {
         match link.receive(Some(Instant::now())) {
             Ok(Some(hello @ Request::Hello { .. })) => return Ok(Some(hello)),
-            Ok(Some(Request::Migrate(_) | Request::Follow | Request::Attach(_))) => {
+            Ok(Some(Request::Migrate(_) | Request::Follow | Request::Attach(_) | Request::Accept)) => {
                 refuse(link, &Problem::refused("control", "request", "a migration is being followed here already"))?;
             }
             Ok(Some(request)) => answer(link, desk, request)?,

@@ -61,6 +61,7 @@ fn a_migrate_request() -> MigrateRequest {
         incremental: true,
         keep_partial: true,
         verify: Verify::Full,
+        transport: Transport::Stream,
         synchronous: Synchronous::Never,
     }
 }
@@ -94,7 +95,10 @@ fn a_progress() -> Progress {
         .collect(),
         lost_ms: Some(13),
         lost_cause: text("c"),
-        synchronous: Some(Since { dirty_rate_bytes: 14, rate_bytes: 15 }),
+        transport: Transport::Stream,
+        transport_cause: text("n"),
+        state_bytes: 14,
+        synchronous: Some(Since { dirty_rate_bytes: 15, rate_bytes: 16 }),
     }
 }
 
@@ -119,6 +123,8 @@ fn a_done() -> Done {
             term: 13,
             generation: 14,
         }),
+        state_bytes: Some(15),
+        pause_us: Some(16),
     }
 }
 
@@ -200,6 +206,7 @@ fn messages() -> Vec<String> {
         ask("attach", &attach(Some(300))),
         ask("attach-patiently", &attach(None)),
         ask("detach", &Request::Detach { device: text("/dev/nbd0") }),
+        ask("accept", &Request::Accept),
         answer("hello", &Reply::Hello { version: VERSION, guest: text("g1"), session: 0x1234_5678 }),
         answer("ok", &Reply::Ok),
         answer("refused", &Reply::Refused(refusal)),
@@ -242,6 +249,7 @@ fn values() -> Vec<String> {
         lines("word", &words, |v| format!("{v:?}")),
         lines("synchronous", &[Synchronous::Auto, Synchronous::Always, Synchronous::Never], |v| v.word().to_owned()),
         lines("verify", &[Verify::None, Verify::Written, Verify::Full], |v| v.word().to_owned()),
+        lines("transport", &[Transport::Auto, Transport::Nbd, Transport::Stream], |v| v.word().to_owned()),
     ]
     .concat()
 }
@@ -257,7 +265,7 @@ fn every_message_and_every_number_is_pinned() {
 
 #[test]
 fn no_message_is_missing() {
-    for (kind, count) in [("request ", 12), ("reply ", 8)] {
+    for (kind, count) in [("request ", 13), ("reply ", 8)] {
         let of_kind = messages().into_iter().filter(|line| line.starts_with(kind));
         let numbers: BTreeSet<String> =
             of_kind.map(|line| line.split(' ').nth(2).expect("bytes")[..2].into()).collect();
@@ -316,6 +324,7 @@ fn the_largest_messages_fit_a_frame() {
         bandwidth_bytes: most,
         disks: (0..DISKS_MAX).map(|_| disk.clone()).collect(),
         lost_cause: full(),
+        transport_cause: full(),
         ..a_progress()
     };
     let disk = DiskStatus { name: full(), size_bytes: most, stays: Some(Stays::Shared), gate: Some(Gate::Fenced) };
@@ -393,7 +402,7 @@ fn what_goes_one_way_means_nothing_the_other_way() {
 #[test]
 fn a_newer_peers_appended_field_is_ignored_and_its_new_message_is_unknown() {
     assert_eq!(frame::decode(&frame(&[2, 1, 77, 78])), Ok(Request::Claim { discard_record: true }));
-    assert_eq!(frame::decode::<Request>(&frame(&[12])), Err(FrameError::Unknown));
+    assert_eq!(frame::decode::<Request>(&frame(&[13])), Err(FrameError::Unknown));
     assert_eq!(frame::decode::<Request>(&frame(&[])), Err(FrameError::Unknown));
 }
 

@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use crate::domain::Stays;
 use crate::error::{Dies, Exit, Problem};
 use crate::limits::{
-    ADDRESS_MAX, CAUSE_MAX, DISK_NAME_MAX, DISKS_MAX, GUEST_NAME_MAX, NBD_DEVICE_PATH_MAX, NEXT_STEPS_MAX,
-    OPERATION_MAX, RECORD_TEXT_MAX, REPORT_MAX,
+    CAUSE_MAX, DISK_NAME_MAX, DISKS_MAX, GUEST_NAME_MAX, NBD_DEVICE_PATH_MAX, NEXT_STEPS_MAX, OPERATION_MAX, PLACE_MAX,
+    RECORD_TEXT_MAX, REPORT_MAX,
 };
 
 /// The version of these messages. Both ends are the same executable as a rule, so there is no older one to speak.
@@ -27,8 +27,8 @@ pub const VERSION: u16 = 3;
 pub type GuestName = String<GUEST_NAME_MAX>;
 /// A disk's name.
 pub type DiskName = String<DISK_NAME_MAX>;
-/// An address as it prints.
-pub type AddressText = String<ADDRESS_MAX>;
+/// An address as it prints, or `exec:` and a command.
+pub type AddressText = String<PLACE_MAX>;
 /// A device of the kernel's nbd driver.
 pub type DevicePath = String<NBD_DEVICE_PATH_MAX>;
 /// A cause, or a hint.
@@ -78,6 +78,8 @@ pub enum Request {
         /// The device.
         device: DevicePath,
     },
+    /// 12: after [`Reply::Ok`] this connection is one to the migration door, and no control connection any more.
+    Accept,
 }
 
 /// What `attach` asks for.
@@ -132,6 +134,8 @@ pub struct MigrateRequest {
     pub keep_partial: bool,
     /// What of the copy is verified before the hand-over.
     pub verify: Verify,
+    /// How the disks are to travel.
+    pub transport: Transport,
     /// Whether guest writes wait for the mirror.
     pub synchronous: Synchronous,
 }
@@ -156,6 +160,30 @@ impl Synchronous {
             Self::Auto => "auto",
             Self::Always => "always",
             Self::Never => "never",
+        }
+    }
+}
+
+/// How the disks travel.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Transport {
+    /// 0: by NBD where that is possible, else inside the phase connection.
+    #[default]
+    Auto,
+    /// 1: over data connections that speak NBD.
+    Nbd,
+    /// 2: inside the phase connection.
+    Stream,
+}
+
+impl Transport {
+    /// As the command line names it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Nbd => "nbd",
+            Self::Stream => "stream",
         }
     }
 }
@@ -517,6 +545,12 @@ pub struct Progress {
     pub lost_ms: Option<u64>,
     /// Why it is out of reach; empty: it is not.
     pub lost_cause: Cause,
+    /// How the disks travel; auto: not known yet.
+    pub transport: Transport,
+    /// Why they travel inside the phase connection, where nobody has asked for that; else empty.
+    pub transport_cause: Cause,
+    /// Bytes of the guest's memory and devices that have moved.
+    pub state_bytes: u64,
     /// Guest writes wait for the mirror, since these rates; `None`: they do not.
     pub synchronous: Option<Since>,
 }
@@ -627,6 +661,10 @@ pub struct Done {
     pub equal_bytes: u64,
     /// What was verified; `None`: it was not handed over.
     pub receipt: Option<Receipt>,
+    /// Bytes of the guest's memory and devices; `None`: no VMM driver has moved them.
+    pub state_bytes: Option<u64>,
+    /// How long the guest stood, as the VMM drivers saw it; `None`: it was not seen.
+    pub pause_us: Option<u64>,
 }
 
 /// Who owns a guest, as far as this host knows.

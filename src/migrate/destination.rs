@@ -14,19 +14,26 @@ mod directory;
 mod prepare;
 mod reception;
 mod remains;
+mod state;
 
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Instant;
 
 use digest::{Asker, NoAnswer};
+use directory::KnownName;
 pub use directory::MigrationDirectory;
+pub(super) use directory::Opened;
 use reception::Reception;
 use remains::Fate;
+use state::Loading;
 
 use super::beat::while_working;
 use super::link::{Link, LinkError};
-use super::wire::{BootId, Capabilities, Challenge, Epoch, Hello, Message, Role, VERSION_HIGHEST, VERSION_LOWEST, cut};
+use super::stream::Stream;
+use super::wire::{
+    BootId, Capabilities, Challenge, Epoch, Hello, Message, Role, Standing, VERSION_HIGHEST, VERSION_LOWEST, cut,
+};
 use crate::digest::{Digest, Hasher};
 use crate::export::{Door, Gate};
 use crate::guest::Guest;
@@ -38,6 +45,8 @@ use crate::socket::Socket;
 #[derive(Debug, Default)]
 pub struct Destination {
     inner: Mutex<Inner>,
+    /// The guest's state, if a VMM driver takes it in.
+    state: Loading,
 }
 
 #[derive(Debug, Default)]
@@ -66,30 +75,56 @@ enum Stage {
     Receiving(Box<Reception>),
 }
 
-/// Speaks the phase protocol on one connection until it ends.
-pub fn serve(guest: &Arc<Guest>, socket: &Arc<Socket>) {
+/// Speaks the phase protocol on one connection until it ends. One that is `alone` came another way than through the
+/// door that the source could open data connections to.
+pub fn serve(guest: &Arc<Guest>, socket: &Arc<Socket>, alone: bool) {
     socket.set_keep_alive(LINK_IDLE_MAX);
     let mut link = Link::new(Arc::clone(socket));
-    if let Err(cause) = converse(guest, &mut link) {
+    if let Err(cause) = converse(guest, &mut link, alone) {
         log::info!("migration door: phase connection closed: {cause}");
     }
 }
 
-fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
+fn converse(guest: &Arc<Guest>, link: &mut Link, alone: bool) -> Result<(), String> {
     let challenge = Challenge::random().map_err(|error| error.to_string())?;
-    let ours = hello(guest, Role::Destination, challenge, link.socket());
+    let ours = hello(guest, Role::Destination, challenge, link.socket(), alone);
     let (theirs, _) = link.hello(&ours, Instant::now() + HELLO_TIMEOUT).map_err(|error| error.to_string())?;
     if theirs.guest != ours.guest {
         return Err(format!("the peer speaks of guest '{}', this is '{}'", theirs.guest.escape_debug(), guest.name));
     }
     meet(guest, &theirs);
-    let mut session = Session { theirs, challenge: Some(challenge), stamp: None, asker: Asker::next(), hasher: None };
+    let mut session = Session::new(theirs, Some(challenge));
     let mut heard = Instant::now();
+    let mut stream = None;
     loop {
         match link.receive(Instant::now() + LINK_LOOK) {
             Ok(Some(Message::Ping { number })) => {
                 heard = Instant::now();
                 link.send(&Message::Pong { number }, heard + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
+            }
+            Ok(Some(Message::Stream { stamp, instance, epoch, token })) => {
+                session.stamp = Some(stamp);
+                let known = KnownName { attempt: stamp.attempt, instance, epoch, token };
+                let answer = match guest.destination.open_stream(guest, known, stream.is_some()) {
+                    Ok(opened) => {
+                        stream = Some(Stream::start(guest, link, opened, &session.theirs)?);
+                        Message::Streaming { stamp, epoch }
+                    }
+                    Err(cause) => guest.destination.why_ended(&stamp).unwrap_or_else(|| failed(stamp, &cause)),
+                };
+                heard = Instant::now();
+                link.send(&answer, heard + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
+            }
+            Ok(Some(Message::State { stamp, ran })) => {
+                // This connection is the state's from here on.
+                log::debug!("migration door: received STATE");
+                return guest.destination.take_state(guest, link, stamp, ran);
+            }
+            Ok(Some(Message::StateQuestion { stamp })) => {
+                heard = Instant::now();
+                let (standing, cause) = guest.destination.state.standing(&stamp);
+                let answer = Message::StateIs { stamp, standing, cause: cut(&cause) };
+                link.send(&answer, heard + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
             }
             Ok(Some(message)) => {
                 log::debug!("migration door: received {}", message.name());
@@ -102,12 +137,15 @@ fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
                 log::debug!("migration door: answered {}", answer.name());
                 link.send(&answer, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
                 if matches!(answer, Message::Running { .. }) {
+                    guest.destination.state.run(guest);
                     guest.destination.keep_receipt(guest);
                 }
                 // The answer may have taken long; the peer's silence begins now.
                 heard = Instant::now();
             }
-            Ok(None) if heard.elapsed() > LINK_IDLE_MAX => return Err(LinkError::Late.to_string()),
+            Ok(None) if link.heard().map_or(heard, |any| any.max(heard)).elapsed() > LINK_IDLE_MAX => {
+                return Err(LinkError::Late.to_string());
+            }
             Ok(None) => {
                 if let Some(news) = guest.destination.news(guest, &session) {
                     link.send(&news, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
@@ -118,14 +156,37 @@ fn converse(guest: &Arc<Guest>, link: &mut Link) -> Result<(), String> {
     }
 }
 
+/// Answers whoever asks for digests on a connection that carries blocks too, until it ends.
+pub(super) fn answer_digests(guest: &Arc<Guest>, link: &mut Link, theirs: Hello) {
+    let mut session = Session::new(theirs, None);
+    let ended = loop {
+        let answer = match link.receive(Instant::now() + LINK_IDLE_MAX) {
+            Ok(Some(message @ Message::Digest { .. })) => guest.destination.answer(guest, &mut session, message),
+            Ok(Some(Message::Ping { number })) => Ok(Some(Message::Pong { number })),
+            Ok(Some(other)) => Err(format!("the peer sent {} where digests are asked for", other.name())),
+            Ok(None) => continue,
+            Err(error) => Err(error.to_string()),
+        };
+        let sent = answer.and_then(|answer| match answer {
+            Some(answer) => link.send(&answer, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string()),
+            None => Ok(()),
+        });
+        if let Err(cause) = sent {
+            break cause;
+        }
+    };
+    log::debug!("migration door: digests: {ended}");
+    link.shut();
+}
+
 /// This side's hello on `socket`. A door that listens at every address of this host is reached at the one that the
-/// peer sees.
-pub fn hello(guest: &Guest, role: Role, challenge: Challenge, socket: &Socket) -> Hello {
+/// peer sees. Beside a connection that is `alone` no others can be opened.
+pub fn hello(guest: &Guest, role: Role, challenge: Challenge, socket: &Socket, alone: bool) -> Hello {
     let address = guest.migration_address.as_ref().map(|door| door.seen_at(socket.local_ip()).to_string());
     Hello {
         versions: (VERSION_LOWEST, VERSION_HIGHEST),
         role,
-        capabilities: Capabilities::NBD,
+        capabilities: if alone { Capabilities::STREAM } else { Capabilities::NBD.with(Capabilities::STREAM) },
         guest: cut(&guest.name),
         title: guest.record().ok().flatten().map(|record| record.title()),
         boot: BootId(guest.boot),
@@ -139,7 +200,7 @@ pub fn hello(guest: &Guest, role: Role, challenge: Challenge, socket: &Socket) -
 /// M8: whatever the peer's hello proves of a higher order.
 pub(super) fn meet(guest: &Guest, theirs: &Hello) {
     let Some(title) = theirs.title else { return };
-    let peer = Peer { host: theirs.host, address: theirs.address.clone() };
+    let peer = Peer { host: theirs.host, address: cut(&theirs.address) };
     if let Err(error) = guest.apply(&Event::Meet { title, peer }) {
         log::warn!("migration: {error}");
     }
@@ -156,6 +217,12 @@ struct Session {
     asker: Asker,
     /// Once it has asked.
     hasher: Option<Hasher>,
+}
+
+impl Session {
+    fn new(theirs: Hello, challenge: Option<Challenge>) -> Self {
+        Self { theirs, challenge, stamp: None, asker: Asker::next(), hasher: None }
+    }
 }
 
 impl Destination {
@@ -235,6 +302,19 @@ impl Destination {
         answer.map(Some)
     }
 
+    /// Takes the guest's state in, on a connection that is its own.
+    fn take_state(&self, guest: &Guest, link: &mut Link, stamp: Stamp, ran: bool) -> Result<(), String> {
+        let wanted = match &self.lock().stage {
+            Stage::Receiving(reception) => stamp.matches(&reception.stamp) && reception.state,
+            Stage::Idle => false,
+        };
+        if !wanted {
+            let _ = link.send(&failed(stamp, &"no state is expected"), Instant::now() + REPLY_TIMEOUT);
+            return Err("a state that is not expected".to_owned());
+        }
+        self.state.take(guest, link, stamp, ran)
+    }
+
     /// Answers DIGEST: found good under the lock, hashed outside of it.
     ///
     /// # Errors
@@ -289,6 +369,11 @@ impl Destination {
         }
     }
 
+    /// This host owns, and has not been told so on a connection of the source's: lets the guest run.
+    pub(super) fn run_guest(&self, guest: &Guest) {
+        self.state.run(guest);
+    }
+
     /// Keeps the receipt of the attempt by which this host owns, if there is one. The switchover is over.
     pub(super) fn keep_receipt(&self, guest: &Guest) {
         let receipt = self.lock().sealed.take();
@@ -327,6 +412,11 @@ impl Destination {
     pub(super) fn tidy(&self, guest: &Guest) {
         let _inner = self.lock();
         guest.tidy_journal();
+    }
+
+    /// What the source of an attempt that ended here is told.
+    fn why_ended(&self, stamp: &Stamp) -> Option<Message> {
+        self.lock().why_ended(stamp)
     }
 
     /// Whether an attempt is received.
@@ -408,6 +498,8 @@ impl Inner {
             Err("requests in flight do not end".to_owned())
         } else if refused_writes(guest) > reception.refused_before {
             Err("a client of the destination's guest door wrote before the hand-over".to_owned())
+        } else if reception.state && guest.destination.state.standing(&stamp).0 != Standing::Loaded {
+            Err("the guest's state is not loaded".to_owned())
         } else {
             // M2: from here on nothing of this attempt is cleaned up, whatever becomes of it.
             reception.digests.compare(roots).and_then(|same| {
@@ -450,6 +542,9 @@ impl Inner {
         let Stage::Receiving(reception) = &self.stage else { return };
         let stamp = reception.stamp;
         log::warn!("migration: attempt {:.8} ended here: {cause}", stamp.attempt);
+        if reception.state {
+            guest.destination.state.end(guest, &stamp);
+        }
         self.stop_receiving();
         self.clean_up(guest, fate);
         if let Err(error) = guest.apply(&Event::AbortReceiving { attempt: stamp.attempt }) {
@@ -525,6 +620,7 @@ fn refused_writes(guest: &Guest) -> u64 {
 fn shut_guest_doors(guest: &Guest, stamp: &Stamp) {
     let record = guest.record().ok().flatten();
     if record.and_then(|record| record.stamp()).is_some_and(|mine| mine.matches(stamp)) {
+        guest.destination.state.end(guest, stamp);
         for export in guest.exports() {
             let _ = export.end_connections(Door::Guest);
         }

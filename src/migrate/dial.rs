@@ -8,12 +8,14 @@ use std::time::{Duration, Instant};
 
 use super::destination::{hello, meet};
 use super::link::{Link, LinkError};
-use super::wire::{Capabilities, Challenge, Hello, Role};
-use crate::address::Address;
+use super::wire::{Challenge, Hello, Role};
+use crate::command::Command;
 use crate::error::reason;
 use crate::guest::Guest;
 use crate::limits::{CONNECT_TIMEOUT, DRIVER_STACK, HANDSHAKE_TIMEOUT, HELLO_TIMEOUT, LINK_IDLE_MAX};
 use crate::nbd::client::{ConnectError, PhasesAnswer, offer_phases_before};
+use crate::place::Place;
+use crate::socket::Socket;
 
 /// Why there is no phase connection.
 #[derive(Debug)]
@@ -42,6 +44,20 @@ impl From<&str> for NoLink {
     }
 }
 
+/// Runs the command or connects.
+fn connect(place: &Place, left: Duration) -> Result<(Arc<Socket>, Option<Command>), NoLink> {
+    match place {
+        Place::At(address) => match address.connect(CONNECT_TIMEOUT.min(left)) {
+            Ok(socket) => Ok((Arc::new(socket), None)),
+            Err(error) => Err(NoLink { cause: reason(&error), is_absent: is_answer(error.kind()) }),
+        },
+        Place::Through(command) => {
+            let (socket, command) = Command::run(command)?;
+            Ok((Arc::new(socket), Some(command)))
+        }
+    }
+}
+
 /// Whether this is the word of somebody who is reached, and not silence.
 fn is_answer(kind: ErrorKind) -> bool {
     matches!(
@@ -54,18 +70,30 @@ fn is_answer(kind: ErrorKind) -> bool {
     )
 }
 
+impl Link {
+    /// Why this connection is none yet. Where a command was run, what it said last, and the exit status by which it
+    /// says that nobody is at home; ssh says [`SSH_FAILED`] when it has not come that far.
+    fn no_link(&self, error: impl fmt::Display, is_absent: bool) -> NoLink {
+        let epitaph = self.epitaph();
+        let cause = if epitaph.is_empty() { error.to_string() } else { format!("{error} ({epitaph})") };
+        let reached = self.exit_code().is_none_or(|code| code != SSH_FAILED);
+        NoLink { cause, is_absent: is_absent && reached }
+    }
+}
+
+/// The exit status of an ssh that did not reach the other host.
+const SSH_FAILED: i32 = 255;
+
 /// Dials as `role`, turns the connection into the phase protocol, and exchanges hellos. Returns the peer's; what its
 /// title proves has been taken in (M8). Each step has its own time, and all of them end at `deadline`: the guest may be
 /// waiting.
 ///
 /// # Errors
 /// One line: nobody is there, it is a plain NBD server, it speaks another version, or serves another guest.
-pub(super) fn dial(guest: &Guest, address: &Address, role: Role, deadline: Instant) -> Result<(Link, Hello), NoLink> {
+pub(super) fn dial(guest: &Guest, place: &Place, role: Role, deadline: Instant) -> Result<(Link, Hello), NoLink> {
     let left = deadline.saturating_duration_since(Instant::now());
-    let socket = address
-        .connect(CONNECT_TIMEOUT.min(left))
-        .map_err(|error| NoLink { cause: reason(&error), is_absent: is_answer(error.kind()) })?;
-    let socket = Arc::new(socket);
+    let (socket, command) = connect(place, left)?;
+    let mut link = Link::new(Arc::clone(&socket)).through(command);
     match offer_phases_before(&socket, deadline.min(Instant::now() + HANDSHAKE_TIMEOUT)) {
         Ok(PhasesAnswer::Accepted) => {}
         Ok(PhasesAnswer::PlainServer) => return Err("is a plain NBD server, not a blockferry's migration door".into()),
@@ -75,22 +103,18 @@ pub(super) fn dial(guest: &Guest, address: &Address, role: Role, deadline: Insta
                 ConnectError::Socket(_, error) => is_answer(error.kind()),
                 _ => false,
             };
-            return Err(NoLink { cause: error.to_string(), is_absent });
+            return Err(link.no_link(error, is_absent));
         }
     }
     socket.set_keep_alive(LINK_IDLE_MAX);
-    let mut link = Link::new(Arc::clone(&socket));
     let challenge = Challenge::random().map_err(|error| error.to_string())?;
-    let ours = hello(guest, role, challenge, &socket);
+    let ours = hello(guest, role, challenge, &socket, place.address().is_none());
     let (theirs, version) = link
         .hello(&ours, deadline.min(Instant::now() + HELLO_TIMEOUT))
-        .map_err(|error| NoLink { cause: error.to_string(), is_absent: error == LinkError::Closed })?;
-    log::debug!("migration: {address}: phase protocol version {version}");
+        .map_err(|error| link.no_link(error, error == LinkError::Closed))?;
+    log::debug!("migration: {place}: phase protocol version {version}");
     if theirs.guest != ours.guest {
         return Err(format!("serves guest '{}', not '{}'", theirs.guest.escape_debug(), guest.name).into());
-    }
-    if !theirs.capabilities.has(Capabilities::NBD) {
-        return Err("cannot use NBD, and the stream path is not built yet".into());
     }
     if theirs.instance == guest.instance {
         return Err("is this process itself".into());
@@ -100,9 +124,9 @@ pub(super) fn dial(guest: &Guest, address: &Address, role: Role, deadline: Insta
 }
 
 /// [`dial`] as the source, on a thread of its own, for who must not wait for it.
-pub(super) fn dial_aside(guest: &Arc<Guest>, address: &Address, deadline: Instant) -> Aside<(Link, Hello), NoLink> {
-    let (guest, address) = (Arc::clone(guest), address.clone());
-    aside("dial", move || dial(&guest, &address, Role::Source, deadline))
+pub(super) fn dial_aside(guest: &Arc<Guest>, place: &Place, deadline: Instant) -> Aside<(Link, Hello), NoLink> {
+    let (guest, place) = (Arc::clone(guest), place.clone());
+    aside("dial", move || dial(&guest, &place, Role::Source, deadline))
 }
 
 /// The result of something that is done on another thread.

@@ -16,7 +16,7 @@ use super::settle::{self, Trouble};
 use super::source::Job;
 use super::synchrony::Synchrony;
 use super::verify::{self, Checkers};
-use super::wire::{Epoch, Hello, Message, Mode, Prepare, Prepared, Role, Verify, cut};
+use super::wire::{Capabilities, Epoch, Hello, Message, Mode, Prepare, Prepared, Role, Verify, cut};
 use crate::attach::Held;
 use crate::control::wire::{self, Convergence, DiskProgress, Done, Owner, Phase, text};
 use crate::digest::{Digest, Verified, root_of_all};
@@ -32,9 +32,10 @@ use crate::limits::{
 use crate::mirror::{Counts, Lost, Mirror, NotReady, Plan};
 use crate::ownership::{Event, KeepError, Peer, Receipt, Record, Stamp};
 use crate::standing::kept;
-use abort::abort;
+use abort::{NotEnded, abort};
 use outage::{Outage, stop};
 use prepare::prepare;
+use state::State;
 
 mod abort;
 mod finish;
@@ -42,6 +43,7 @@ mod outage;
 mod perform;
 mod prepare;
 mod shown;
+mod state;
 
 /// What is said of a destination that does not say anything.
 const SILENT: &str = "the destination is silent";
@@ -100,9 +102,10 @@ pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
         Ok(drive) => drive,
         Err(cause) => return ended(guest, job, Exit::Refused, &cause),
     };
-    let result = drive.perform().and_then(|()| drive.finish());
+    let result = drive.perform().and_then(|()| drive.move_state()).and_then(|()| drive.finish());
     let counts = drive.counts();
     let handed = result.is_ok().then(|| drive.receipt(&counts));
+    let moved = drive.state.as_ref().map_or((None, None), |state| (state.bytes(), state.pause()));
     let mut done = match result {
         Ok(Handed::Over(switchover)) => {
             let mut done = done(job, Exit::Done, Owner::Destination, "");
@@ -119,7 +122,8 @@ pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
         Err(Stop::Unknown(cause)) => done(job, Exit::Unknown, Owner::Unknown, &cause),
         Err(Stop::Abort(cause)) => match abort(drive, &cause) {
             Ok(()) => ended(guest, job, Exit::Aborted, &cause),
-            Err(unknown) => done(job, Exit::Unknown, Owner::Unknown, &unknown),
+            Err(NotEnded::Stands(vmm)) => ended(guest, job, Exit::Aborted, &format!("{cause}; and {vmm}")),
+            Err(NotEnded::Unknown(unknown)) => done(job, Exit::Unknown, Owner::Unknown, &unknown),
         },
     };
     if let Some(receipt) = &handed {
@@ -131,6 +135,8 @@ pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
     done.resent_bytes = counts.iter().map(|c| c.resent).sum();
     done.passes = counts.iter().map(|c| c.passes).max().unwrap_or(0);
     done.equal_bytes = counts.iter().map(|c| c.equal).sum();
+    done.state_bytes = moved.0;
+    done.pause_us = moved.1.map(|pause| u64::try_from(pause.as_micros()).unwrap_or(u64::MAX));
     done.receipt = handed.filter(|_| done.owner == Owner::Destination).map(|receipt| kept(&receipt).receipt);
     done
 }
@@ -167,6 +173,8 @@ struct Drive<'a> {
     epoch: Epoch,
     peer: Peer,
     link: Link,
+    /// The stream path: the phase connection of the moment. `None`: data connections.
+    stream: Option<Arc<verify::Present>>,
     /// How far away the destination is.
     round_trip: Duration,
     mirrors: Vec<Arc<Mirror>>,
@@ -191,6 +199,10 @@ struct Drive<'a> {
     synchrony: Synchrony,
     /// Since when the destination owes an answer and has said nothing at all.
     owed: Option<Instant>,
+    /// The guest's state, where a VMM driver moves it.
+    state: Option<State>,
+    /// Room is made for the records to come.
+    written_ahead: bool,
     /// When it was last asked whether it is there, and for a flush.
     pinged: Instant,
     flushed: Instant,
@@ -229,12 +241,19 @@ impl Drive<'_> {
     /// # Errors
     /// The link is lost; one that is silent for too long counts as that.
     fn listen(&mut self) -> Result<Option<Message>, String> {
+        self.listen_for(TICK)
+    }
+
+    /// The same, for a moment of this length.
+    fn listen_for(&mut self, moment: Duration) -> Result<Option<Message>, String> {
         let ping = (self.pinged.elapsed() >= PING_PERIOD).then_some(Message::Ping { number: 0 });
         if ping.is_some() {
             self.pinged = Instant::now();
         }
-        let heard = self.converse(ping.as_ref())?;
-        if self.owed.is_some_and(|since| since.elapsed() > LINK_SILENCE_MAX) {
+        let heard = self.exchange(ping.as_ref(), moment).map_err(|error| self.lost_link(error))?;
+        // Blocks that are acknowledged are a sign of life too, and a PONG may be waiting behind them.
+        let last = |since: Instant| self.link.heard().map_or(since, |any| any.max(since));
+        if self.owed.is_some_and(|since| last(since).elapsed() > LINK_SILENCE_MAX) {
             self.link_lost = true;
             return Err(SILENT.to_owned());
         }
@@ -256,12 +275,12 @@ impl Drive<'_> {
 
     /// Says `message`, if there is one, and waits a moment for one about this attempt.
     fn converse(&mut self, message: Option<&Message>) -> Result<Option<Message>, String> {
-        self.exchange(message).map_err(|error| self.lost_link(error))
+        self.exchange(message, TICK).map_err(|error| self.lost_link(error))
     }
 
     fn lost_link(&mut self, error: LinkError) -> String {
         self.link_lost = true;
-        error.to_string()
+        self.link.explain(error)
     }
 
     fn send(&mut self, message: &Message) -> Result<(), LinkError> {
@@ -269,11 +288,11 @@ impl Drive<'_> {
         self.link.send(message, Instant::now() + LINK_SILENCE_MAX)
     }
 
-    fn exchange(&mut self, message: Option<&Message>) -> Result<Option<Message>, LinkError> {
+    fn exchange(&mut self, message: Option<&Message>, moment: Duration) -> Result<Option<Message>, LinkError> {
         if let Some(message) = message {
             self.send(message)?;
         }
-        let look = Instant::now() + TICK;
+        let look = Instant::now() + moment;
         while let Some(message) = self.link.receive(look)? {
             self.owed = None;
             if message.stamp().is_some_and(|stamp| stamp.matches(&self.stamp)) {

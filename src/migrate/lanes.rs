@@ -3,6 +3,8 @@
 //! They belong to one epoch. When one is lost all are ended here and joined, the destination is asked for a fence, and
 //! a new set is opened (D4). [`connect`] opens a set and may take as long as the network pleases, so that the driver
 //! has it done aside; nothing has been sent over it, and who no longer wants it drops it. [`Lanes::start`] copies.
+//!
+//! On the stream path there are none: [`Lanes::start_stream`] gives each disk its way through the phase connection.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -15,6 +17,7 @@ use crate::mirror::{Lost, Mirror, Sink};
 use crate::nbd::client::{Client, Wants};
 use crate::nbd::wire;
 use crate::socket::Socket;
+use crate::trunk::{Outlet, Trunk};
 
 /// The lanes of all disks. Dropping it ends and joins them.
 #[derive(Debug, Default)]
@@ -25,8 +28,15 @@ pub(super) struct Lanes {
 #[derive(Debug)]
 struct Lane {
     mirror: Arc<Mirror>,
-    socket: Arc<Socket>,
+    way: Way,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What is ended so that a lane ends.
+#[derive(Debug)]
+enum Way {
+    Socket(Arc<Socket>),
+    Trunk(Arc<Trunk>),
 }
 
 /// An open data connection, over which nothing has been sent.
@@ -93,16 +103,29 @@ impl Lanes {
     pub(super) fn start(&mut self, mirrors: &[Arc<Mirror>], opened: Vec<Opened>) -> Result<(), String> {
         opened.into_iter().try_for_each(|Opened { mirror, socket, client }| {
             let mirror = mirrors.get(mirror).ok_or("a data connection for no disk")?;
-            let runner = Arc::clone(mirror);
-            let mut sink = Sink::Nbd(Box::new(client));
-            let thread = std::thread::Builder::new()
-                .name(format!("lane {}", mirror.name()))
-                .stack_size(CONNECTION_STACK)
-                .spawn(move || runner.run_lane(&mut sink))
-                .map_err(|error| format!("no thread for a data connection: {error}"))?;
-            self.lanes.push(Lane { mirror: Arc::clone(mirror), socket, thread: Some(thread) });
-            Ok(())
+            self.run(mirror, Way::Socket(socket), Sink::Nbd(Box::new(client)))
         })
+    }
+
+    /// Copies inside the phase connection. The mirrors stand in the order of the offer.
+    ///
+    /// # Errors
+    /// As [`Lanes::start`].
+    pub(super) fn start_stream(&mut self, mirrors: &[Arc<Mirror>], trunk: &Arc<Trunk>) -> Result<(), String> {
+        mirrors.iter().zip(0..).try_for_each(|(mirror, disk)| {
+            self.run(mirror, Way::Trunk(Arc::clone(trunk)), Sink::Stream(Outlet::new(trunk, disk)))
+        })
+    }
+
+    fn run(&mut self, mirror: &Arc<Mirror>, way: Way, mut sink: Sink) -> Result<(), String> {
+        let runner = Arc::clone(mirror);
+        let thread = std::thread::Builder::new()
+            .name(format!("lane {}", mirror.name()))
+            .stack_size(CONNECTION_STACK)
+            .spawn(move || runner.run_lane(&mut sink))
+            .map_err(|error| format!("no thread for a data connection: {error}"))?;
+        self.lanes.push(Lane { mirror: Arc::clone(mirror), way, thread: Some(thread) });
+        Ok(())
     }
 
     /// Whether there are any.
@@ -115,7 +138,10 @@ impl Lanes {
     pub(super) fn end(&mut self) -> Vec<Lost> {
         for lane in &self.lanes {
             lane.mirror.stop();
-            lane.socket.shutdown();
+            match &lane.way {
+                Way::Socket(socket) => socket.shutdown(),
+                Way::Trunk(trunk) => trunk.close_lanes(),
+            }
         }
         let mut lost = Vec::new();
         for mut lane in self.lanes.drain(..) {

@@ -1,4 +1,4 @@
-//! One phase connection: hellos, then messages, over a [`Socket`].
+//! One phase connection: hellos, then messages, over a [`Socket`] or, on the stream path, through a [`Trunk`].
 //!
 //! The source and the destination each hold one. It bounds every wait by the caller's deadline, reads exactly what it
 //! needs (so that the stream path can put blocks between messages), allocates its two buffers once, and never
@@ -13,8 +13,11 @@ use super::wire::{
     FRAME_HEAD, FrameError, HELLO_LENGTH, Hello, HelloError, Message, VERSION_HIGHEST, VERSION_LOWEST, choose_version,
     frame_length,
 };
-use crate::limits::FRAME_MAX;
+use crate::command::Command;
+use crate::limits::{COMMAND_LAST_WORDS, FRAME_MAX};
 use crate::socket::Socket;
+use crate::trunk::wire::{Fault, Kind, head};
+use crate::trunk::{Broken, Slots, Trunk};
 
 /// The versions of this program, for its hellos.
 pub const VERSIONS: (u16, u16) = (VERSION_LOWEST, VERSION_HIGHEST);
@@ -24,12 +27,41 @@ const BUFFER: usize = FRAME_HEAD + FRAME_MAX;
 /// A phase connection.
 #[derive(Debug)]
 pub struct Link {
-    socket: Arc<Socket>,
+    carrier: Carrier,
+    /// The command that the connection goes through.
+    command: Option<Command>,
     output: Box<[u8; BUFFER]>,
     input: Box<[u8; BUFFER]>,
     /// How much of the next frame is in `input`.
     got: usize,
     broken: Option<LinkError>,
+}
+
+/// What carries the messages.
+#[derive(Debug)]
+enum Carrier {
+    /// Nothing else goes over it.
+    Socket(Arc<Socket>),
+    /// One conversation of several.
+    Trunk(Arc<Trunk>, Kind),
+}
+
+impl Carrier {
+    fn socket(&self) -> &Arc<Socket> {
+        match self {
+            Self::Socket(socket) => socket,
+            Self::Trunk(trunk, _) => trunk.socket(),
+        }
+    }
+}
+
+impl Drop for Carrier {
+    fn drop(&mut self) {
+        // The phases are what the connection is there for.
+        if let Self::Trunk(trunk, Kind::Phases) = self {
+            trunk.shut();
+        }
+    }
 }
 
 /// Why a phase connection cannot go on.
@@ -50,6 +82,8 @@ pub enum LinkError {
     Hello(HelloError),
     /// Something is not a message.
     Frame(FrameError),
+    /// Something is no frame of the stream path.
+    Stream(Fault),
     /// The socket's error.
     Socket(ErrorKind),
 }
@@ -66,6 +100,7 @@ impl fmt::Display for LinkError {
             ),
             Self::Hello(error) => error.fmt(f),
             Self::Frame(error) => write!(f, "the peer sent {error}"),
+            Self::Stream(fault) => write!(f, "the peer sent {fault}"),
             Self::Socket(kind) => write!(f, "the connection broke: {kind}"),
         }
     }
@@ -77,13 +112,90 @@ impl Link {
     /// Takes a connection over, before the hellos.
     #[must_use]
     pub fn new(socket: Arc<Socket>) -> Self {
-        Self { socket, output: Box::new([0; BUFFER]), input: Box::new([0; BUFFER]), got: 0, broken: None }
+        Self::carried(Carrier::Socket(socket))
+    }
+
+    /// One conversation of a connection that carries several; the hellos are over.
+    #[must_use]
+    pub fn over(trunk: Arc<Trunk>, kind: Kind) -> Self {
+        Self::carried(Carrier::Trunk(trunk, kind))
+    }
+
+    fn carried(carrier: Carrier) -> Self {
+        let (output, input) = (Box::new([0; BUFFER]), Box::new([0; BUFFER]));
+        Self { carrier, command: None, output, input, got: 0, broken: None }
+    }
+
+    /// The connection goes through this command, which ends with it.
+    #[must_use]
+    pub fn through(mut self, command: Option<Command>) -> Self {
+        self.command = command;
+        self
+    }
+
+    /// From now on the connection carries blocks and digests beside these messages. Both ends do so after the same
+    /// message.
+    ///
+    /// # Errors
+    /// There is no thread; the link is of no more use.
+    pub fn share(&mut self, slots: Option<Slots>) -> IoResult<Arc<Trunk>> {
+        debug_assert_eq!(self.got, 0, "nothing is read ahead");
+        match &self.carrier {
+            Carrier::Trunk(trunk, _) => Ok(Arc::clone(trunk)),
+            Carrier::Socket(socket) => {
+                let trunk = Trunk::start(Arc::clone(socket), slots)?;
+                self.carrier = Carrier::Trunk(Arc::clone(&trunk), Kind::Phases);
+                Ok(trunk)
+            }
+        }
+    }
+
+    /// The connection below, if it carries blocks too.
+    #[must_use]
+    pub fn trunk(&self) -> Option<&Arc<Trunk>> {
+        match &self.carrier {
+            Carrier::Socket(_) => None,
+            Carrier::Trunk(trunk, _) => Some(trunk),
+        }
+    }
+
+    /// When anything has come last, where more comes than these messages.
+    #[must_use]
+    pub fn heard(&self) -> Option<Instant> {
+        self.trunk().map(|trunk| trunk.heard())
+    }
+
+    /// Ends the connection.
+    pub fn shut(&self) {
+        match &self.carrier {
+            Carrier::Socket(socket) => socket.shutdown(),
+            Carrier::Trunk(trunk, _) => trunk.shut(),
+        }
+    }
+
+    /// An error in words, with those of the command that the connection went through.
+    #[must_use]
+    pub fn explain(&self, error: LinkError) -> String {
+        let epitaph = if error == LinkError::Closed { self.epitaph() } else { String::new() };
+        if epitaph.is_empty() { error.to_string() } else { format!("{error} ({epitaph})") }
+    }
+
+    /// How the command that the connection went through has ended, and its last words; empty without one.
+    #[must_use]
+    pub fn epitaph(&self) -> String {
+        self.command.as_ref().map(|command| command.epitaph(COMMAND_LAST_WORDS)).unwrap_or_default()
+    }
+
+    /// The exit status of the command that the connection went through, once it has ended.
+    #[must_use]
+    pub fn exit_code(&self) -> Option<i32> {
+        self.command.as_ref()?.exit_code()
     }
 
     /// The socket, for whoever must shut it down from another thread.
     #[must_use]
     pub fn socket(&self) -> &Arc<Socket> {
-        &self.socket
+        self.carrier.socket()
     }
 
     /// Exchanges hellos: both sides send first and then read. Returns the peer's hello and the version agreed on.
@@ -98,8 +210,8 @@ impl Link {
 
     fn exchange(&self, ours: &Hello, deadline: Instant) -> Result<(Hello, u16), LinkError> {
         let mut bytes = [0; HELLO_LENGTH];
-        self.socket.send_all_before(&ours.encode(), deadline).map_err(|e| io_error(e.kind()))?;
-        self.socket.recv_exact_before(&mut bytes, deadline).map_err(|e| io_error(e.kind()))?;
+        self.socket().send_all_before(&ours.encode(), deadline).map_err(|e| io_error(e.kind()))?;
+        self.socket().recv_exact_before(&mut bytes, deadline).map_err(|e| io_error(e.kind()))?;
         let theirs = Hello::parse(&bytes).map_err(LinkError::Hello)?;
         let none = LinkError::Versions { ours: ours.versions, theirs: theirs.versions };
         let version = choose_version(ours.versions, theirs.versions).ok_or(none)?;
@@ -112,10 +224,17 @@ impl Link {
     /// A [`LinkError`]; the link is broken. What has been sent of a message is not known then.
     pub fn send(&mut self, message: &Message, deadline: Instant) -> Result<(), LinkError> {
         self.check()?;
-        let sent = match message.encode(&mut self.output) {
-            Ok(frame) => self.socket.send_all_before(frame, deadline).map_err(|e| io_error(e.kind())),
-            Err(e) => Err(LinkError::Frame(e)),
-        };
+        let sent = message.encode(&mut self.output).map(<[u8]>::len).map_err(LinkError::Frame).and_then(|length| {
+            let frame = &mut self.output[..length];
+            match &self.carrier {
+                Carrier::Socket(socket) => socket.send_all_before(frame, deadline).map_err(|e| io_error(e.kind())),
+                Carrier::Trunk(trunk, kind) => {
+                    // The kind of a phase message is 0: only so a frame differs from one of a socket.
+                    frame[..FRAME_HEAD].copy_from_slice(&head(*kind, length - FRAME_HEAD));
+                    trunk.send(*kind, frame, &[], deadline).map_err(LinkError::from)
+                }
+            }
+        });
         sent.map_err(|e| self.broken_by(e))
     }
 
@@ -131,6 +250,10 @@ impl Link {
     }
 
     fn receive_frame(&mut self, deadline: Instant) -> Result<Option<Message>, LinkError> {
+        if let Carrier::Trunk(trunk, kind) = &self.carrier {
+            let body = trunk.receive(*kind, deadline)?;
+            return body.map(|body| Message::decode(&body).map_err(LinkError::Frame)).transpose();
+        }
         let mut head = [0; FRAME_HEAD];
         if !self.fill(FRAME_HEAD, deadline)? {
             return Ok(None);
@@ -147,7 +270,7 @@ impl Link {
     /// Whether `input` holds `end` bytes of the frame before `deadline`.
     fn fill(&mut self, end: usize, deadline: Instant) -> Result<bool, LinkError> {
         while self.got < end {
-            match self.socket.recv_nowait(&mut self.input[self.got..end]).map_err(|e| io_error(e.kind()))? {
+            match self.carrier.socket().recv_nowait(&mut self.input[self.got..end]).map_err(|e| io_error(e.kind()))? {
                 Some(0) => return Err(LinkError::Closed),
                 Some(n) => self.got += n,
                 None if !self.wait(deadline).map_err(|e| io_error(e.kind()))? => return Ok(false),
@@ -159,7 +282,7 @@ impl Link {
 
     fn wait(&self, deadline: Instant) -> IoResult<bool> {
         let left = deadline.saturating_duration_since(Instant::now());
-        Ok(!left.is_zero() && self.socket.wait(true, false, Some(left))?.readable)
+        Ok(!left.is_zero() && self.socket().wait(true, false, Some(left))?.readable)
     }
 
     fn check(&self) -> Result<(), LinkError> {
@@ -169,6 +292,17 @@ impl Link {
     /// Remembers the first error: half a frame may be under way, nothing can follow it.
     fn broken_by(&mut self, error: LinkError) -> LinkError {
         *self.broken.get_or_insert(error)
+    }
+}
+
+impl From<Broken> for LinkError {
+    fn from(broken: Broken) -> Self {
+        match broken {
+            Broken::Closed => Self::Closed,
+            Broken::Late => Self::Late,
+            Broken::Socket(kind) => Self::Socket(kind),
+            Broken::Frame(fault) => Self::Stream(fault),
+        }
     }
 }
 
@@ -190,7 +324,7 @@ mod tests {
 
     use super::*;
     use crate::migrate::wire::{BootId, Capabilities, Challenge, Role, cut};
-    use crate::ownership::{Address, Host, Instance};
+    use crate::ownership::{Host, Instance};
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(5)
@@ -217,7 +351,7 @@ mod tests {
             instance: Instance([2; 16]),
             challenge: Challenge([3; 16]),
             host: Host([4; 16]),
-            address: Address::new(),
+            address: cut(""),
         }
     }
 

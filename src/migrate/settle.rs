@@ -17,10 +17,10 @@ use std::time::{Duration, Instant};
 use super::dial::dial;
 use super::link::Link;
 use super::wire::{Message, Role, cut};
-use crate::address::Address;
 use crate::guest::Guest;
 use crate::limits::{ASK_PERIOD, DIAL_MAX, DRIVER_STACK, LINK_LOOK, RECONNECT_PAUSE, REPLY_TIMEOUT, REWRITE_PAUSE};
 use crate::ownership::{Attempt, Event, Host, KeepError, Offer, Peer, Promise, Record, Stamp, State, Title};
+use crate::place::Place;
 
 /// Wakes the thread that settles.
 #[derive(Debug, Default)]
@@ -195,8 +195,8 @@ pub(super) fn call(guest: &Guest) -> Result<Message, Trouble> {
     if to.address.is_empty() {
         return Err(silent("it cannot be dialled from here"));
     }
-    let address = Address::parse(&to.address).map_err(silent)?;
-    let (mut link, theirs) = dial(guest, &address, Role::Asker, Instant::now() + DIAL_MAX).map_err(silent)?;
+    let place = Place::parse(&to.address).map_err(silent)?;
+    let (mut link, theirs) = dial(guest, &place, Role::Asker, Instant::now() + DIAL_MAX).map_err(silent)?;
     if theirs.host != to.host {
         return Err(silent(format_args!("another host ({:.8}) answers there", theirs.host)));
     }
@@ -259,6 +259,7 @@ fn take_in(guest: &Guest, answer: &Message, peer: &Peer) -> Result<Option<Messag
         Message::Go { .. } | Message::Promise { promise: Promise::NotGiven, .. } => {
             let said = guest.destination.hear(guest, answer).map_err(Trouble::NotDurable);
             if matches!(said, Ok(Some(Message::Running { .. }))) {
+                guest.destination.run_guest(guest);
                 guest.destination.keep_receipt(guest);
             }
             return said;

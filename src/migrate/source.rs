@@ -9,9 +9,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::drive;
-use crate::address::Address;
 use crate::control::server::News;
-use crate::control::wire::{Done, MigrateRequest, Progress, SetRequest, text};
+use crate::control::wire::{Done, MigrateRequest, Progress, SetRequest, Transport, text};
 use crate::domain;
 use crate::error::Problem;
 use crate::export::Export;
@@ -19,6 +18,7 @@ use crate::guest::Guest;
 use crate::limits::DRIVER_STACK;
 use crate::mirror::Budget;
 use crate::ownership::{Attempt, State};
+use crate::place::Place;
 
 /// What this process sends: the running migration, or the last one.
 #[derive(Debug, Default)]
@@ -32,7 +32,7 @@ pub struct Job {
     /// Its number.
     pub attempt: Attempt,
     /// Where to.
-    pub address: Address,
+    pub address: Place,
     /// What was asked for.
     pub request: MigrateRequest,
     /// The exports that move.
@@ -75,9 +75,12 @@ impl Source {
     /// Why not; nothing has changed.
     pub fn start(&self, guest: &Arc<Guest>, request: &MigrateRequest) -> Result<Attempt, Problem> {
         let refuse = |cause: &dyn std::fmt::Display| Problem::refused("migrate", &guest.name, cause);
-        let address = Address::parse(&request.destination)
+        let address = Place::parse(&request.destination)
             .map_err(|cause| Problem::usage("migrate", &request.destination, cause))?;
         address.check_plaintext("migrate", request.insecure_plaintext || guest.insecure_plaintext)?;
+        if request.transport == Transport::Nbd && address.address().is_none() {
+            return Err(Problem::usage("migrate", &address, "a command is one connection: no NBD beside it"));
+        }
         let exports = choose(guest, request).map_err(|cause| refuse(&cause))?;
         // W5: only the VMM can be still, and only its user can make it so.
         if let Some(user) = guest.attached.user().filter(|_| !request.hold) {

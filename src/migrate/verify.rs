@@ -6,14 +6,13 @@
 //! asked next, and what an answer means, is the mirror's business (`mirror/checks.rs`). A connection that is lost takes
 //! its claims with it, which are dropped: a claim is no copy, nothing of it can be late, and no fence is needed.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::dial::{dial_aside, wait_for};
 use super::link::Link;
 use super::wire::Message;
-use crate::address::Address;
 use crate::digest::{Digest, Hasher, place, question_regions, region_bytes};
 use crate::dirty::Claim;
 use crate::guest::Guest;
@@ -23,13 +22,45 @@ use crate::limits::{
 };
 use crate::mirror::{Ask, Bell, Failure, Mirror};
 use crate::ownership::{Instance, Stamp};
+use crate::place::Place;
+use crate::trunk::Trunk;
+use crate::trunk::wire::Kind;
 
 /// What all threads of one migration know.
 pub(super) struct Peer<'a> {
     pub(super) guest: &'a Arc<Guest>,
-    pub(super) address: &'a Address,
+    pub(super) way: Way,
     pub(super) stamp: Stamp,
     pub(super) instance: Instance,
+}
+
+/// How those who ask reach the destination.
+#[derive(Debug, Clone)]
+pub(super) enum Way {
+    /// Each dials for itself.
+    Dial(Place),
+    /// One of them speaks inside the phase connection, whichever that is at the moment.
+    Inside(Arc<Present>),
+}
+
+/// The phase connection that carries everything, as long as there is one.
+#[derive(Debug, Default)]
+pub(super) struct Present(Mutex<Option<Arc<Trunk>>>);
+
+impl Present {
+    /// It is this one from now on.
+    pub(super) fn set(&self, trunk: &Arc<Trunk>) {
+        *self.lock() = Some(Arc::clone(trunk));
+    }
+
+    /// The connection, once: whoever has lost it waits for another one.
+    fn take(&self) -> Option<Arc<Trunk>> {
+        self.lock().take()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<Trunk>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The threads. Dropping it tells them to end, and waits for none: one may be dialling a host that is silent, and holds
@@ -41,9 +72,10 @@ pub(super) struct Checkers {
 }
 
 impl Checkers {
-    /// How many threads there are for so many disks, each with a bell of its own.
-    pub(super) fn bells(disks: usize) -> Vec<Arc<Bell>> {
-        (0..disks.clamp(1, DIGEST_CONNECTIONS_MAX)).map(|_| Arc::default()).collect()
+    /// How many threads there are for so many disks, each with a bell of its own; inside the phase connection one.
+    pub(super) fn bells(disks: usize, way: &Way) -> Vec<Arc<Bell>> {
+        let most = if matches!(way, Way::Inside(_)) { 1 } else { DIGEST_CONNECTIONS_MAX };
+        (0..disks.clamp(1, most)).map(|_| Arc::default()).collect()
     }
 
     /// Starts a thread for each bell. The mirrors are those of all disks, in the order of the offer; the disks of a
@@ -67,7 +99,7 @@ impl Checkers {
             }
             let mut checker = Checker {
                 guest: Arc::clone(peer.guest),
-                address: peer.address.clone(),
+                way: peer.way.clone(),
                 stamp: peer.stamp,
                 instance: peer.instance,
                 disks,
@@ -125,7 +157,7 @@ enum End {
 /// One thread.
 struct Checker {
     guest: Arc<Guest>,
-    address: Address,
+    way: Way,
     stamp: Stamp,
     instance: Instance,
     disks: Vec<Disk>,
@@ -148,7 +180,14 @@ impl Checker {
             let answered_before = self.answered;
             let mut questions = Box::new(Questions::new());
             let ended = match self.connect() {
-                Ok(mut link) => self.converse(&mut link, &mut questions),
+                Ok(mut link) => {
+                    let ended = self.converse(&mut link, &mut questions);
+                    if ended.is_err() {
+                        // Answers to what nobody asks any more may be on their way.
+                        link.shut();
+                    }
+                    ended
+                }
                 Err(end) => Err(end),
             };
             // What was under way is to be done again.
@@ -167,7 +206,7 @@ impl Checker {
             if self.answered > answered_before {
                 pause = RECONNECT_PAUSE.0;
             }
-            log::info!("digests: {}: {cause}", self.address);
+            log::info!("digests: {cause}");
             self.tell_lost(Some(&cause));
             if self.answered.elapsed() > RECONNECT_MAX {
                 self.give_up(&cause);
@@ -197,9 +236,25 @@ impl Checker {
     }
 
     fn connect(&self) -> Result<Link, End> {
-        let dialled = dial_aside(&self.guest, &self.address, Instant::now() + REDIAL_MAX);
         // Whoever ends this thread waits for it.
         let may_wait = || if self.stopped() { Err(End::Lost("nobody asks any more".to_owned())) } else { Ok(()) };
+        let place = match &self.way {
+            Way::Dial(place) => place,
+            Way::Inside(present) => {
+                let deadline = Instant::now() + REDIAL_MAX;
+                loop {
+                    may_wait()?;
+                    if let Some(trunk) = present.take() {
+                        return Ok(Link::over(trunk, Kind::Digests));
+                    }
+                    if Instant::now() >= deadline {
+                        return Err(End::Lost("the destination is out of reach".to_owned()));
+                    }
+                    self.bell.wait(LINK_LOOK);
+                }
+            }
+        };
+        let dialled = dial_aside(&self.guest, place, Instant::now() + REDIAL_MAX);
         let (link, theirs) =
             wait_for(&dialled, LINK_LOOK, may_wait)?.map_err(|no_link| End::Lost(no_link.to_string()))?;
         if theirs.instance != self.instance {

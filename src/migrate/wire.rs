@@ -87,6 +87,23 @@ pub struct Prepare {
     pub verify: Verify,
     /// What has been sent stays, however the attempt ends: another one will go on from it.
     pub keep_partial: bool,
+    /// The guest's state will follow, by the VMM drivers of both sides (rule M11).
+    pub state: bool,
+}
+
+/// How far the guest's state is at the destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Standing {
+    /// None has come.
+    None,
+    /// It comes.
+    Loading,
+    /// It is loaded whole, and the guest stands.
+    Loaded,
+    /// The guest runs.
+    Running,
+    /// It cannot be loaded, or the guest cannot run.
+    Failed,
 }
 
 /// What the destination says of one offered disk.
@@ -269,10 +286,54 @@ pub enum Message {
         /// The digest of each region, in their order.
         digests: heapless::Vec<Digest, DIGESTS_MAX>,
     },
+    /// S to D: from the answer on, this connection carries blocks too: the stream path.
+    Stream {
+        /// The attempt.
+        stamp: Stamp,
+        /// The process that is meant (rule D12).
+        instance: Instance,
+        /// The epoch that the blocks belong to (rule D4).
+        epoch: Epoch,
+        /// The secret of the attempt.
+        token: Token,
+    },
+    /// D to S: they may come.
+    Streaming {
+        /// The attempt.
+        stamp: Stamp,
+        /// The epoch.
+        epoch: Epoch,
+    },
+    /// S to D, on a connection of its own: the guest's state follows, as soon as it is ready to be taken (rule M11).
+    State {
+        /// The attempt.
+        stamp: Stamp,
+        /// The guest ran: it is to run there, too.
+        ran: bool,
+    },
+    /// D to S: a VMM waits for it. From the next byte on both ways carry what the VMMs say to each other.
+    StateReady {
+        /// The attempt.
+        stamp: Stamp,
+    },
+    /// S to D: how far is the guest's state?
+    StateQuestion {
+        /// The attempt.
+        stamp: Stamp,
+    },
+    /// D to S: so far.
+    StateIs {
+        /// The attempt.
+        stamp: Stamp,
+        /// How far.
+        standing: Standing,
+        /// Why it failed; empty: it did not.
+        cause: Cause,
+    },
 }
 
 /// How many messages there are.
-const MESSAGES: u8 = 19;
+const MESSAGES: u8 = 25;
 
 impl Message {
     /// The message's name in logs and errors.
@@ -298,6 +359,12 @@ impl Message {
             Self::Pong { .. } => "PONG",
             Self::Digest { .. } => "DIGEST",
             Self::Digests { .. } => "DIGESTS",
+            Self::Stream { .. } => "STREAM",
+            Self::Streaming { .. } => "STREAMING",
+            Self::State { .. } => "STATE",
+            Self::StateReady { .. } => "STATE-READY",
+            Self::StateQuestion { .. } => "STATE-QUESTION",
+            Self::StateIs { .. } => "STATE-IS",
         }
     }
 
@@ -321,7 +388,13 @@ impl Message {
             | Self::Promise { stamp, .. }
             | Self::Failed { stamp, .. }
             | Self::Digest { stamp, .. }
-            | Self::Digests { stamp, .. } => Some(stamp),
+            | Self::Digests { stamp, .. }
+            | Self::Stream { stamp, .. }
+            | Self::Streaming { stamp, .. }
+            | Self::State { stamp, .. }
+            | Self::StateReady { stamp }
+            | Self::StateQuestion { stamp }
+            | Self::StateIs { stamp, .. } => Some(stamp),
             Self::Ping { .. } | Self::Pong { .. } => None,
         }
     }

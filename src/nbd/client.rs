@@ -32,8 +32,8 @@ use crate::nbd::client_handshake::negotiate;
 pub use crate::nbd::client_handshake::{
     ConnectError, ExportInfo, PhasesAnswer, Wants, offer_phases, offer_phases_before,
 };
-use crate::nbd::replies::Replies;
 pub use crate::nbd::replies::{Event, ServerError};
+use crate::nbd::replies::{Replies, Style};
 use crate::nbd::wire::{self, Request};
 use crate::socket::{Ready, Socket};
 
@@ -109,11 +109,16 @@ impl Client {
                 return Err(error);
             }
         };
+        let style = match (info.structured, info.extended) {
+            (_, true) => Style::Extended,
+            (true, false) => Style::Structured,
+            (false, false) => Style::Simple,
+        };
         let written = if info.has(wire::FLAG_SEND_WRITE_ZEROES) { 0 } else { info.zero_part() as usize };
         Ok(Self {
             socket,
             info,
-            replies: Replies::new(info.structured, info.contexts),
+            replies: Replies::new(style, info.contexts),
             send: Vec::with_capacity(SEND_BUFFER),
             sent: 0,
             receive: vec![0; CLIENT_RECEIVE_BUFFER].into(),
@@ -159,7 +164,7 @@ impl Client {
     /// # Errors
     /// The connection is dead.
     pub fn submit_read(&mut self, cookie: u64, offset: u64, length: u32) -> Result<Submitted, Lost> {
-        let request = Request { flags: 0, command: wire::CMD_READ, cookie, offset, length };
+        let request = Request { flags: 0, command: wire::CMD_READ, cookie, offset, length: u64::from(length) };
         self.submit(request, &Payload::Bytes(&[]), self.info.maximum_payload)
     }
 
@@ -170,7 +175,7 @@ impl Client {
     /// The connection is dead.
     pub fn submit_write(&mut self, cookie: u64, offset: u64, bytes: &[u8], fua: bool) -> Result<Submitted, Lost> {
         let flags = if fua { wire::CMD_FLAG_FUA } else { 0 };
-        let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        let length = bytes.len() as u64;
         let request = Request { flags, command: wire::CMD_WRITE, cookie, offset, length };
         self.submit(request, &Payload::Bytes(bytes), self.info.maximum_payload)
     }
@@ -188,6 +193,7 @@ impl Client {
         may_punch_hole: bool,
         fast: bool,
     ) -> Result<Submitted, Lost> {
+        let length = u64::from(length);
         if !self.info.has(wire::FLAG_SEND_WRITE_ZEROES) {
             debug_assert!(!fast, "FAST_ZERO is not offered");
             let request = Request { flags: 0, command: wire::CMD_WRITE, cookie, offset, length };
@@ -203,6 +209,7 @@ impl Client {
     /// # Errors
     /// The connection is dead.
     pub fn submit_trim(&mut self, cookie: u64, offset: u64, length: u32) -> Result<Submitted, Lost> {
+        let length = u64::from(length);
         self.submit_bare(Request { flags: 0, command: wire::CMD_TRIM, cookie, offset, length })
     }
 
@@ -214,11 +221,12 @@ impl Client {
         self.submit_bare(Request { flags: 0, command: wire::CMD_FLUSH, cookie, offset: 0, length: 0 })
     }
 
-    /// Asks for the extents of a range, in all contexts that were agreed on. The answer may end before the range does.
+    /// Asks for the extents of a range, in all contexts that were agreed on; below 4 GiB without extended headers. The
+    /// answer may end before the range does.
     ///
     /// # Errors
     /// The connection is dead.
-    pub fn submit_block_status(&mut self, cookie: u64, offset: u64, length: u32) -> Result<Submitted, Lost> {
+    pub fn submit_block_status(&mut self, cookie: u64, offset: u64, length: u64) -> Result<Submitted, Lost> {
         self.submit_bare(Request { flags: 0, command: wire::CMD_BLOCK_STATUS, cookie, offset, length })
     }
 
@@ -233,13 +241,15 @@ impl Client {
 
     /// Submits a request without a payload, whose length no constraint bounds.
     fn submit_bare(&mut self, request: Request) -> Result<Submitted, Lost> {
-        self.submit(request, &Payload::Bytes(&[]), u32::MAX)
+        debug_assert!(self.info.extended || u32::try_from(request.length).is_ok(), "{request:?}");
+        self.submit(request, &Payload::Bytes(&[]), u64::MAX)
     }
 
     /// Submits a request, in parts where it is longer than `longest`. Either all of them are taken or none.
-    fn submit(&mut self, request: Request, payload: &Payload<'_>, longest: u32) -> Result<Submitted, Lost> {
+    fn submit(&mut self, request: Request, payload: &Payload<'_>, longest: impl Into<u64>) -> Result<Submitted, Lost> {
         self.alive()?;
-        let parts = request.length.div_ceil(longest).max(1) as usize;
+        let longest = longest.into();
+        let parts = usize::try_from(request.length.div_ceil(longest).max(1)).unwrap_or(usize::MAX);
         if parts > WINDOW_MAX {
             return Err(self.lose(SENDING, format_args!("a request of {} bytes is too long to split", request.length)));
         }
@@ -248,7 +258,7 @@ impl Client {
             _ => &[],
         };
         let leaves = copied.is_empty() && request.command == wire::CMD_WRITE;
-        let fits = self.has_room(parts * wire::REQUEST_LENGTH + copied.len())?;
+        let fits = self.has_room(parts * wire::EXTENDED_REQUEST_LENGTH + copied.len())?;
         if self.replies.room() < parts || (leaves || !fits) && self.replies.expects_data() {
             return Ok(Submitted::WaitFirst);
         }
@@ -258,12 +268,13 @@ impl Client {
         let (mut lead, mut at) = (None, 0);
         for _ in 0..parts {
             let length = (request.length - at).min(longest);
-            let part = Request { offset: request.offset + u64::from(at), length, ..request };
+            let part = Request { offset: request.offset + at, length, ..request };
             let Some((cookie, slot)) = self.replies.enter(&part, lead) else { return Ok(Submitted::WaitFirst) };
             lead.get_or_insert(slot);
-            self.send.extend_from_slice(&Request { cookie, ..part }.encode());
+            self.put_head(Request { cookie, ..part });
             self.send.extend_from_slice(copied);
-            let (start, end) = (at as usize, (at + length) as usize);
+            let place = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
+            let (start, end) = (place(at), place(at + length));
             match payload {
                 _ if !leaves => {}
                 Payload::Bytes(bytes) => self.send_all(&bytes[start..end])?,
@@ -277,6 +288,17 @@ impl Client {
             at += length;
         }
         Ok(Submitted::Taken)
+    }
+
+    /// Puts a request's head behind what has gathered.
+    fn put_head(&mut self, mut request: Request) {
+        if !self.info.extended {
+            return self.send.extend_from_slice(&request.encode());
+        }
+        if request.command == wire::CMD_WRITE {
+            request.flags |= wire::CMD_FLAG_PAYLOAD_LEN;
+        }
+        self.send.extend_from_slice(&request.encode_extended());
     }
 
     /// Whether `room` bytes fit the send buffer, after sending what leaves at once.
@@ -432,19 +454,28 @@ impl Client {
         self.lost.insert(Lost { operation, cause }).clone()
     }
 
-    /// Says goodbye, which a server needs to know that nothing was cut off. Wait for the requests in flight before.
+    /// Says goodbye, which a server needs to know that nothing was cut off, and takes its time for it. Wait for the
+    /// requests in flight before.
     pub fn disconnect(mut self) {
         if self.lost.is_none() {
             let goodbye = Request { flags: 0, command: wire::CMD_DISC, cookie: 0, offset: 0, length: 0 };
             let deadline = Instant::now() + GOODBYE_TIMEOUT;
-            self.send.extend_from_slice(&goodbye.encode());
+            self.put_head(goodbye);
             let _ = self.socket.send_all_before(&self.send[self.sent..], deadline);
+            // Nothing may follow a goodbye.
+            self.lose(SENDING, "it was closed");
         }
     }
 }
 
+/// A client that owes nothing and is owed nothing says goodbye, as far as it can be done without waiting. With requests
+/// in flight it does not: their outcome is given up, and the connection with it.
 impl Drop for Client {
     fn drop(&mut self) {
+        if self.lost.is_none() && self.in_flight() == 0 && self.send.is_empty() {
+            self.put_head(Request { flags: 0, command: wire::CMD_DISC, cookie: 0, offset: 0, length: 0 });
+            let _ = self.socket.send_nowait(&self.send, &[]);
+        }
         self.socket.shutdown();
     }
 }

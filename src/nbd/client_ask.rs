@@ -1,9 +1,9 @@
 //! What can be asked of a server without opening an export: which exports it has, what they are, which metadata
 //! contexts.
 //!
-//! For those who show a server to its user, or look before they open. One connection answers all questions and ends with
-//! a goodbye. A server that does not know a question is no error. Names come as the server has them: whoever prints one
-//! escapes it.
+//! For those who show a server to its user, or look before they open. One connection answers all questions and ends
+//! with a goodbye. A server that does not know a question is no error. Names come as the server has them: whoever
+//! prints one escapes it.
 //!
 //! NBD specification: "Option types" (LIST, INFO), "Metadata querying".
 
@@ -98,8 +98,9 @@ impl<'a> Questions<'a> {
         }
     }
 
-    /// Calls `each` for each metadata context of `export` that a query matches: a whole name, or what a server takes for
-    /// several, as `base:` and `qemu:dirty-bitmap:`. Without a query, for all. `false` where the server has no contexts.
+    /// Calls `each` for each metadata context of `export` that a query matches: a whole name, or what a server takes
+    /// for several, as `base:` and `qemu:dirty-bitmap:`. Without a query, for all. `false` where the server has no
+    /// contexts.
     ///
     /// # Errors
     /// The connection is dead, or the server has broken the protocol.

@@ -5,7 +5,7 @@
 use std::fmt;
 
 use crate::cause::Cause;
-use crate::limits::{CLIENT_REQUEST_MAX, ZERO_REQUEST_MAX};
+use crate::limits::{CLIENT_REQUEST_MAX, MINIMUM_BLOCK_MAX, ZERO_REQUEST_MAX};
 use crate::nbd::client::{Client, Lost, Submitted};
 use crate::nbd::replies::{Event, ServerError};
 use crate::nbd::wire;
@@ -177,16 +177,16 @@ impl Client {
         let end = offset + length;
         // How far each context has come; a server may tell more of one than of another.
         let mut told = self.info.contexts.map(|agreed| if agreed.is_some() { offset } else { end });
-        let longest = u32::MAX - u32::MAX % self.info.minimum_block.max(512);
+        let longest = if self.info.extended { u64::MAX } else { u64::from(u32::MAX - u32::MAX % MINIMUM_BLOCK_MAX) };
         loop {
             let from = told.iter().copied().min().unwrap_or(end);
             if from >= end {
                 return Ok(());
             }
             let (at, until) = self.info.blocks_around(from, end);
-            let piece = u32::try_from(until - at).unwrap_or(longest).min(longest);
-            let mut submit = Client::submit_block_status;
-            self.pieces(STATUS, at, u64::from(piece), piece, &mut submit, &mut |event| {
+            let piece = (until - at).min(longest);
+            let mut submit = |client: &mut Self, cookie: u64, _, _| client.submit_block_status(cookie, at, piece);
+            self.pieces(STATUS, at, 1, 1, &mut submit, &mut |event| {
                 let Event::Status { context, offset: at, length, flags, .. } = event else { return };
                 let (start, stop) = (at.max(told[context]), (at + length).min(end));
                 if start < stop {

@@ -23,6 +23,8 @@ use crate::socket::Socket;
 pub struct Wants<'a> {
     /// Structured replies: reads that fail late, and holes, are told.
     pub structured: bool,
+    /// Extended headers where the server knows them: then extents are as long as they are. Needs `structured`.
+    pub extended: bool,
     /// Block status with these metadata contexts, by their full names: `base:allocation`, `qemu:dirty-bitmap:NAME`,
     /// `qemu:allocation-depth` and whatever else a server may have; at most [`CONTEXTS_MAX`]. Needs `structured`.
     pub contexts: &'a [&'a str],
@@ -30,7 +32,7 @@ pub struct Wants<'a> {
 
 impl Wants<'_> {
     /// What a client wants that reads and follows extents.
-    pub const READING: Wants<'static> = Wants { structured: true, contexts: &[wire::BASE_ALLOCATION] };
+    pub const READING: Wants<'static> = Wants { structured: true, extended: true, contexts: &[wire::BASE_ALLOCATION] };
 }
 
 /// What the server said about the export, and what was agreed on.
@@ -47,8 +49,10 @@ pub struct ExportInfo {
     /// Largest payload of a request, in bytes: a multiple of `minimum_block`, and at most [`PAYLOAD_MAX`], which stands
     /// here where the server says nothing.
     pub maximum_payload: u32,
-    /// Whether structured replies were agreed on.
+    /// Whether structured replies, or extended headers, were agreed on.
     pub structured: bool,
+    /// Whether extended headers were agreed on.
+    pub extended: bool,
     /// The server's numbers for the contexts of [`Wants::contexts`], in that order; `None` where it has no such one.
     pub contexts: [Option<u32>; CONTEXTS_MAX],
     /// The place of `base:allocation` among them, if it was agreed on.
@@ -65,6 +69,7 @@ impl ExportInfo {
             preferred_block: PREFERRED_BLOCK,
             maximum_payload: PAYLOAD_MAX,
             structured: false,
+            extended: false,
             contexts: [None; CONTEXTS_MAX],
             base_allocation: None,
         }
@@ -192,6 +197,7 @@ impl std::error::Error for ConnectError {}
 
 const GREETING: &str = "greeting the server";
 const STRUCTURED: &str = "asking for structured replies";
+const EXTENDED: &str = "asking for extended headers";
 const CONTEXTS: &str = "asking for metadata contexts";
 const OPENING: &str = "opening the export";
 const OPENING_OLD: &str = "opening the export by name";
@@ -214,12 +220,16 @@ fn negotiate_before(
     let mut haggling = Haggling::greet(socket, deadline)?;
     let mut info = ExportInfo::unknown();
     if haggling.fixed {
-        info.structured = wants.structured && haggling.structured_replies()?;
+        info.extended = wants.structured && wants.extended && haggling.extended_headers()?;
+        info.structured = info.extended || (wants.structured && haggling.structured_replies()?);
         if info.structured && !wants.contexts.is_empty() {
             haggling.contexts(export, wants.contexts, &mut info)?;
         }
         if haggling.go(export, &mut info)? {
             return Ok(info);
+        }
+        if info.extended {
+            return Err(ConnectError::Protocol(OPENING, Cause::new("GO is unknown after extended headers")));
         }
     }
     haggling.export_name(export, &mut info)?;
@@ -307,6 +317,10 @@ impl<'a> Haggling<'a> {
 
     pub(super) fn structured_replies(&mut self) -> Result<bool, ConnectError> {
         Ok(self.ask_simply(STRUCTURED, wire::OPT_STRUCTURED_REPLY)?.is_none())
+    }
+
+    fn extended_headers(&mut self) -> Result<bool, ConnectError> {
+        Ok(self.ask_simply(EXTENDED, wire::OPT_EXTENDED_HEADERS)?.is_none())
     }
 
     /// Chooses the metadata contexts that the server has of those in `names`.
@@ -416,7 +430,8 @@ impl<'a> Haggling<'a> {
         self.ask(operation, option, &[], OPTION_REPLIES_MAX, &mut |_, _| Err("an unexpected reply"))
     }
 
-    /// Sends an option, gives each reply with data, at most `most`, to `take` and returns the last one if it is a refusal.
+    /// Sends an option, gives each reply with data, at most `most`, to `take` and returns the last one if it is a
+    /// refusal.
     pub(super) fn ask(
         &mut self,
         operation: &'static str,

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
-const ALL: Wants<'_> = Wants::READING;
+const ALL: Wants<'_> = Wants { extended: false, ..Wants::READING };
 
 /// A scripted server's end.
 struct Server(UnixStream);
@@ -116,6 +116,7 @@ fn server_with_everything() {
         preferred_block: 65536,
         maximum_payload: PAYLOAD_MAX,
         structured: true,
+        extended: false,
         contexts: [Some(0x2a), None, None, None],
         base_allocation: Some(0),
     };
@@ -191,9 +192,44 @@ fn server_closes_instead_of_saying_that_it_has_no_such_export() {
 }
 
 #[test]
+fn server_knows_extended_headers() {
+    let script = |go: u32| {
+        move |mut server: Server| {
+            server.greet(3);
+            server.answer(wire::OPT_EXTENDED_HEADERS, wire::REP_ACK, &[]);
+            server.answer(wire::OPT_SET_META_CONTEXT, wire::REP_ACK, &[]);
+            assert_eq!(server.option().0, wire::OPT_GO, "structured replies are not asked for");
+            if go == wire::REP_ACK {
+                info(&mut server, &wire::info_export(8192, 1));
+            }
+            server.reply(wire::OPT_GO, go, &[]);
+        }
+    };
+    let told = with(script(wire::REP_ACK), |socket| negotiate(socket, "disk", Wants::READING)).unwrap();
+    assert!(told.extended && told.structured);
+    let error = with(script(wire::REP_ERR_UNSUP), |socket| negotiate(socket, "disk", Wants::READING)).unwrap_err();
+    let text = "opening the export: the server broke the protocol: GO is unknown after extended headers";
+    assert_eq!(error.to_string(), text, "EXPORT_NAME is not allowed any more");
+
+    for reply in [wire::REP_ERR_UNSUP, wire::REP_ERR_POLICY] {
+        let script = move |mut server: Server| {
+            server.greet(3);
+            server.answer(wire::OPT_EXTENDED_HEADERS, reply, &[]);
+            server.answer(wire::OPT_STRUCTURED_REPLY, wire::REP_ACK, &[]);
+            server.answer(wire::OPT_SET_META_CONTEXT, wire::REP_ACK, &[]);
+            server.option();
+            info(&mut server, &wire::info_export(8192, 1));
+            ack(&mut server);
+        };
+        let told = with(script, |socket| negotiate(socket, "disk", Wants::READING)).unwrap();
+        assert!(!told.extended && told.structured);
+    }
+}
+
+#[test]
 fn server_has_some_of_the_contexts() {
     let names = ["qemu:dirty-bitmap:b0", "", "qemu:allocation-depth", wire::BASE_ALLOCATION, "a:fifth"];
-    let wants = Wants { structured: true, contexts: &names };
+    let wants = Wants { structured: true, extended: false, contexts: &names };
     let script = |mut server: Server| {
         server.greet(3);
         server.answer(wire::OPT_STRUCTURED_REPLY, wire::REP_ACK, &[]);
@@ -226,6 +262,7 @@ fn what_a_server_lacks_is_told() {
         preferred_block: 4096,
         maximum_payload: 3 * 512,
         structured: false,
+        extended: false,
         contexts: [None; CONTEXTS_MAX],
         base_allocation: None,
     };

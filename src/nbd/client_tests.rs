@@ -31,7 +31,7 @@ impl Server {
     /// The next request and its payload.
     fn request_with_payload(&mut self) -> Option<(Request, Vec<u8>)> {
         let request = self.request()?;
-        let length = if request.command == wire::CMD_WRITE { request.length as usize } else { 0 };
+        let length = if request.command == wire::CMD_WRITE { usize::try_from(request.length).unwrap() } else { 0 };
         let mut payload = vec![0; length];
         self.0.read_exact(&mut payload).ok()?;
         Some((request, payload))
@@ -69,7 +69,7 @@ fn client_of(structured: bool, script: impl FnOnce(&mut Server) + Send + 'static
         server.option(wire::OPT_GO, 12, &[(wire::REP_INFO, &size), (wire::REP_ACK, &[])]);
         script(&mut server);
     });
-    let wants = Wants { structured, contexts: &[] };
+    let wants = Wants { structured, ..Wants::default() };
     let mut client = Client::connect(Arc::new(Socket::new(ours.into())), "disk", wants).unwrap();
     client.set_silence_max(5 * SECOND);
     (client, peer)
@@ -124,6 +124,27 @@ fn requests_have_the_bytes_of_the_specification() {
     assert_eq!(client.in_flight(), taken.len());
     client.disconnect();
     peer.join().unwrap();
+}
+
+#[test]
+fn a_client_that_is_dropped_says_goodbye_unless_it_waits_for_something() {
+    for waits in [false, true] {
+        let (mut client, peer) = client(move |server| {
+            if waits {
+                assert_eq!(server.request().unwrap().command, wire::CMD_FLUSH);
+            } else {
+                let goodbye = Request { flags: 0, command: wire::CMD_DISC, cookie: 0, offset: 0, length: 0 };
+                assert_eq!(server.request(), Some(goodbye));
+            }
+            assert_eq!(server.request(), None);
+        });
+        if waits {
+            assert_eq!(client.submit_flush(1), Ok(Submitted::Taken));
+            client.push().unwrap();
+        }
+        drop(client);
+        peer.join().unwrap();
+    }
 }
 
 #[test]
@@ -205,6 +226,9 @@ fn a_server_that_only_sends_while_we_send_is_no_deadlock() {
         // Far more than the socket and the client's buffer hold.
         server.0.write_all(&vec![9; read.length as usize]).unwrap();
         while let Some((request, payload)) = server.request_with_payload() {
+            if request.command == wire::CMD_DISC {
+                return;
+            }
             assert!(payload.iter().all(|&byte| byte == 3));
             server.reply(request.cookie);
         }

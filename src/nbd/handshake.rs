@@ -132,6 +132,8 @@ pub enum Outcome<T> {
 pub struct Agreed {
     /// Reads are answered with structured replies.
     pub structured: bool,
+    /// Requests and replies have extended headers; then replies are structured too.
+    pub extended: bool,
     /// Block status is answered for `base:allocation`, named [`BASE_ALLOCATION_ID`].
     pub base_allocation: bool,
 }
@@ -149,6 +151,8 @@ pub enum HandshakeError {
     Magic([u8; 8]),
     /// A client without fixed newstyle sent this option.
     NotFixed(u32),
+    /// After extended headers were agreed on, the client opened an export the old way.
+    NotExtended,
     /// The option's length is beyond all measure.
     TooLong(OptionHead),
     /// Too many options.
@@ -171,6 +175,7 @@ impl fmt::Display for HandshakeError {
                 write!(f, "handshake: the client sent no option but \"{}\"", magic.escape_ascii())
             }
             Self::NotFixed(option) => write!(f, "handshake: the client sent option {option} without fixed newstyle"),
+            Self::NotExtended => f.write_str("handshake: the client sent EXPORT_NAME after extended headers"),
             Self::TooLong(head) => {
                 write!(f, "handshake: the client sent option {} with {} bytes", head.option, head.length)
             }
@@ -201,6 +206,7 @@ fn haggle_before<D: Directory>(
         directory,
         no_zeroes: false,
         structured: false,
+        extended: false,
         context: false,
         context_name: Vec::with_capacity(EXPORT_NAME_MAX),
     };
@@ -218,6 +224,7 @@ struct Haggling<'a, D: Directory> {
     directory: &'a D,
     no_zeroes: bool,
     structured: bool,
+    extended: bool,
     /// Whether `base:allocation` is chosen; then for the export `context_name`.
     context: bool,
     context_name: Vec<u8>,
@@ -280,11 +287,18 @@ impl<D: Directory> Haggling<'_, D> {
                 return Ok(Next::End(Outcome::Phases));
             }
             (wire::OPT_LIST, Some([])) => self.list(),
+            (wire::OPT_STRUCTURED_REPLY, Some([])) if self.extended => {
+                self.line.reply(option, wire::REP_ERR_EXT_HEADER_REQD, b"extended headers are agreed on");
+            }
+            (wire::OPT_EXTENDED_HEADERS, Some([])) => {
+                (self.structured, self.extended) = (true, true);
+                self.line.reply(option, wire::REP_ACK, &[]);
+            }
             (wire::OPT_STRUCTURED_REPLY, Some([])) => {
                 self.structured = true;
                 self.line.reply(option, wire::REP_ACK, &[]);
             }
-            (wire::OPT_LIST | wire::OPT_STRUCTURED_REPLY, Some(_)) => {
+            (wire::OPT_LIST | wire::OPT_STRUCTURED_REPLY | wire::OPT_EXTENDED_HEADERS, Some(_)) => {
                 self.line.reply(option, wire::REP_ERR_INVALID, b"this option has no data");
             }
             (wire::OPT_INFO | wire::OPT_GO, Some(data)) => return Ok(self.info_or_go(option, data)),
@@ -292,6 +306,7 @@ impl<D: Directory> Haggling<'_, D> {
             (
                 wire::OPT_LIST
                 | wire::OPT_STRUCTURED_REPLY
+                | wire::OPT_EXTENDED_HEADERS
                 | wire::OPT_INFO
                 | wire::OPT_GO
                 | wire::OPT_LIST_META_CONTEXT
@@ -305,6 +320,9 @@ impl<D: Directory> Haggling<'_, D> {
 
     /// The old way to open an export: there is no reply that refuses, only the end of the connection.
     fn export_name(&mut self, data: &[u8]) -> Result<Next<D::Opened>, HandshakeError> {
+        if self.extended {
+            return Err(HandshakeError::NotExtended);
+        }
         let name = export_name(data).map_err(|_| HandshakeError::ExportName(OpenError::Unknown))?;
         let (description, opened) = self.directory.open(name).map_err(HandshakeError::ExportName)?;
         self.line.put(&wire::export_answer(description.size, self.transmission_flags(&description)));
@@ -343,7 +361,8 @@ impl<D: Directory> Haggling<'_, D> {
                 return Next::Option;
             }
         };
-        self.inform(option, name, &description, wanted);
+        let flags = self.transmission_flags(&description) | self.payload_flag(name);
+        self.inform(option, name, &description, flags, wanted);
         self.line.reply(option, wire::REP_ACK, &[]);
         match opened {
             Some(opened) => Next::End(Outcome::Transmission { opened, agreed: self.agreed(name) }),
@@ -352,8 +371,7 @@ impl<D: Directory> Haggling<'_, D> {
     }
 
     /// Sends what INFO and GO tell: the size always, the rest as asked for.
-    fn inform(&mut self, option: u32, name: &str, description: &Description, wanted: Wanted) {
-        let flags = self.transmission_flags(description);
+    fn inform(&mut self, option: u32, name: &str, description: &Description, flags: u16, wanted: Wanted) {
         self.line.reply(option, wire::REP_INFO, &wire::info_export(description.size, flags));
         if wanted.name {
             let canonical = if description.name.is_empty() { name } else { &description.name };
@@ -405,7 +423,12 @@ impl<D: Directory> Haggling<'_, D> {
 
     fn agreed(&self, name: &str) -> Agreed {
         let same_export = self.context_name == name.as_bytes();
-        Agreed { structured: self.structured, base_allocation: self.context && same_export }
+        Agreed { structured: self.structured, extended: self.extended, base_allocation: self.context && same_export }
+    }
+
+    /// A filter for contexts makes sense where there are some.
+    fn payload_flag(&self, name: &str) -> u16 {
+        if self.extended && self.agreed(name).base_allocation { wire::FLAG_BLOCK_STATUS_PAYLOAD } else { 0 }
     }
 
     fn transmission_flags(&self, description: &Description) -> u16 {

@@ -146,7 +146,7 @@ fn go_answers_every_kind_of_information() {
         assert_eq!(data[3], wire::info_block_size(1, 4096, 1 << 25));
         assert_eq!(data.len(), 5, "an unknown kind is ignored");
     });
-    assert_eq!(agreed(&ended), Agreed { structured: false, base_allocation: false });
+    assert_eq!(agreed(&ended), Agreed { structured: false, extended: false, base_allocation: false });
     assert_eq!(opened, 1, "INFO opens nothing");
 }
 
@@ -295,8 +295,7 @@ fn client_without_fixed_newstyle_sends_an_option() {
 fn unknown_options_are_refused_and_the_connection_lives_on() {
     let (ended, _) = against(false, |mut stream| {
         greet(&mut stream, 3);
-        let unknown =
-            [wire::OPT_STARTTLS, wire::OPT_EXTENDED_HEADERS, wire::OPT_PEEK_EXPORT, wire::OPT_BLOCKFERRY_PHASES];
+        let unknown = [wire::OPT_STARTTLS, wire::OPT_PEEK_EXPORT, wire::OPT_BLOCKFERRY_PHASES];
         for option in unknown.into_iter().chain([0, 12, 0x8000_0000, u32::MAX]) {
             for data in [0, 1, OPTION_PAYLOAD_MAX, OPTION_PAYLOAD_MAX + 1, OPTION_SKIP_MAX] {
                 assert_eq!(verdict(&mut stream, option, &vec![7; data]), wire::REP_ERR_UNSUP, "{option} {data}");
@@ -356,7 +355,7 @@ fn client_lies_about_inner_lengths() {
         assert_eq!(verdict(&mut stream, wire::OPT_SET_META_CONTEXT, &many), wire::REP_ERR_INVALID);
         assert_eq!(verdict(&mut stream, wire::OPT_GO, &info_data("sda", &[])), wire::REP_ACK);
     });
-    assert_eq!(agreed(&ended), Agreed { structured: true, base_allocation: false });
+    assert_eq!(agreed(&ended), Agreed { structured: true, extended: false, base_allocation: false });
 }
 
 #[test]
@@ -385,7 +384,7 @@ fn contexts_are_listed_and_set() {
         assert_eq!(chosen[0], (wire::REP_META_CONTEXT, b"\0\0\0\x01base:allocation".to_vec()));
         assert_eq!(verdict(&mut stream, wire::OPT_GO, &info_data("sda", &[])), wire::REP_ACK);
     });
-    assert_eq!(agreed(&ended), Agreed { structured: true, base_allocation: true });
+    assert_eq!(agreed(&ended), Agreed { structured: true, extended: false, base_allocation: true });
 }
 
 #[test]
@@ -409,7 +408,7 @@ fn contexts_are_forgotten() {
             }
             assert_eq!(verdict(&mut stream, wire::OPT_GO, &info_data(name, &[])), wire::REP_ACK);
         });
-        assert_eq!(agreed(&ended), Agreed { structured: true, base_allocation: false }, "{case}");
+        assert_eq!(agreed(&ended), Agreed { structured: true, extended: false, base_allocation: false }, "{case}");
     }
 }
 
@@ -446,4 +445,32 @@ fn nothing_beyond_the_handshake_is_read() {
     let mut rest = [0; 8];
     assert_eq!(socket.recv(&mut rest).unwrap(), 4);
     assert_eq!(&rest[..4], b"more");
+}
+
+#[test]
+fn extended_headers_come_before_structured_replies() {
+    let (ended, _) = against(false, |mut stream| {
+        greet(&mut stream, 3);
+        assert_eq!(verdict(&mut stream, wire::OPT_EXTENDED_HEADERS, b"x"), wire::REP_ERR_INVALID);
+        assert_eq!(verdict(&mut stream, wire::OPT_STRUCTURED_REPLY, &[]), wire::REP_ACK, "either may come first");
+        assert_eq!(verdict(&mut stream, wire::OPT_EXTENDED_HEADERS, &[]), wire::REP_ACK);
+        assert_eq!(verdict(&mut stream, wire::OPT_STRUCTURED_REPLY, &[]), wire::REP_ERR_EXT_HEADER_REQD);
+        let flags = |replies: Vec<(u32, Vec<u8>)>| u16::from_be_bytes([replies[0].1[10], replies[0].1[11]]);
+        let without = flags(ask(&mut stream, wire::OPT_INFO, &info_data("sda", &[])));
+        assert_eq!(without & (wire::FLAG_SEND_DF | wire::FLAG_BLOCK_STATUS_PAYLOAD), wire::FLAG_SEND_DF);
+        let set = ask(&mut stream, wire::OPT_SET_META_CONTEXT, &context_data("sda", &[wire::BASE_ALLOCATION]));
+        assert_eq!(set.len(), 2, "contexts need nothing else");
+        let with = flags(ask(&mut stream, wire::OPT_GO, &info_data("sda", &[])));
+        assert_eq!(with & wire::FLAG_BLOCK_STATUS_PAYLOAD, wire::FLAG_BLOCK_STATUS_PAYLOAD);
+    });
+    assert_eq!(agreed(&ended), Agreed { structured: true, extended: true, base_allocation: true });
+
+    let (ended, opened) = against(false, |mut stream| {
+        greet(&mut stream, 3);
+        assert_eq!(verdict(&mut stream, wire::OPT_EXTENDED_HEADERS, &[]), wire::REP_ACK);
+        send_option(&mut stream, wire::OPT_EXPORT_NAME, b"sda");
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0, "closed");
+    });
+    assert!(matches!(ended, Err(HandshakeError::NotExtended)), "{ended:?}");
+    assert_eq!(opened, 0);
 }

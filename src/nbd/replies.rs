@@ -79,6 +79,17 @@ impl std::error::Error for ServerError {}
 /// A cookie on the wire is a serial number times this, plus the slot.
 const SLOTS: u64 = 64;
 
+/// How a server replies, as it was agreed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Style {
+    /// With simple replies only.
+    Simple,
+    /// With structured ones where there is data.
+    Structured,
+    /// With extended headers only.
+    Extended,
+}
+
 /// The server's numbers for the metadata contexts that a client asked for, in the order of its asking.
 pub(crate) type Contexts = [Option<u32>; CONTEXTS_MAX];
 
@@ -91,7 +102,7 @@ pub(crate) struct Replies {
     serial: u64,
     /// Requests in flight whose replies carry data.
     with_data: usize,
-    structured: bool,
+    style: Style,
     contexts: Contexts,
     /// What the next bytes belong to.
     inside: Inside,
@@ -105,7 +116,7 @@ struct Pending {
     cookie: u64,
     command: u16,
     offset: u64,
-    length: u32,
+    length: u64,
     pieces: Pieces,
     /// A bit for each context whose extents have come.
     statuses: u8,
@@ -137,7 +148,7 @@ struct Stream {
     /// Where in the export the next piece stands.
     offset: u64,
     /// Bytes of payload that are still to come.
-    left: u32,
+    left: u64,
     /// Whether the reply ends with it.
     last: bool,
 }
@@ -147,7 +158,7 @@ struct Stream {
 struct Chunk {
     slot: usize,
     kind: u16,
-    length: u32,
+    length: u64,
     last: bool,
 }
 
@@ -171,7 +182,7 @@ enum Step {
 }
 
 impl Replies {
-    pub(crate) fn new(structured: bool, contexts: Contexts) -> Self {
+    pub(crate) fn new(style: Style, contexts: Contexts) -> Self {
         let empty = Pending {
             wire: 0,
             cookie: 0,
@@ -190,7 +201,7 @@ impl Replies {
             free: u64::MAX >> (64 - WINDOW_MAX),
             serial: 0,
             with_data: 0,
-            structured,
+            style,
             contexts,
             inside: Inside::Head,
         }
@@ -269,14 +280,22 @@ impl Replies {
             ReplyFront::Short => Ok(Step::Short),
             ReplyFront::BadMagic(magic) => Err(Cause::new(format_args!("the server sent no reply but {magic:#010x}"))),
             ReplyFront::Head(ReplyHead::Simple { error, cookie }, length) => {
+                if self.style == Style::Extended {
+                    return Err(Cause::new("the server sent a simple reply after extended headers"));
+                }
                 let events = self.simple(error, cookie, each)?;
                 Ok(Step::Took(length, events))
             }
-            ReplyFront::Head(ReplyHead::Chunk { flags, kind, cookie, length }, head_length) => {
-                if !self.structured {
+            ReplyFront::Head(ReplyHead::Chunk { flags, kind, cookie, length, offset }, head_length) => {
+                let agreed = if offset.is_some() { Style::Extended } else { Style::Structured };
+                if self.style != agreed {
                     return Err(Cause::new("the server sent a structured reply that was not agreed on"));
                 }
                 let (slot, last) = (self.find(cookie)?, flags & wire::REPLY_FLAG_DONE != 0);
+                let pending = &self.slots[slot];
+                if let Some(offset) = offset.filter(|&offset| offset != pending.offset) {
+                    return Err(pending.fault(format_args!("as if it were for {offset}")));
+                }
                 let step = self.chunk(Chunk { slot, kind, length, last }, Fields::new(&front[head_length..]), each)?;
                 Ok(match step {
                     Step::Took(consumed, events) => Step::Took(head_length + consumed, events),
@@ -307,10 +326,12 @@ impl Replies {
             return Ok(self.done(slot, each));
         }
         match pending.command {
-            wire::CMD_READ if self.structured => Err(pending.fault("with a simple reply after structured ones")),
+            wire::CMD_READ if self.style != Style::Simple => {
+                Err(pending.fault("with a simple reply after structured ones"))
+            }
             wire::CMD_READ => {
-                let whole = pending.pieces.add(0, pending.length);
-                debug_assert!(whole.is_ok(), "a simple reply is the only piece of its read");
+                let whole = pending.cover(pending.offset, pending.length);
+                debug_assert!(whole.is_ok() || pending.length == 0, "a simple reply is the only piece of its read");
                 let (offset, left) = (pending.offset, pending.length);
                 self.inside = Inside::Data(Stream { slot, context: 0, offset, left, last: true });
                 Ok(0)
@@ -330,7 +351,12 @@ impl Replies {
             }
             (wire::REPLY_TYPE_OFFSET_DATA, wire::CMD_READ) => self.data_chunk(chunk, payload),
             (wire::REPLY_TYPE_OFFSET_HOLE, wire::CMD_READ) => self.hole_chunk(chunk, payload, each),
-            (wire::REPLY_TYPE_BLOCK_STATUS, wire::CMD_BLOCK_STATUS) => self.status_chunk(chunk, payload),
+            (wire::REPLY_TYPE_BLOCK_STATUS, wire::CMD_BLOCK_STATUS) if self.style == Style::Structured => {
+                self.status_chunk(chunk, payload, 4, 8)
+            }
+            (wire::REPLY_TYPE_BLOCK_STATUS_EXT, wire::CMD_BLOCK_STATUS) if self.style == Style::Extended => {
+                self.status_chunk(chunk, payload, 8, 16)
+            }
             (kind, _) if kind & wire::REPLY_TYPE_FLAG_ERROR != 0 => self.error_chunk(chunk, payload, each),
             (kind, _) => Err(pending.fault(format_args!("with a chunk of type {kind} and {} bytes", chunk.length))),
         }
@@ -354,20 +380,27 @@ impl Replies {
             return Err(pending.fault("with a hole chunk of a wrong length"));
         }
         let (Some(offset), Some(length)) = (payload.u64(), payload.u32()) else { return Ok(Step::Short) };
-        pending.cover(offset, length)?;
+        pending.cover(offset, u64::from(length))?;
         each(Event::Zero { cookie: pending.cookie, offset, length });
         let done = if chunk.last { self.finish(chunk.slot, each)? } else { 0 };
         Ok(Step::Took(12, 1 + done))
     }
 
-    fn status_chunk(&mut self, chunk: Chunk, mut payload: Fields<'_>) -> Result<Step, Cause> {
+    /// A block status whose payload has a head, then extents, of so many bytes each.
+    fn status_chunk(&mut self, chunk: Chunk, mut payload: Fields<'_>, head: u64, extent: u64) -> Result<Step, Cause> {
         let Chunk { slot, length, last, .. } = chunk;
         let pending = &mut self.slots[slot];
-        let longest = 4 + 8 * CLIENT_EXTENTS_MAX;
-        if length < 12 || length % 8 != 4 || length as usize > longest {
+        let left = length.saturating_sub(head);
+        if left == 0 || left % extent != 0 || left > extent * u64::from(CLIENT_EXTENTS_MAX) {
             return Err(pending.fault("with a block status of a wrong length"));
         }
         let Some(number) = payload.u32() else { return Ok(Step::Short) };
+        if self.style == Style::Extended {
+            let Some(count) = payload.u32() else { return Ok(Step::Short) };
+            if u64::from(count) * extent != left {
+                return Err(pending.fault("with a block status of a wrong length"));
+            }
+        }
         let Some(context) = self.contexts.iter().position(|&agreed| agreed == Some(number)) else {
             return Err(pending.fault("for a metadata context that was not agreed on"));
         };
@@ -375,13 +408,13 @@ impl Replies {
             return Err(pending.fault("with two block statuses for one context"));
         }
         pending.statuses |= 1 << context;
-        self.inside = Inside::Status(Stream { slot, context, offset: pending.offset, left: length - 4, last });
-        Ok(Step::Took(4, 0))
+        self.inside = Inside::Status(Stream { slot, context, offset: pending.offset, left, last });
+        Ok(Step::Took(usize::try_from(head).unwrap_or(usize::MAX), 0))
     }
 
     fn error_chunk(&mut self, chunk: Chunk, mut payload: Fields<'_>, each: Each<'_>) -> Result<Step, Cause> {
         let pending = &mut self.slots[chunk.slot];
-        let whole = chunk.length as usize;
+        let whole = usize::try_from(chunk.length).unwrap_or(usize::MAX);
         if whole > ERROR_CHUNK_MAX {
             return Err(pending.fault("with an error chunk that is too long"));
         }
@@ -394,17 +427,17 @@ impl Replies {
 
     /// Delivers what there is of a READ's bytes.
     fn data(&mut self, front: &[u8], mut stream: Stream, each: Each<'_>) -> Result<Step, Cause> {
-        let here = u32::try_from(front.len()).unwrap_or(u32::MAX).min(stream.left);
+        let here = stream.left.min(front.len() as u64);
         if here == 0 && stream.left > 0 {
             return Ok(Step::Short);
         }
         let mut events = 0;
-        let bytes = &front[..here as usize];
+        let bytes = &front[..usize::try_from(here).unwrap_or(front.len())];
         if here > 0 {
             each(Event::Data { cookie: self.slots[stream.slot].cookie, offset: stream.offset, bytes });
             events += 1;
         }
-        stream.offset += u64::from(here);
+        stream.offset += here;
         stream.left -= here;
         self.inside = Inside::Data(stream);
         events += self.after(stream, each)?;
@@ -414,25 +447,28 @@ impl Replies {
     /// Delivers one extent, cut at the end of the range that was asked for.
     fn extent(&mut self, front: &[u8], mut stream: Stream, each: Each<'_>) -> Result<Step, Cause> {
         let mut fields = Fields::new(front);
-        let (Some(length), Some(flags)) = (fields.u32(), fields.u32()) else { return Ok(Step::Short) };
+        let (extent, read) = if self.style == Style::Extended {
+            (fields.u64().zip(fields.u64()), 16)
+        } else {
+            (fields.u32().zip(fields.u32()).map(|(length, flags)| (u64::from(length), u64::from(flags))), 8)
+        };
+        let Some((length, flags)) = extent else { return Ok(Step::Short) };
         let pending = &self.slots[stream.slot];
         if length == 0 {
             return Err(pending.fault("with an empty extent"));
         }
-        let within = pending.offset.saturating_add(u64::from(pending.length)).saturating_sub(stream.offset);
-        let length = u32::try_from(within).unwrap_or(u32::MAX).min(length);
+        let length = pending.offset.saturating_add(pending.length).saturating_sub(stream.offset).min(length);
         let mut events = 0;
         if length > 0 {
             let Stream { context, offset, .. } = stream;
-            let (length, flags) = (u64::from(length), u64::from(flags));
             each(Event::Status { cookie: pending.cookie, context, offset, length, flags });
             events += 1;
         }
-        stream.offset += u64::from(length);
-        stream.left -= 8;
+        stream.offset += length;
+        stream.left -= read;
         self.inside = Inside::Status(stream);
         events += self.after(stream, each)?;
-        Ok(Step::Took(8, events))
+        Ok(Step::Took(usize::try_from(read).unwrap_or(usize::MAX), events))
     }
 
     /// Leaves a stream whose payload is used up, and ends the request with it if it was the last of its reply.
@@ -448,7 +484,7 @@ impl Replies {
     fn finish(&mut self, slot: usize, each: Each<'_>) -> Result<usize, Cause> {
         let pending = &self.slots[slot];
         let complete = match pending.command {
-            wire::CMD_READ => pending.pieces.covered() == pending.length,
+            wire::CMD_READ => u64::from(pending.pieces.covered()) == pending.length,
             wire::CMD_BLOCK_STATUS => {
                 let agreed = |place: usize| self.contexts[place].is_some();
                 (0..CONTEXTS_MAX).all(|place| pending.statuses & 1 << place != 0 || !agreed(place))
@@ -502,10 +538,12 @@ fn parse_error(payload: &[u8]) -> Option<ServerError> {
 
 impl Pending {
     /// Notes that the reply has a piece of the range, each byte of which may come once.
-    fn cover(&mut self, offset: u64, length: u32) -> Result<(), Cause> {
-        let start = offset.checked_sub(self.offset).and_then(|start| u32::try_from(start).ok());
+    fn cover(&mut self, offset: u64, length: u64) -> Result<(), Cause> {
+        let start = offset.checked_sub(self.offset);
         let end = start.and_then(|start| start.checked_add(length)).filter(|&end| end <= self.length && length > 0);
-        let (Some(start), Some(end)) = (start, end) else {
+        // A READ is never longer than 32 bits say.
+        let narrow = |at: Option<u64>| at.and_then(|at| u32::try_from(at).ok());
+        let (Some(start), Some(end)) = (narrow(start), narrow(end)) else {
             return Err(self.fault(format_args!("with {length} bytes at {offset}, outside of the request")));
         };
         self.pieces.add(start, end).map_err(|why| self.fault(why))

@@ -31,13 +31,33 @@ fn seen(event: Event<'_>) -> Seen {
 
 /// A client with one request in flight: 4096 bytes at 8192, which the caller named 1.
 fn asked(structured: bool, command: u16) -> (Replies, u64) {
-    let mut replies = Replies::new(structured, [structured.then_some(CONTEXT), None, None, None]);
+    let style = if structured { Style::Structured } else { Style::Simple };
+    let mut replies = Replies::new(style, [structured.then_some(CONTEXT), None, None, None]);
     let cookie = replies.enter(&request(command), None).unwrap().0;
     (replies, cookie)
 }
 
 fn request(command: u16) -> Request {
     Request { flags: 0, command, cookie: 1, offset: 8192, length: 4096 }
+}
+
+/// The same with extended headers, and two contexts.
+fn asked_extended(command: u16) -> (Replies, u64) {
+    let mut replies = Replies::new(Style::Extended, [Some(CONTEXT), Some(2), None, None]);
+    let cookie = replies.enter(&request(command), None).unwrap().0;
+    (replies, cookie)
+}
+
+fn extended(last: bool, kind: u16, cookie: u64, offset: u64, parts: &[&[u8]]) -> Vec<u8> {
+    let payload = parts.concat();
+    let head = wire::extended_chunk(u16::from(last), kind, cookie, offset, payload.len() as u64);
+    [&head[..], &payload].concat()
+}
+
+fn status_ext(last: bool, cookie: u64, context: u32, count: u32, extents: &[(u64, u64)]) -> Vec<u8> {
+    let extents: Vec<u8> = extents.iter().flat_map(|&(length, flags)| wire::extent_ext(length, flags)).collect();
+    let kind = wire::REPLY_TYPE_BLOCK_STATUS_EXT;
+    extended(last, kind, cookie, 8192, &[&wire::block_status_ext(context, count), &extents])
 }
 
 fn answer(replies: &mut Replies, bytes: &[u8]) -> Result<Vec<Seen>, String> {
@@ -268,7 +288,7 @@ fn extents_end_with_the_request() {
 #[test]
 fn each_context_has_extents_of_its_own() {
     let contexts = [Some(CONTEXT), Some(2), None, None];
-    let mut replies = Replies::new(true, contexts);
+    let mut replies = Replies::new(Style::Structured, contexts);
     let cookie = replies.enter(&request(wire::CMD_BLOCK_STATUS), None).unwrap().0;
     let bytes = [status(false, cookie, 2, &[(4096, 1)]), status(true, cookie, CONTEXT, &[(512, 0), (512, 3)])].concat();
     let expected =
@@ -276,7 +296,7 @@ fn each_context_has_extents_of_its_own() {
     assert_eq!(answer(&mut replies, &bytes).unwrap(), expected);
 
     for missing in [CONTEXT, 2] {
-        let mut replies = Replies::new(true, contexts);
+        let mut replies = Replies::new(Style::Structured, contexts);
         let cookie = replies.enter(&request(wire::CMD_BLOCK_STATUS), None).unwrap().0;
         let text = answer(&mut replies, &status(true, cookie, missing, &[(4096, 0)])).unwrap_err();
         assert!(text.ends_with("without the extents of each metadata context"), "{text}");
@@ -284,8 +304,76 @@ fn each_context_has_extents_of_its_own() {
 }
 
 #[test]
+fn extended_replies_are_understood() {
+    let (mut replies, cookie) = asked_extended(wire::CMD_READ);
+    let bytes = [
+        extended(false, wire::REPLY_TYPE_OFFSET_HOLE, cookie, 8192, &[&wire::offset_hole(8192, 4000)]),
+        extended(true, wire::REPLY_TYPE_OFFSET_DATA, cookie, 8192, &[&wire::offset_data(12192), &[5; 96]]),
+    ]
+    .concat();
+    let expected = [Seen::Zero(8192, 4000), Seen::Data(12192, vec![5; 96]), Seen::Done(1, Ok(()))];
+    assert_eq!(answer(&mut replies, &bytes).unwrap(), expected);
+
+    let (mut replies, cookie) = asked_extended(wire::CMD_WRITE);
+    let done = extended(true, wire::REPLY_TYPE_NONE, cookie, 8192, &[]);
+    assert_eq!(answer(&mut replies, &done).unwrap(), [Seen::Done(1, Ok(()))]);
+
+    let (mut replies, cookie) = asked_extended(wire::CMD_BLOCK_STATUS);
+    let bytes = [
+        status_ext(false, cookie, CONTEXT, 2, &[(512, 0), (1 << 40, 1 << 33)]),
+        status_ext(true, cookie, 2, 1, &[(512, 7)]),
+    ]
+    .concat();
+    let expected = [
+        Seen::Status(8192, 512, 0),
+        Seen::Status(8704, 3584, 1 << 33),
+        Seen::Second(8192, 512, 7),
+        Seen::Done(1, Ok(())),
+    ];
+    assert_eq!(answer(&mut replies, &bytes).unwrap(), expected);
+    for end in 1..bytes.len() {
+        let (mut replies, _) = asked_extended(wire::CMD_BLOCK_STATUS);
+        assert!(replies.read(&bytes[..end], &mut |_| {}).unwrap().consumed <= end, "{end} bytes are no error");
+    }
+}
+
+#[test]
+fn server_breaks_what_was_agreed_on_after_extended_headers() {
+    let (read, block_status) = (wire::CMD_READ, wire::CMD_BLOCK_STATUS);
+    let whole: &[&[u8]] = &[&wire::offset_data(8192), &[5; 4096]];
+    let kind = wire::REPLY_TYPE_OFFSET_DATA;
+    type Make<'a> = &'a dyn Fn(u64) -> Vec<u8>;
+    let cases: [(&str, u16, Make<'_>); 8] = [
+        ("a simple reply after extended headers", read, &|c| wire::simple_reply(0, c).into()),
+        ("not agreed on", read, &|c| chunk(true, kind, c, whole)),
+        ("as if it were for 0", read, &|c| extended(true, kind, c, 0, whole)),
+        ("chunk of type 5", block_status, &|c| {
+            extended(true, 5, c, 8192, &[&wire::block_status(CONTEXT), &wire::extent(4096, 0)])
+        }),
+        ("of a wrong length", block_status, &|c| status_ext(true, c, CONTEXT, 2, &[(4096, 0)])),
+        ("of a wrong length", block_status, &|c| status_ext(true, c, CONTEXT, 0, &[])),
+        ("an empty extent", block_status, &|c| status_ext(true, c, CONTEXT, 1, &[(0, 0)])),
+        ("bytes at 8192, outside", read, &|c| {
+            wire::extended_chunk(1, kind, c, 8192, (1 << 40) + 8)
+                .iter()
+                .copied()
+                .chain(wire::offset_data(8192))
+                .collect()
+        }),
+    ];
+    for (expected, command, reply) in cases {
+        let (mut replies, cookie) = asked_extended(command);
+        let text = answer(&mut replies, &reply(cookie)).unwrap_err();
+        assert!(text.contains(expected), "{expected}: {text}");
+    }
+    let (mut replies, cookie) = asked(true, read);
+    let text = answer(&mut replies, &extended(true, kind, cookie, 8192, whole)).unwrap_err();
+    assert!(text.contains("not agreed on"), "{text}");
+}
+
+#[test]
 fn a_request_in_parts_is_done_once_when_all_are() {
-    let mut replies = Replies::new(false, [None; CONTEXTS_MAX]);
+    let mut replies = Replies::new(Style::Simple, [None; CONTEXTS_MAX]);
     let (first, lead) = replies.enter(&request(wire::CMD_WRITE), None).unwrap();
     let others = [(); 2].map(|()| replies.enter(&request(wire::CMD_WRITE), Some(lead)).unwrap().0);
     let by_itself = replies.enter(&Request { cookie: 2, ..request(wire::CMD_READ) }, None).unwrap().0;
@@ -346,7 +434,7 @@ fn server_sends_a_bad_error_chunk() {
 
 #[test]
 fn the_window_has_an_end() {
-    let mut replies = Replies::new(false, [None; CONTEXTS_MAX]);
+    let mut replies = Replies::new(Style::Simple, [None; CONTEXTS_MAX]);
     let request = Request { flags: 0, command: wire::CMD_READ, cookie: 0, offset: 0, length: 0 };
     let cookies: Vec<u64> = (0..WINDOW_MAX).map(|_| replies.enter(&request, None).unwrap().0).collect();
     assert_eq!(replies.enter(&request, None), None);

@@ -34,8 +34,8 @@ use crate::limits::{
     DIRECT_ALIGN, INLINE_READ_MAX, OWED_MAX, PAYLOAD_MAX, RECEIVE_BUFFER, REPLY_BUFFER, SLOT_BUFFER, SLOTS, SLOW_WRITE,
     SLOW_WRITE_MEMORY, WORKER_STACK,
 };
-use crate::nbd::handshake::{Agreed, Description};
-use crate::nbd::wire::{self, REQUEST_LENGTH, Request};
+use crate::nbd::handshake::{Agreed, BASE_ALLOCATION_ID, Description};
+use crate::nbd::wire::{self, EXTENDED_REQUEST_LENGTH, Fields, REQUEST_LENGTH, Request};
 use answerer::{Answer, Answers};
 use reply::ReplyHead;
 use worker::{Job, Pool, Ticket, Worker};
@@ -116,14 +116,23 @@ struct Connection<'a> {
     broken: AtomicBool,
 }
 
+/// How many bytes follow a request. With extended headers a flag says it, which QEMU (8.2 to 10) leaves out where it
+/// writes: there is no WRITE without a payload.
+fn payload_length(request: &Request, agreed: Agreed) -> u64 {
+    let flagged = agreed.extended && request.flags & wire::CMD_FLAG_PAYLOAD_LEN != 0;
+    if flagged || request.command == wire::CMD_WRITE { request.length } else { 0 }
+}
+
 /// What is wrong with a request, before anything is done for it.
 fn validate(request: &Request, visit: &Visit, agreed: Agreed) -> Result<(), u32> {
     use wire::{
-        CMD_BLOCK_STATUS, CMD_CACHE, CMD_FLAG_DF, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, CMD_FLAG_REQ_ONE,
-        CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, EINVAL, ENOSPC, EOVERFLOW, EPERM,
+        CMD_BLOCK_STATUS, CMD_CACHE, CMD_FLAG_DF, CMD_FLAG_FAST_ZERO, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE,
+        CMD_FLAG_PAYLOAD_LEN, CMD_FLAG_REQ_ONE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, EINVAL,
+        ENOSPC, EOVERFLOW, EPERM,
     };
     let allowed = match request.command {
         CMD_READ if agreed.structured => CMD_FLAG_FUA | CMD_FLAG_DF,
+        CMD_WRITE if agreed.extended => CMD_FLAG_FUA | CMD_FLAG_PAYLOAD_LEN,
         CMD_READ | CMD_WRITE | CMD_FLUSH | CMD_TRIM | CMD_CACHE => CMD_FLAG_FUA,
         CMD_WRITE_ZEROES => CMD_FLAG_FUA | CMD_FLAG_NO_HOLE | CMD_FLAG_FAST_ZERO,
         CMD_BLOCK_STATUS if agreed.base_allocation => CMD_FLAG_FUA | CMD_FLAG_REQ_ONE,
@@ -139,22 +148,25 @@ fn validate(request: &Request, visit: &Visit, agreed: Agreed) -> Result<(), u32>
     if request.command == CMD_FLUSH {
         return if request.offset == 0 && request.length == 0 { Ok(()) } else { Err(EINVAL) };
     }
-    let end = request.offset.checked_add(u64::from(request.length));
+    let end = request.offset.checked_add(request.length);
     if end.is_none_or(|end| end > visit.disk().size()) {
         return Err(if matches!(request.command, CMD_WRITE | CMD_WRITE_ZEROES) { ENOSPC } else { EINVAL });
     }
-    if request.length == 0 || (request.command == CMD_READ && request.length > PAYLOAD_MAX) {
+    if request.length == 0 {
         return Err(EINVAL);
     }
+    if request.command == CMD_READ && request.length > u64::from(PAYLOAD_MAX) {
+        return Err(if agreed.structured { EOVERFLOW } else { EINVAL });
+    }
     // A chunk that must be whole is read whole before its head says that it is the last one.
-    if request.flags & CMD_FLAG_DF != 0 && request.length as usize > SLOT_BUFFER {
+    if request.flags & CMD_FLAG_DF != 0 && request.length > SLOT_BUFFER as u64 {
         return Err(EOVERFLOW);
     }
     Ok(())
 }
 
 /// The error that a client sees; `None` if there is nobody to see it.
-fn error_number(fault: &Fault) -> Option<u32> {
+pub(crate) fn error_number(fault: &Fault) -> Option<u32> {
     use rustix::io::Errno;
     Some(match fault {
         Fault::Gone | Fault::WouldWait => return None,
@@ -221,10 +233,21 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
             if request.command == wire::CMD_DISC {
                 return Ok(());
             }
-            let valid = validate(&request, self.connection.visit, self.connection.agreed);
-            match (request.command, valid) {
-                (wire::CMD_WRITE, valid) => self.write(&request, valid)?,
-                (_, Err(error)) => self.reply(&request, error)?,
+            let agreed = self.connection.agreed;
+            let payload = payload_length(&request, agreed);
+            if payload > u64::from(PAYLOAD_MAX) {
+                return Err(io::Error::new(ErrorKind::InvalidData, "a payload larger than any client may send"));
+            }
+            if request.command == wire::CMD_BLOCK_STATUS && payload > 0 {
+                self.filtered_status(&request, payload)?;
+                continue;
+            }
+            match (request.command, validate(&request, self.connection.visit, agreed)) {
+                (_, Err(error)) => {
+                    self.drain(usize::try_from(payload).unwrap_or(usize::MAX))?;
+                    self.reply(&request, error)?;
+                }
+                (wire::CMD_WRITE, Ok(())) => self.write(&request)?,
                 (wire::CMD_READ, Ok(())) => self.read(&request)?,
                 (_, Ok(())) => self.dispatch(Job::Request(request), 0)?,
             }
@@ -238,11 +261,17 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
             if self.connection.visit.is_ended() {
                 return Err(gone());
             }
-            if let Some(head) = self.inbox.bytes().first_chunk::<REQUEST_LENGTH>() {
-                let Some(request) = Request::parse(head) else {
+            let bytes = self.inbox.bytes();
+            let (parsed, length) = if self.connection.agreed.extended {
+                (bytes.first_chunk().map(Request::parse_extended), EXTENDED_REQUEST_LENGTH)
+            } else {
+                (bytes.first_chunk().map(Request::parse), REQUEST_LENGTH)
+            };
+            if let Some(request) = parsed {
+                let Some(request) = request else {
                     return Err(io::Error::new(ErrorKind::InvalidData, "a request does not begin with its magic"));
                 };
-                self.inbox.skip(REQUEST_LENGTH);
+                self.inbox.skip(length);
                 return Ok(Some(request));
             }
             if !self.receive()? {
@@ -286,15 +315,30 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
         }
     }
 
-    fn write(&mut self, request: &Request, valid: Result<(), u32>) -> io::Result<()> {
-        if request.length > PAYLOAD_MAX {
-            return Err(io::Error::new(ErrorKind::InvalidData, "a write larger than any client may send"));
+    /// A BLOCK_STATUS that names the contexts it wants, which can only be the one that there is.
+    fn filtered_status(&mut self, request: &Request, payload: u64) -> io::Result<()> {
+        const PAYLOAD: usize = 8 + 4;
+        let agreed = self.connection.agreed;
+        if payload != PAYLOAD as u64 {
+            self.drain(usize::try_from(payload).unwrap_or(usize::MAX))?;
+            return self.reply(request, wire::EINVAL);
         }
+        while self.inbox.bytes().len() < PAYLOAD {
+            self.receive_payload()?;
+        }
+        let mut fields = Fields::new(self.inbox.bytes());
+        let (length, context) = (fields.u64().unwrap_or(0), fields.u32());
+        self.inbox.skip(PAYLOAD);
+        let request = Request { flags: request.flags & !wire::CMD_FLAG_PAYLOAD_LEN, length, ..*request };
+        match validate(&request, self.connection.visit, agreed) {
+            Ok(()) if context == Some(BASE_ALLOCATION_ID) => self.dispatch(Job::Request(request), 0),
+            Ok(()) => self.reply(&request, wire::EINVAL),
+            Err(error) => self.reply(&request, error),
+        }
+    }
+
+    fn write(&mut self, request: &Request) -> io::Result<()> {
         let length = usize::try_from(request.length).unwrap_or(usize::MAX);
-        if let Err(error) = valid {
-            self.drain(length)?;
-            return self.reply(request, error);
-        }
         if length > SLOT_BUFFER {
             return self.write_in_pieces(request, length);
         }

@@ -16,10 +16,14 @@ pub const OLDSTYLE_MAGIC: u64 = 0x0000_4202_8186_1253;
 pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 /// First four bytes of a request.
 pub const REQUEST_MAGIC: u32 = 0x2560_9513;
+/// First four bytes of an extended request.
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
 /// First four bytes of a simple reply.
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// First four bytes of a structured reply chunk.
 pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
+/// First four bytes of an extended reply chunk.
+pub const EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 
 // ---- lengths of fixed parts, in bytes ----------------------------------------------------------------------------
 
@@ -35,10 +39,14 @@ pub const EXPORT_ANSWER_LENGTH: usize = 10;
 pub const EXPORT_ANSWER_ZEROES: usize = 124;
 /// Length of a request without its payload.
 pub const REQUEST_LENGTH: usize = 28;
+/// Length of an extended request without its payload.
+pub const EXTENDED_REQUEST_LENGTH: usize = 32;
 /// Length of a simple reply without its payload.
 pub const SIMPLE_REPLY_LENGTH: usize = 16;
 /// Length of a structured reply chunk's head.
 pub const CHUNK_LENGTH: usize = 20;
+/// Length of an extended reply chunk's head.
+pub const EXTENDED_CHUNK_LENGTH: usize = 32;
 /// Longest string of the protocol: names, descriptions, messages.
 pub const STRING_MAX: usize = 4096;
 
@@ -75,7 +83,7 @@ pub const OPT_STRUCTURED_REPLY: u32 = 8;
 pub const OPT_LIST_META_CONTEXT: u32 = 9;
 /// Choose the metadata contexts for block status.
 pub const OPT_SET_META_CONTEXT: u32 = 10;
-/// An extension with 64-bit lengths.
+/// Use extended headers in transmission: 64-bit lengths.
 pub const OPT_EXTENDED_HEADERS: u32 = 11;
 /// Our own option: turn this connection into blockferry's phase protocol. No data. `REP_ACK` means that the next byte
 /// belongs to the phase protocol; a plain NBD server answers `REP_ERR_UNSUP` and is thereby known to be one. The number
@@ -150,12 +158,14 @@ pub const FLAG_SEND_RESIZE: u16 = 1 << 9;
 pub const FLAG_SEND_CACHE: u16 = 1 << 10;
 /// `CMD_FLAG_FAST_ZERO` works.
 pub const FLAG_SEND_FAST_ZERO: u16 = 1 << 11;
+/// `CMD_BLOCK_STATUS` takes a payload that says which contexts are wanted; only with extended headers.
+pub const FLAG_BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 
 // ---- commands and their flags ------------------------------------------------------------------------------------
 
 /// Read.
 pub const CMD_READ: u16 = 0;
-/// Write; the only request with a payload.
+/// Write; with compact headers the only request with a payload.
 pub const CMD_WRITE: u16 = 1;
 /// Finish what is under way and close; has no reply.
 pub const CMD_DISC: u16 = 2;
@@ -182,6 +192,8 @@ pub const CMD_FLAG_DF: u16 = 1 << 2;
 pub const CMD_FLAG_REQ_ONE: u16 = 1 << 3;
 /// `CMD_WRITE_ZEROES`: refuse rather than be as slow as a write.
 pub const CMD_FLAG_FAST_ZERO: u16 = 1 << 4;
+/// Only with extended headers: the length is that of a payload which follows.
+pub const CMD_FLAG_PAYLOAD_LEN: u16 = 1 << 5;
 
 // ---- structured replies ------------------------------------------------------------------------------------------
 
@@ -196,6 +208,8 @@ pub const REPLY_TYPE_OFFSET_DATA: u16 = 1;
 pub const REPLY_TYPE_OFFSET_HOLE: u16 = 2;
 /// Chunk with extents of one context.
 pub const REPLY_TYPE_BLOCK_STATUS: u16 = 5;
+/// The same with 64-bit lengths; only with extended headers.
+pub const REPLY_TYPE_BLOCK_STATUS_EXT: u16 = 6;
 /// Set in each error chunk's type.
 pub const REPLY_TYPE_FLAG_ERROR: u16 = 1 << 15;
 /// Chunk that says the request failed.
@@ -451,7 +465,7 @@ pub fn info_block_size(minimum: u32, preferred: u32, maximum: u32) -> [u8; 14] {
 
 // ---- transmission ------------------------------------------------------------------------------------------------
 
-/// A request, without the payload that follows a `CMD_WRITE`.
+/// A request, compact or extended, without the payload that follows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Request {
     /// `CMD_FLAG_...`, or any other bits.
@@ -462,12 +476,12 @@ pub struct Request {
     pub cookie: u64,
     /// Start of the range, in bytes.
     pub offset: u64,
-    /// Length of the range, in bytes.
-    pub length: u32,
+    /// Length of the range, in bytes, or of the payload that follows; below 4 GiB in a compact request.
+    pub length: u64,
 }
 
 impl Request {
-    /// Reads a request; `None` when its magic is wrong.
+    /// Reads a compact request; `None` when its magic is wrong.
     #[must_use]
     pub fn parse(bytes: &[u8; REQUEST_LENGTH]) -> Option<Self> {
         let mut fields = Fields::new(bytes);
@@ -479,11 +493,40 @@ impl Request {
             command: fields.u16()?,
             cookie: fields.u64()?,
             offset: fields.u64()?,
-            length: fields.u32()?,
+            length: u64::from(fields.u32()?),
         })
     }
 
-    /// The request's bytes.
+    /// Reads an extended request; `None` when its magic is wrong.
+    #[must_use]
+    pub fn parse_extended(bytes: &[u8; EXTENDED_REQUEST_LENGTH]) -> Option<Self> {
+        let mut fields = Fields::new(bytes);
+        if fields.u32()? != EXTENDED_REQUEST_MAGIC {
+            return None;
+        }
+        Some(Self {
+            flags: fields.u16()?,
+            command: fields.u16()?,
+            cookie: fields.u64()?,
+            offset: fields.u64()?,
+            length: fields.u64()?,
+        })
+    }
+
+    /// The bytes of an extended request.
+    #[must_use]
+    pub fn encode_extended(&self) -> [u8; EXTENDED_REQUEST_LENGTH] {
+        join(&[
+            &EXTENDED_REQUEST_MAGIC.to_be_bytes(),
+            &self.flags.to_be_bytes(),
+            &self.command.to_be_bytes(),
+            &self.cookie.to_be_bytes(),
+            &self.offset.to_be_bytes(),
+            &self.length.to_be_bytes(),
+        ])
+    }
+
+    /// The bytes of a compact request.
     #[must_use]
     pub fn encode(&self) -> [u8; REQUEST_LENGTH] {
         join(&[
@@ -492,7 +535,7 @@ impl Request {
             &self.command.to_be_bytes(),
             &self.cookie.to_be_bytes(),
             &self.offset.to_be_bytes(),
-            &self.length.to_be_bytes(),
+            &u32::try_from(self.length).unwrap_or(u32::MAX).to_be_bytes(),
         ])
     }
 }
@@ -511,6 +554,20 @@ pub fn structured_chunk(flags: u16, kind: u16, cookie: u64, length: u32) -> [u8;
         &flags.to_be_bytes(),
         &kind.to_be_bytes(),
         &cookie.to_be_bytes(),
+        &length.to_be_bytes(),
+    ])
+}
+
+/// The head of an extended reply chunk of type `kind`; `offset` is that of the request, and `length` bytes of payload
+/// follow.
+#[must_use]
+pub fn extended_chunk(flags: u16, kind: u16, cookie: u64, offset: u64, length: u64) -> [u8; EXTENDED_CHUNK_LENGTH] {
+    join(&[
+        &EXTENDED_REPLY_MAGIC.to_be_bytes(),
+        &flags.to_be_bytes(),
+        &kind.to_be_bytes(),
+        &cookie.to_be_bytes(),
+        &offset.to_be_bytes(),
         &length.to_be_bytes(),
     ])
 }
@@ -545,6 +602,18 @@ pub fn extent(length: u32, status_flags: u32) -> [u8; 8] {
     join(&[&length.to_be_bytes(), &status_flags.to_be_bytes()])
 }
 
+/// Head of the payload of `REPLY_TYPE_BLOCK_STATUS_EXT`; so many extents follow.
+#[must_use]
+pub fn block_status_ext(context: u32, count: u32) -> [u8; 8] {
+    join(&[&context.to_be_bytes(), &count.to_be_bytes()])
+}
+
+/// One extent of such a block status.
+#[must_use]
+pub fn extent_ext(length: u64, status_flags: u64) -> [u8; 16] {
+    join(&[&length.to_be_bytes(), &status_flags.to_be_bytes()])
+}
+
 /// The head of a reply, as a client meets it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReplyHead {
@@ -555,7 +624,7 @@ pub enum ReplyHead {
         /// The request that it answers.
         cookie: u64,
     },
-    /// A structured reply chunk; `length` bytes follow.
+    /// A structured or extended reply chunk; `length` bytes follow.
     Chunk {
         /// `REPLY_FLAG_...`.
         flags: u16,
@@ -564,7 +633,9 @@ pub enum ReplyHead {
         /// The request that it answers.
         cookie: u64,
         /// Bytes of payload that follow.
-        length: u32,
+        length: u64,
+        /// In an extended chunk, where the request that it answers begins.
+        offset: Option<u64>,
     },
 }
 
@@ -588,6 +659,7 @@ impl ReplyFront {
             None => return Self::Short,
             Some(SIMPLE_REPLY_MAGIC) => simple_fields(&mut fields).map(|head| (head, SIMPLE_REPLY_LENGTH)),
             Some(STRUCTURED_REPLY_MAGIC) => chunk_fields(&mut fields).map(|head| (head, CHUNK_LENGTH)),
+            Some(EXTENDED_REPLY_MAGIC) => extended_fields(&mut fields).map(|head| (head, EXTENDED_CHUNK_LENGTH)),
             Some(magic) => return Self::BadMagic(magic),
         };
         head.map_or(Self::Short, |(head, length)| Self::Head(head, length))
@@ -599,7 +671,13 @@ fn simple_fields(fields: &mut Fields<'_>) -> Option<ReplyHead> {
 }
 
 fn chunk_fields(fields: &mut Fields<'_>) -> Option<ReplyHead> {
-    Some(ReplyHead::Chunk { flags: fields.u16()?, kind: fields.u16()?, cookie: fields.u64()?, length: fields.u32()? })
+    let (flags, kind, cookie) = (fields.u16()?, fields.u16()?, fields.u64()?);
+    Some(ReplyHead::Chunk { flags, kind, cookie, length: u64::from(fields.u32()?), offset: None })
+}
+
+fn extended_fields(fields: &mut Fields<'_>) -> Option<ReplyHead> {
+    let (flags, kind, cookie, offset) = (fields.u16()?, fields.u16()?, fields.u64()?, fields.u64()?);
+    Some(ReplyHead::Chunk { flags, kind, cookie, length: fields.u64()?, offset: Some(offset) })
 }
 
 #[cfg(test)]
@@ -662,8 +740,32 @@ mod tests {
     }
 
     #[test]
+    fn extended_bytes() {
+        let request = Request {
+            flags: CMD_FLAG_PAYLOAD_LEN,
+            command: CMD_WRITE,
+            cookie: 0x0102_0304_0506_0708,
+            offset: 4096,
+            length: 1 << 32,
+        };
+        let bytes = *b"\x21\xe4\x1c\x71\x00\x20\x00\x01\x01\x02\x03\x04\x05\x06\x07\x08\
+            \x00\x00\x00\x00\x00\x00\x10\x00\x00\x00\x00\x01\x00\x00\x00\x00";
+        assert_eq!(request.encode_extended(), bytes);
+        assert_eq!(Request::parse_extended(&bytes), Some(request));
+        assert_eq!(Request::parse_extended(&[0; EXTENDED_REQUEST_LENGTH]), None);
+        assert_eq!(
+            extended_chunk(REPLY_FLAG_DONE, REPLY_TYPE_BLOCK_STATUS_EXT, 0x11, 0x1000, 24),
+            *b"\x6e\x8a\x27\x8c\x00\x01\x00\x06\x00\x00\x00\x00\x00\x00\x00\x11\
+                \x00\x00\x00\x00\x00\x00\x10\x00\x00\x00\x00\x00\x00\x00\x00\x18"
+        );
+        assert_eq!(block_status_ext(1, 2), [0, 0, 0, 1, 0, 0, 0, 2]);
+        assert_eq!(extent_ext(1 << 32, 3), [0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3]);
+    }
+
+    #[test]
     fn unknown_numbers_are_values() {
-        let request = Request { flags: 0xffff, command: 0x7777, cookie: 0, offset: u64::MAX, length: u32::MAX };
+        let request =
+            Request { flags: 0xffff, command: 0x7777, cookie: 0, offset: u64::MAX, length: u64::from(u32::MAX) };
         assert_eq!(Request::parse(&request.encode()), Some(request));
         assert_eq!(error_name(4711), "EINVAL");
     }
@@ -686,9 +788,11 @@ mod tests {
     fn reply_heads_come_back_and_short_ones_wait() {
         let simple = simple_reply(EINVAL, 7);
         let chunk = structured_chunk(0, 99, 7, 12);
+        let extended = extended_chunk(1, 6, 7, 1 << 40, 1 << 33);
         let heads = [
+            (&extended[..], ReplyHead::Chunk { flags: 1, kind: 6, cookie: 7, length: 1 << 33, offset: Some(1 << 40) }),
             (&simple[..], ReplyHead::Simple { error: EINVAL, cookie: 7 }),
-            (&chunk[..], ReplyHead::Chunk { flags: 0, kind: 99, cookie: 7, length: 12 }),
+            (&chunk[..], ReplyHead::Chunk { flags: 0, kind: 99, cookie: 7, length: 12, offset: None }),
         ];
         for (bytes, head) in heads {
             assert_eq!(ReplyFront::parse(bytes), ReplyFront::Head(head, bytes.len()));

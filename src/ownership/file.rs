@@ -134,7 +134,7 @@ mod tests {
 
     use super::*;
     use crate::disk::Lasting;
-    use crate::limits::{ADDRESS_MAX, DISK_NAME_MAX, DISKS_MAX};
+    use crate::limits::{DISK_NAME_MAX, DISKS_MAX, PLACE_MAX};
     use crate::ownership::{Address, Attempt, Host, Lineage, Offer, Order, Peer, State, Word};
 
     /// The longest record that there can be.
@@ -144,7 +144,7 @@ mod tests {
             let name = format!("{disk:0DISK_NAME_MAX$}");
             images.add(&name, Lasting::File { inode: u64::MAX, born_ns: Some(i128::MAX) }, Path::new("/"));
         }
-        let address = Address::try_from("x".repeat(ADDRESS_MAX).as_str()).expect("fits");
+        let address = Address::try_from("x".repeat(PLACE_MAX).as_str()).expect("fits");
         let to = Peer { host: Host([0xff; 16]), address };
         let record = Record {
             lineage: Lineage([0xff; 16]),

@@ -79,7 +79,7 @@ impl Receipt {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::limits::ADDRESS_MAX;
+    use crate::limits::PLACE_MAX;
     use crate::ownership::{Address, Host};
 
     fn longest() -> Receipt {
@@ -89,7 +89,7 @@ mod tests {
             order: Order { term: u32::MAX, generation: u64::MAX },
             peer: Peer {
                 host: Host([0xff; 16]),
-                address: Address::try_from("x".repeat(ADDRESS_MAX).as_str()).expect("fits"),
+                address: Address::try_from("x".repeat(PLACE_MAX).as_str()).expect("fits"),
             },
             gave: true,
             verified: Verified::Full,

@@ -133,8 +133,30 @@ fn contexts(names: &[&str]) -> Vec<u8> {
     data
 }
 
-fn request(flags: u16, command: u16, cookie: u64, offset: u64, length: u32, payload: &[u8]) -> Vec<u8> {
+fn request(flags: u16, command: u16, cookie: u64, offset: u64, length: u64, payload: &[u8]) -> Vec<u8> {
     [&wire::Request { flags, command, cookie, offset, length }.encode()[..], payload].concat()
+}
+
+/// The same with an extended header.
+fn extended(flags: u16, command: u16, cookie: u64, length: u64, payload: &[u8]) -> Vec<u8> {
+    [&wire::Request { flags, command, cookie, offset: 4096, length }.encode_extended()[..], payload].concat()
+}
+
+/// The commands that extended headers change.
+fn extended_requests() -> Vec<u8> {
+    let with_payload = wire::CMD_FLAG_PAYLOAD_LEN;
+    let filter = [&8192_u64.to_be_bytes()[..], &1_u32.to_be_bytes()].concat();
+    [
+        extended(0, wire::CMD_READ, 1, 4096, &[]),
+        extended(with_payload, wire::CMD_WRITE, 2, 512, &[7; 512]),
+        extended(0, wire::CMD_WRITE, 3, 512, &[]),
+        extended(with_payload, wire::CMD_BLOCK_STATUS, 4, 12, &filter),
+        extended(0, wire::CMD_BLOCK_STATUS, 5, 65536, &[]),
+        extended(with_payload, wire::CMD_TRIM, 6, 3, b"odd"),
+        extended(0, wire::CMD_WRITE_ZEROES, 7, 1 << 33, &[]),
+        extended(0, wire::CMD_DISC, 8, 0, &[]),
+    ]
+    .concat()
 }
 
 /// What a client says in transmission, every command once.
@@ -164,6 +186,7 @@ pub(crate) fn nbd_session() -> Vec<Vec<u8>> {
     vec![
         [&CLIENT_FLAGS[..], &go, &requests()].concat(),
         [&CLIENT_FLAGS[..], &structured, &set, &go, &requests()].concat(),
+        [&CLIENT_FLAGS[..], &option(wire::OPT_EXTENDED_HEADERS, &[]), &set, &go, &extended_requests()].concat(),
         [&CLIENT_FLAGS[..], &option(wire::OPT_EXPORT_NAME, b"vda"), &requests()].concat(),
         [
             &CLIENT_FLAGS[..],
@@ -188,6 +211,8 @@ pub(crate) fn nbd_wire() -> Vec<Vec<u8>> {
         request(1, wire::CMD_WRITE, 7, 4096, 512, &[]),
         wire::simple_reply(5, 7).to_vec(),
         wire::structured_chunk(1, wire::REPLY_TYPE_OFFSET_DATA, 7, 520).to_vec(),
+        extended(0, wire::CMD_READ, 7, 512, &[]),
+        wire::extended_chunk(1, wire::REPLY_TYPE_OFFSET_DATA, 7, 4096, 520).to_vec(),
     ]
 }
 
@@ -202,12 +227,24 @@ fn chunk(flags: u16, kind: u16, cookie: u64, parts: &[&[u8]]) -> Vec<u8> {
     [&wire::structured_chunk(flags, kind, cookie, length)[..], &payload].concat()
 }
 
-/// What a server sends to the client of `targets::nbd_client`: structured replies, a context, GO, then answers to a
-/// read of 8 KiB, a block status and a flush, with the cookies 0, 1 and 2.
+fn extended_chunk(kind: u16, cookie: u64, parts: &[&[u8]]) -> Vec<u8> {
+    let payload = parts.concat();
+    let head = wire::extended_chunk(wire::REPLY_FLAG_DONE, kind, cookie, 0, payload.len() as u64);
+    [&head[..], &payload].concat()
+}
+
+/// The cookies on the wire of a client's first three requests.
+const COOKIES: [u64; 3] = [64, 129, 194];
+
+/// What a server sends to the client of `targets::nbd_client`: extended headers or structured replies, a context, GO,
+/// then answers to a read of 8 KiB, a block status and a flush.
 pub(crate) fn nbd_client() -> Vec<Vec<u8>> {
     let flags = wire::FLAG_HAS_FLAGS | wire::FLAG_SEND_FLUSH | wire::FLAG_SEND_DF;
-    let structured = answer(wire::OPT_STRUCTURED_REPLY, wire::REP_ACK, &[]);
-    let refused = answer(wire::OPT_STRUCTURED_REPLY, wire::REP_ERR_UNSUP, b"no");
+    let [first, second, third] = COOKIES;
+    let unknown = answer(wire::OPT_EXTENDED_HEADERS, wire::REP_ERR_UNSUP, &[]);
+    let extended = answer(wire::OPT_EXTENDED_HEADERS, wire::REP_ACK, &[]);
+    let structured = [&unknown[..], &answer(wire::OPT_STRUCTURED_REPLY, wire::REP_ACK, &[])].concat();
+    let refused = [&unknown[..], &answer(wire::OPT_STRUCTURED_REPLY, wire::REP_ERR_UNSUP, b"no")].concat();
     let context = [&1_u32.to_be_bytes()[..], b"base:allocation"].concat();
     let set = [
         answer(wire::OPT_SET_META_CONTEXT, wire::REP_META_CONTEXT, &context),
@@ -221,24 +258,37 @@ pub(crate) fn nbd_client() -> Vec<Vec<u8>> {
     ]
     .concat();
     let read = [
-        chunk(0, wire::REPLY_TYPE_OFFSET_DATA, 0, &[&wire::offset_data(0), &[7; 4096]]),
-        chunk(wire::REPLY_FLAG_DONE, wire::REPLY_TYPE_OFFSET_HOLE, 0, &[&wire::offset_hole(4096, 4096)]),
+        chunk(0, wire::REPLY_TYPE_OFFSET_DATA, first, &[&wire::offset_data(0), &[7; 4096]]),
+        chunk(wire::REPLY_FLAG_DONE, wire::REPLY_TYPE_OFFSET_HOLE, first, &[&wire::offset_hole(4096, 4096)]),
     ]
     .concat();
     let extents = [wire::extent(4096, 0), wire::extent(4096, 3)].concat();
-    let status = chunk(wire::REPLY_FLAG_DONE, wire::REPLY_TYPE_BLOCK_STATUS, 1, &[&wire::block_status(1), &extents]);
-    let flush = chunk(wire::REPLY_FLAG_DONE, wire::REPLY_TYPE_NONE, 2, &[]);
+    let status =
+        chunk(wire::REPLY_FLAG_DONE, wire::REPLY_TYPE_BLOCK_STATUS, second, &[&wire::block_status(1), &extents]);
+    let flush = chunk(wire::REPLY_FLAG_DONE, wire::REPLY_TYPE_NONE, third, &[]);
     let failed = chunk(
         wire::REPLY_FLAG_DONE,
         wire::REPLY_TYPE_ERROR_OFFSET,
-        0,
+        first,
         &[&wire::error_chunk(wire::EIO, 3), b"bad", &4096_u64.to_be_bytes()],
     );
+    let all_extended = [
+        extended_chunk(wire::REPLY_TYPE_OFFSET_DATA, first, &[&wire::offset_data(0), &[7; 8192]]),
+        extended_chunk(
+            wire::REPLY_TYPE_BLOCK_STATUS_EXT,
+            second,
+            &[&wire::block_status_ext(1, 2), &wire::extent_ext(4096, 0), &wire::extent_ext(1 << 33, 3)],
+        ),
+        extended_chunk(wire::REPLY_TYPE_NONE, third, &[]),
+    ]
+    .concat();
     let greeting = wire::greeting(3);
     vec![
+        [&greeting[..], &extended, &set, &go, &all_extended].concat(),
         [&greeting[..], &structured, &set, &go, &read, &status, &flush].concat(),
         [&greeting[..], &structured, &set, &go, &failed, &status, &flush].concat(),
-        [&greeting[..], &refused, &go, &wire::simple_reply(0, 0), &[9; 8192], &wire::simple_reply(0, 2)].concat(),
+        [&greeting[..], &refused, &go, &wire::simple_reply(0, first), &[9; 8192], &wire::simple_reply(0, second)]
+            .concat(),
         [&greeting[..], &structured, &answer(wire::OPT_GO, wire::REP_ERR_UNKNOWN, b"no such export")].concat(),
     ]
 }

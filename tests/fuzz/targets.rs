@@ -189,6 +189,11 @@ pub(crate) fn nbd_wire(input: &[u8]) {
     {
         assert_eq!(&request.encode(), bytes);
     }
+    if let Some(bytes) = input.first_chunk()
+        && let Some(request) = blockferry::nbd::wire::Request::parse_extended(bytes)
+    {
+        assert_eq!(&request.encode_extended(), bytes);
+    }
     if let ReplyFront::Head(_, length) = ReplyFront::parse(input) {
         assert!(length <= input.len());
     }
@@ -246,7 +251,7 @@ pub(crate) fn nbd_client(input: &[u8]) {
     }
     let mut asked = u32::from(matches!(client.submit_read(0, 0, length), Ok(Submitted::Taken)));
     if info.base_allocation.is_some() {
-        let taken = client.submit_block_status(1, 0, length);
+        let taken = client.submit_block_status(1, 0, LENGTH as u64);
         asked += u32::from(matches!(taken, Ok(Submitted::Taken)));
     }
     asked += u32::from(matches!(client.submit_flush(2), Ok(Submitted::Taken)));

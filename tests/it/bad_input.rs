@@ -376,7 +376,7 @@ fn hello(guest: &str, versions: (u16, u16)) -> [u8; HELLO_LENGTH] {
         instance: ownership::Instance([2; 16]),
         challenge: Challenge([3; 16]),
         host: ownership::Host([4; 16]),
-        address: ownership::Address::new(),
+        address: heapless::String::new(),
     };
     hello.encode()
 }

@@ -18,7 +18,7 @@ use crate::harness::{Program, free_port, peer, scratch};
 
 const SIZE: u64 = 16 << 20;
 const ALL: Wants<'_> = Wants::READING;
-const PLAIN: Wants<'_> = Wants { structured: false, contexts: &[] };
+const PLAIN: Wants<'_> = Wants { structured: false, extended: false, contexts: &[] };
 
 pub(crate) fn open(socket: Arc<Socket>, export: &str, wants: Wants<'_>) -> Client {
     Client::connect(socket, export, wants).unwrap_or_else(|error| panic!("{error}"))

@@ -55,7 +55,7 @@ fn qemu_nbd_tells_bitmaps_depth_and_allocation() {
     command.args(["--format=qcow2", "--read-only", "--persistent", "--shared=2", "--bitmap=b0", "--allocation-depth"]);
     let mut server = Program::start(command.arg("--socket").arg(&listener).arg(&top));
     let contexts = ["qemu:dirty-bitmap:b0", "qemu:dirty-bitmap:other", "qemu:allocation-depth", wire::BASE_ALLOCATION];
-    let wants = Wants { structured: true, contexts: &contexts };
+    let wants = Wants { structured: true, extended: true, contexts: &contexts };
     let mut client = open(server.connect_unix(&listener), "", wants);
     let info = *client.info();
     assert_eq!(info.contexts.map(|agreed| agreed.is_some()), [true, false, true, true]);
@@ -78,7 +78,8 @@ fn qemu_nbd_tells_bitmaps_depth_and_allocation() {
     assert_eq!(extents(&mut client, 0, MIB + 512, 512), [(MIB + 512, 512, 1)]);
     client.disconnect();
 
-    let mut client = open(server.connect_unix(&listener), "", Wants { structured: false, contexts: &contexts });
+    let mut client =
+        open(server.connect_unix(&listener), "", Wants { structured: false, extended: false, contexts: &contexts });
     assert_eq!(client.info().contexts, [None; 4]);
     client.block_status(0, 8 * MIB, &mut |extent| panic!("{extent:?}")).unwrap();
     let mut told = Vec::new();

@@ -128,7 +128,7 @@ fn nbdsh_enters_transmission() {
     }
     for (ended, structured) in door.join().unwrap().iter().zip([true, false]) {
         let Ok(Outcome::Transmission { opened, agreed }) = ended else { panic!("{ended:?}") };
-        assert_eq!((*opened, *agreed), ("sdb", Agreed { structured, base_allocation: structured }));
+        assert_eq!((*opened, *agreed), ("sdb", Agreed { structured, extended: false, base_allocation: structured }));
     }
 }
 

@@ -9,6 +9,7 @@ mod control;
 mod domain_xml;
 mod export_cli;
 mod exported;
+mod extended;
 mod extents;
 mod footprint;
 mod foreign;

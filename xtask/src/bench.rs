@@ -5,7 +5,7 @@
 
 use crate::demo_host::Scratch;
 use crate::util::{self, Error, Result};
-use crate::{bench_chain, bench_copy, bench_migrate, bench_server, build};
+use crate::{bench_chain, bench_copy, bench_guest, bench_migrate, bench_server, build};
 use std::fmt::Write;
 use std::fs;
 use std::path::PathBuf;
@@ -15,12 +15,14 @@ use std::sync::Arc;
 const RUNS: usize = 5;
 /// Migrations, if nobody says otherwise: the worst of them is shown too.
 const MIGRATIONS: usize = 20;
+/// Live migrations of a real guest, of each kind.
+const LIVE_MIGRATIONS: usize = 10;
 /// A load of so many tasks for each processor is more than a bench makes by itself.
 const BUSY: f64 = 2.0;
 /// Most runs that can be asked for.
 const RUNS_MAX: usize = 1000;
 /// The benches, in the order in which they run.
-const ALL: [&str; 4] = ["chain", "server", "copy", "migrate"];
+const ALL: [&str; 5] = ["chain", "server", "copy", "migrate", "guest"];
 
 /// What every bench needs.
 pub(crate) struct Bench {
@@ -32,7 +34,7 @@ pub(crate) struct Bench {
     pub(crate) log: PathBuf,
 }
 
-/// `cargo xtask bench [chain|server|copy|migrate]... [--runs N] [--json]`.
+/// `cargo xtask bench [chain|server|copy|migrate|guest]... [--runs N] [--json]`.
 pub(crate) fn main(arguments: &[String]) -> Result<()> {
     let asked = parse(arguments)?;
     let executable = build::static_executable()?.place;
@@ -46,6 +48,7 @@ pub(crate) fn main(arguments: &[String]) -> Result<()> {
             "chain" => (bench_chain::run(&bench, runs(RUNS))?, Ok(())),
             "server" => (bench_server::run(&bench, runs(RUNS))?, Ok(())),
             "copy" => (bench_copy::run(&bench, runs(RUNS))?, Ok(())),
+            "guest" => (bench_guest::run(&bench, runs(LIVE_MIGRATIONS))?, Ok(())),
             _ => bench_migrate::run(&bench, runs(MIGRATIONS))?,
         };
         let (cpus, load) = (cpus(), load());

@@ -8,6 +8,7 @@ use crate::build;
 use crate::demo_guest::{self, Guest, History};
 use crate::demo_host::{self, GUEST, Host, Scratch};
 use crate::demo_image::{self, BLOCK};
+use crate::demo_live;
 use crate::util::{self, Error, Output, Result};
 use std::fmt::Display;
 use std::fs;
@@ -28,10 +29,12 @@ const MIGRATION: Duration = Duration::from_secs(90);
 /// What the destination may allocate more than was sent there: the file system's own bookkeeping.
 const SLACK: u64 = 1 << 20;
 
-/// `cargo xtask demo`.
+/// `cargo xtask demo [--guest]`.
 pub(crate) fn main(arguments: &[String]) -> Result<()> {
-    if let Some(word) = arguments.first() {
-        return Err(Error::usage("demo", word, "demo takes no arguments"));
+    match arguments {
+        [] => {}
+        [word] if word == "--guest" => return demo_live::run(),
+        [word, ..] => return Err(Error::usage("demo", word, "the only option is --guest")),
     }
     let executable = build::static_executable()?.place;
     let scratch = Scratch::new("demo")?;
@@ -240,17 +243,17 @@ impl Stage {
     }
 }
 
-fn heading(text: &str) {
+pub(crate) fn heading(text: &str) {
     println!("\n{text}");
 }
 
 /// A fact without a number.
-fn line(name: &str, what: impl Display) {
+pub(crate) fn line(name: &str, what: impl Display) {
     println!("  {name:<14}{what}");
 }
 
 /// A number, right-aligned, and what it means.
-fn row(name: &str, number: impl Display, note: impl Display) {
+pub(crate) fn row(name: &str, number: impl Display, note: impl Display) {
     println!("{}", format!("  {name:<20}{:>11}   {note}", number.to_string()).trim_end());
 }
 

@@ -153,7 +153,7 @@ impl Guest {
 /// Opens a disk.
 pub(crate) fn connect(door: &Path, disk: &str) -> Result<Client, String> {
     let socket = Address::Unix(door.to_owned()).connect(DIAL).map_err(|error| error.to_string())?;
-    let wants = Wants { structured: true, contexts: &[] };
+    let wants = Wants { structured: true, ..Wants::default() };
     Client::connect(Arc::new(socket), disk, wants).map_err(|error| error.to_string())
 }
 

@@ -209,11 +209,23 @@ impl Host {
         disks: &[String],
         log: &Path,
     ) -> Result<Self> {
+        Self::start_with(scratch, executable, name, disks, &[], log)
+    }
+
+    /// The same with more options of `serve`.
+    pub(crate) fn start_with(
+        scratch: &Arc<Scratch>,
+        executable: &Path,
+        name: &str,
+        disks: &[String],
+        more: &[&str],
+        log: &Path,
+    ) -> Result<Self> {
         let door = scratch.path(&format!("{name}.nbd"));
         let control = format!("unix://{}", scratch.path(&format!("{name}.control")).display());
         let mut serve = Command::new(executable);
         serve.args(["serve", GUEST, "--volatile-state", "--listen", "tcp://127.0.0.1:0", "--control", &control]);
-        serve.args(["--nbd", &format!("unix://{}", door.display())]);
+        serve.args(["--nbd", &format!("unix://{}", door.display())]).args(more);
         // What an earlier round of a bench has left is another guest's.
         let state = scratch.path(&format!("{name}.state"));
         let _ = std::fs::remove_dir_all(&state);

@@ -4,22 +4,29 @@
 mod bench;
 mod bench_chain;
 mod bench_copy;
+mod bench_guest;
 mod bench_migrate;
 mod bench_server;
 mod build;
 mod build_debian;
 mod ci;
+mod clock;
 mod cpio;
 mod demo;
 mod demo_guest;
 mod demo_host;
 mod demo_image;
+mod demo_live;
 mod elf;
 mod footprint;
 mod fuzz;
 mod initramfs;
 mod kernel;
+mod live;
+mod live_pair;
+mod native;
 mod peers;
+mod qmp;
 mod rules;
 mod source;
 mod target;
@@ -29,6 +36,7 @@ mod torture;
 mod unwinder;
 mod util;
 mod vm;
+mod vm_guest;
 mod vm_machine;
 mod vm_pair;
 
@@ -46,12 +54,15 @@ cargo xtask TASK: what is done to this tree
                   missing peers when root. --quick: no clippy, no static executable, nothing installed
   demo            moves a guest that writes without a pause from one host process to another, then looks up every
                   write that was acknowledged
-  bench [chain|server|copy|migrate] [--runs N] [--json]
-                  side by side with the tools one would take instead: medians of 5 runs, migrate 20
+  demo --guest    moves a running Linux guest, memory, devices and disk, there and back; it compares its whole disk
+                  with its memory after each move, and says how long it stood still
+  bench [chain|server|copy|migrate|guest] [--runs N] [--json]
+                  side by side with the tools one would take instead: medians of 5 runs, migrate 20, guest 10
                     chain    read, socket, write with no protocol: what the machine costs anybody
                     server   export beside nbdkit, qemu-nbd, nbd-server, under fio
                     copy     the live mirror beside two qemu-storage-daemons, under the same writes
                     migrate  whole migrations under fio's verified writes: lost writes, switchover, cost
+                    guest    live migrations of a Linux guest beside QEMU's own: its pause, in its own words
   torture [--seed N] [--rounds N] [--jobs N] [--fault NAME]
                   migrations in which something dies, breaks, fills up or loses its power, and a look at who owns
                   and what is lost: 100 rounds from seed 1, 2 at once; docs/torture.md has the faults

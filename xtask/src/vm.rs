@@ -9,7 +9,7 @@ use crate::demo_host::Scratch;
 use crate::kernel::{self, Kernel};
 use crate::util::{self, Error, QUESTION, Result};
 use crate::vm_machine::{Blueprint, Machine, QEMU};
-use crate::{build, initramfs, peers, vm_pair};
+use crate::{build, initramfs, peers, vm_guest, vm_pair};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -23,7 +23,7 @@ const DISK: u64 = 16 << 20;
 type Test = fn(&Lab) -> Result<String>;
 
 /// The tests, the cheapest first.
-const TESTS: [(&str, Test); 11] = [
+const TESTS: [(&str, Test); 12] = [
     ("image_is_reproducible", image_is_reproducible),
     ("version_is_printed_and_the_machine_powers_off", version_is_printed),
     ("bad_command_line_is_one_line_and_powers_off", bad_command_line),
@@ -34,6 +34,7 @@ const TESTS: [(&str, Test); 11] = [
     ("mounted_disk_is_released_at_the_end", mounted_disk_is_released),
     ("server_that_fails_is_started_again", server_is_started_again),
     ("serve_comes_up_with_its_address", serve_comes_up),
+    ("guest_that_runs_is_moved_by_hand", vm_guest::by_hand),
     ("guest_moves_there_and_back_through_crash_outage_and_power_loss", vm_pair::run),
 ];
 

@@ -4,6 +4,7 @@
 //! The tests in `vm` and `vm_pair` build machines here. A machine ends with its handle; every wait has a limit.
 
 use crate::demo_host::{Program, Scratch};
+use crate::qmp::Qmp;
 use crate::util::{Error, Result};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -109,18 +110,22 @@ impl Machine {
 
     /// One command to the emulator, in QMP's words.
     pub(crate) fn command(&self, command: &str) -> Result<()> {
-        let mut qmp = Lines::open(&self.qmp).map_err(|error| self.wrong(&format!("QMP: {error}")))?;
-        for command in [r#"{"execute":"qmp_capabilities"}"#, command] {
-            // Its greeting, and events, come between the answers.
-            qmp.say(command)
-                .and_then(|()| qmp.hear(|line| line.starts_with("{\"return\"") || line.starts_with("{\"error\"")))
-                .and_then(|line| match line.starts_with("{\"return\"") {
-                    true => Ok(()),
-                    false => Err(std::io::Error::other(line)),
-                })
-                .map_err(|error| self.wrong(&format!("QMP: {command}: {error}")))?;
+        let answer = self.qmp().and_then(|mut qmp| qmp.command(command));
+        answer.map(drop).map_err(|error| self.wrong(&error.to_string()))
+    }
+
+    /// The emulator's own port; one at a time may speak there.
+    pub(crate) fn qmp(&self) -> Result<Qmp> {
+        Qmp::open(&self.name, &self.qmp)
+    }
+
+    /// Waits until somebody else's `quit` has ended it.
+    pub(crate) fn quits(&mut self) -> Result<()> {
+        match self.program.wait(PATIENCE) {
+            Some(status) if status.success() => Ok(()),
+            Some(status) => Err(self.wrong(&format!("QEMU: {status}"))),
+            None => Err(self.wrong("QEMU runs on")),
         }
-        Ok(())
     }
 
     /// An error of this machine, with the end of what it said. Connections of ours that came and went say nothing.

@@ -17,8 +17,14 @@
 //! | `kill serve`, `kill steward` | SIGKILL for it |
 //! | `die-after DEV` | from now on: when the device is not connected any more, the machine stops at once, as in a power
 //! loss |
+//! | `live DEV CLOCK RATE` | stamps a device that is all zeroes and starts a writer that remembers ([`live`]) |
+//! | `mark` | that one forgets its longest pause |
+//! | `report` | says what it has seen |
+//! | `check` | compares the whole device with what it remembers |
+//! | `disks` | the names of the machine's disks, with their bytes, `,ro`, or that they are empty drives |
 //! | `netem IFACE DELAY_MS LOSS_PERMILLE` | everything that leaves the interface is late, some of it is lost |
 
+mod live;
 mod netem;
 mod port;
 mod process;
@@ -28,6 +34,8 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use live::Live;
+use rustix::io::Errno;
 use writer::Writer;
 
 /// How long a device may take to appear.
@@ -36,9 +44,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 fn main() -> ExitCode {
     match port::open("test") {
         Ok(mut port) => {
-            let mut writer = None;
+            let (mut writer, mut live) = (None, None);
             while let Some(line) = port.line() {
-                let said = match answer(&line, &mut writer) {
+                let said = match answer(&line, &mut writer, &mut live) {
                     Ok(text) => format!("ok {text}\n"),
                     Err(cause) => format!("error {cause}\n"),
                 };
@@ -53,7 +61,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn answer(line: &str, writer: &mut Option<Writer>) -> Result<String, String> {
+fn answer(line: &str, writer: &mut Option<Writer>, live: &mut Option<Live>) -> Result<String, String> {
     let number = |text: &str| text.parse::<u64>().map_err(|_| format!("'{text}' is no number"));
     let words: Vec<&str> = line.split_ascii_whitespace().collect();
     match words.as_slice() {
@@ -67,6 +75,14 @@ fn answer(line: &str, writer: &mut Option<Writer>) -> Result<String, String> {
         ["verify", device, seed, synced, issued] => {
             writer::verify(device, number(seed)?, number(synced)?, number(issued)?)
         }
+        ["live", device, clock, rate] if live.is_none() => {
+            *live = Some(Live::start(device, clock, number(rate)?)?);
+            Ok(String::new())
+        }
+        ["mark"] => running(live).map(Live::mark),
+        ["report"] => running(live)?.report(),
+        ["check"] => running(live)?.check(),
+        ["disks"] => disks(),
         ["wipe", device] => writer::wipe(device),
         ["wait", device] => wait_for(device),
         ["rss"] => process::resident_kib("serve").map(|kib| format!("kib={kib}")),
@@ -112,4 +128,29 @@ fn die_after(device: &str) -> Result<String, String> {
         std::fs::write("/proc/sysrq-trigger", "b")
     });
     Ok(String::new())
+}
+
+fn running(live: &Option<Live>) -> Result<&Live, String> {
+    live.as_ref().ok_or_else(|| "nobody lives".to_owned())
+}
+
+/// The machine's disks, by name: `vda=SIZE` in bytes, `,ro` behind it if nobody may write there; `sr0=empty` for a
+/// drive without a medium.
+fn disks() -> Result<String, String> {
+    let entries = std::fs::read_dir("/sys/block").map_err(|error| error.to_string())?.flatten();
+    let mut disks: Vec<String> = entries
+        .filter(|entry| entry.path().join("device").exists())
+        .map(|entry| {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let fact = |what| std::fs::read_to_string(entry.path().join(what)).unwrap_or_default();
+            let opened = std::fs::File::open(format!("/dev/{name}"));
+            if opened.is_err_and(|error| error.raw_os_error() == Some(Errno::NOMEDIUM.raw_os_error())) {
+                return format!("{name}=empty");
+            }
+            let bytes = fact("size").trim().parse::<u64>().map_or(0, |sectors| sectors * 512);
+            format!("{name}={bytes}{}", if fact("ro").trim() == "1" { ",ro" } else { "" })
+        })
+        .collect();
+    disks.sort();
+    Ok(disks.join(" "))
 }

@@ -6,6 +6,7 @@
 
 use std::fmt::Display;
 use std::sync::Arc;
+use std::time::Instant;
 
 pub(super) use super::check::{Found, Problems, Target};
 use super::digest::Digests;
@@ -14,14 +15,15 @@ use super::remains::{self, Fate};
 use super::{Inner, Session, Stage, check, refused_writes};
 use crate::disk::{Disk, sync_directory_of};
 use crate::guest::Guest;
-use crate::migrate::wire::{Epoch, Message, Prepare, Prepared, Token, Verify};
+use crate::limits::REPLY_TIMEOUT;
+use crate::migrate::wire::{Epoch, Message, Prepare, Prepared, Token, Verify, cut};
 use crate::ownership::{Event, Journal, Peer, Refusal, Stamp, Why, next};
 
 impl Inner {
     pub(super) fn prepare(&mut self, guest: &Guest, session: &mut Session, offer: &Prepare) -> Result<Message, String> {
         let stamp = offer.stamp;
         let fresh = session.challenge.take_if(|ours| *ours == offer.challenge).is_some();
-        let from = Peer { host: session.theirs.host, address: session.theirs.address.clone() };
+        let from = Peer { host: session.theirs.host, address: cut(&session.theirs.address) };
         let event = Event::Prepare { stamp, from: from.clone(), fresh };
         let refused = |problems: Problems| Ok(Message::Refused { stamp, problems: problems.list() });
 
@@ -39,6 +41,9 @@ impl Inner {
         // D9: what comes of it is refused anyway; that it is doubtful must be known to whoever is started after this.
         if may.is_ok() && matches!(&self.stage, Stage::Receiving(reception) if reception.is_poisoned()) {
             self.give_up(guest, "a sync of a disk has failed", Fate::Remove);
+        }
+        if let Err(cause) = check_vmm(guest, offer) {
+            problems.add("", &cause);
         }
         let known = guest.journal().filter(|journal| journal.lineage == stamp.lineage);
         let targets = check::targets(guest, offer, known.as_ref(), may.is_ok(), &mut problems);
@@ -66,6 +71,7 @@ impl Inner {
             token: Token::random().map_err(|error| error.to_string())?,
             exports: targets.iter().map(|target| Arc::clone(&target.export)).collect(),
             keep_partial: offer.keep_partial,
+            state: offer.state,
             refused_before: refused_writes(guest),
             digests: Digests::new(Verify::None, &[]),
         };
@@ -122,6 +128,20 @@ impl Inner {
         };
         if let Err(cause) = renewed {
             log::info!("migration: {cause}");
+        }
+    }
+}
+
+/// Whether the guest's state can come as the source wants to send it (M11).
+fn check_vmm(guest: &Guest, offer: &Prepare) -> Result<(), String> {
+    match (offer.state, guest.vmm.moves_state()) {
+        (true, false) => Err("the source's --vmm moves the guest's state, and here is --vmm none".to_owned()),
+        (false, true) => Err(format!("the source has --vmm none, and here is --vmm {}", guest.vmm)),
+        (false, false) => Ok(()),
+        (true, true) => {
+            // A VMM cannot have been started that needs a disk which is not there yet, or which is shut.
+            let may_come = guest.exports().any(|export| export.disk().is_none() || export.gate().is_shut());
+            guest.vmm.check_arriving(may_come, Instant::now() + REPLY_TIMEOUT)
         }
     }
 }

@@ -23,6 +23,8 @@ pub(super) struct Reception {
     pub(super) exports: Vec<Arc<Export>>,
     /// The source's user wants what was sent to stay, however the attempt ends.
     pub(super) keep_partial: bool,
+    /// The guest's state comes, too (M11).
+    pub(super) state: bool,
     /// Guest writes refused before it began (M11).
     pub(super) refused_before: u64,
     /// What the source has been told of the disks' content.

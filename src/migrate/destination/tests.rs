@@ -57,7 +57,7 @@ impl Bench {
     }
 
     fn say(&self, message: Message) -> Message {
-        let mut theirs = hello(&self.guest, Role::Source, Challenge([2; 16]), &pair().0);
+        let mut theirs = hello(&self.guest, Role::Source, Challenge([2; 16]), &pair().0, false);
         theirs.host = SOURCE;
         let mut session =
             Session { theirs, challenge: Some(Challenge([1; 16])), stamp: None, asker: Asker::next(), hasher: None };
@@ -83,6 +83,7 @@ impl Bench {
             connections: 0,
             verify: Verify::None,
             keep_partial: false,
+            state: false,
         }
     }
 

@@ -2,17 +2,33 @@
 
 use super::*;
 
+/// How an attempt did not end as it should.
+pub(super) enum NotEnded {
+    /// The record cannot be made durable: who owns is not known from here (M4).
+    Unknown(String),
+    /// This host owns and serves, and the VMM does not let the guest run.
+    Stands(String),
+}
+
 /// Ends an attempt that is not given: for good first, then the destination is told (M3), and UNSEALED is waited for a
 /// little (M6). If the guest was offered and the destination cannot be reached, the process goes on asking (M5).
-pub(super) fn abort(mut drive: Drive<'_>, cause: &str) -> Result<(), String> {
+pub(super) fn abort(mut drive: Drive<'_>, cause: &str) -> Result<(), NotEnded> {
     log::warn!("migration: aborted: {cause}");
     drive.show_phase(Phase::Abort);
     drive.job.find();
     // Somebody may have cancelled already: that is what is happening.
     let _ = drive.job.close_decision("the migration is being aborted");
     if let Err(Stop::Abort(cause) | Stop::Unknown(cause)) = drive.record(&Event::End { attempt: drive.stamp.attempt }) {
-        return Err(cause);
+        return Err(NotEnded::Unknown(cause));
     }
+    // M3: it has ended for good, and only now does a guest go on whose VMM was stopped for it.
+    let resumed = drive.state.as_mut().map_or(Ok(()), |state| state.resume());
+    tell(drive, cause);
+    resumed.map_err(NotEnded::Stands)
+}
+
+/// Tells the destination, and waits a little for UNSEALED.
+fn tell(mut drive: Drive<'_>, cause: &str) {
     // Given back without a fence: nobody copies them any more.
     drop(drive.lanes.end());
     drive.checkers.stop();
@@ -32,9 +48,9 @@ pub(super) fn abort(mut drive: Drive<'_>, cause: &str) -> Result<(), String> {
                 {
                     log::error!("migration: {stop:?}");
                 }
-                return Ok(());
+                return;
             }
-            Ok(Some(Message::Record { .. })) => return Ok(()),
+            Ok(Some(Message::Record { .. })) => return,
             Ok(_) => {}
             Err(lost) => {
                 log::info!("migration: {lost}");
@@ -42,10 +58,9 @@ pub(super) fn abort(mut drive: Drive<'_>, cause: &str) -> Result<(), String> {
                 let dialled = dial(drive.guest, &drive.job.address, Role::Source, deadline);
                 match dialled.map(|(link, theirs)| drive.take_link(link, &theirs)) {
                     Ok(Ok(())) => ask = Some(&message),
-                    _ => return Ok(()),
+                    _ => return,
                 }
             }
         }
     }
-    Ok(())
 }

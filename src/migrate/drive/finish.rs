@@ -8,12 +8,8 @@ use super::*;
 impl<'a> Drive<'a> {
     /// Hands over.
     pub(super) fn finish(&mut self) -> Result<Handed, Stop> {
-        let attempt = self.stamp.attempt;
+        self.write_ahead()?;
         let offer = Event::Offer { stamp: self.stamp, to: self.peer.clone() };
-        // A full disk ends the attempt now, while the guest runs, and not when GIVEN must be written.
-        let give = [offer.clone(), Event::Give { sealed: self.stamp }, Event::Running(self.stamp)];
-        let end = [offer.clone(), Event::End { attempt }, Event::Unsealed(self.stamp)];
-        self.guest.write_ahead(&[&give, &end])?;
         self.mirrors.iter().for_each(|mirror| mirror.verify_soon());
         // M5: durable before anything that lets the destination seal.
         self.record(&offer)?;
@@ -67,10 +63,35 @@ impl<'a> Drive<'a> {
         self.lanes.end();
         let handed = self.give(since, Instant::now() + RUNNING_PATIENCE);
         // W5: found out meanwhile, as a rule.
-        Ok(match (handed, farewell.late(ATTACHED_PROOF_MAX)) {
+        let handed = match (handed, farewell.late(ATTACHED_PROOF_MAX)) {
             (Handed::Over(_), Some(late)) => Handed::OverBut(late),
             (handed, _) => handed,
+        };
+        // The VMM here is kept as long as nobody has said that the guest is there.
+        Ok(match handed {
+            Handed::Unheard => Handed::Unheard,
+            Handed::Over(switchover) => match self.see_it_run() {
+                Ok(()) => Handed::Over(switchover),
+                Err(cause) => Handed::OverBut(cause),
+            },
+            Handed::OverBut(cause) => {
+                let _ = self.see_it_run();
+                Handed::OverBut(cause)
+            }
         })
+    }
+
+    /// Makes room for the records to come: a full disk ends the attempt now, while the guest runs, and not when GIVEN
+    /// must be written.
+    pub(super) fn write_ahead(&mut self) -> Result<(), Stop> {
+        if !std::mem::replace(&mut self.written_ahead, true) {
+            let attempt = self.stamp.attempt;
+            let offer = Event::Offer { stamp: self.stamp, to: self.peer.clone() };
+            let give = [offer.clone(), Event::Give { sealed: self.stamp }, Event::Running(self.stamp)];
+            let end = [offer, Event::End { attempt }, Event::Unsealed(self.stamp)];
+            self.guest.write_ahead(&[&give, &end])?;
+        }
+        Ok(())
     }
 
     /// Quiesces the guest and copies what is left: when this returns, the destination has everything, flushed (D5), and
@@ -130,7 +151,8 @@ impl<'a> Drive<'a> {
                 Ok(()) => {}
                 Err(NotReady::Lost(cause)) => return Err(NotYet::GoOn(cause)),
                 Err(NotReady::TooSlow) => {
-                    self.down = true;
+                    // A stream that is slow is the same one when it is opened again.
+                    self.down = self.stream.is_none();
                     return Err(NotYet::GoOn(format!("disk {}: the final pass takes too long", mirror.name())));
                 }
                 Err(NotReady::Unverified(cause)) => {

@@ -30,6 +30,11 @@ impl Drive<'_> {
         let began = Instant::now();
         self.down = true;
         self.job.lose(self.owed.filter(|_| self.link_lost).unwrap_or(began), cause);
+        if self.stream.is_some() {
+            // They are one connection.
+            self.link_lost = true;
+            self.link.shut();
+        }
         self.unknown.append(&mut self.lanes.end());
         let recovered = self.try_until_recovered(began + RECONNECT_MAX);
         self.job.find();
@@ -62,6 +67,9 @@ impl Drive<'_> {
         if opened.is_err() {
             // Those that did open belong to an epoch that must end before another set is opened.
             self.unknown.append(&mut self.lanes.end());
+            if self.stream.is_some() {
+                self.link_lost = true;
+            }
             if !self.link_lost {
                 self.outage.absent.get_or_insert_with(Instant::now);
             }
@@ -158,8 +166,42 @@ impl Drive<'_> {
         Ok(())
     }
 
+    /// The stream path: has the destination take blocks of the current epoch inside the phase connection. Without it
+    /// there is nothing to do.
+    pub(super) fn open_stream(&mut self) -> Result<(), NotYet> {
+        let Some(present) = self.stream.clone().filter(|_| self.link.trunk().is_none()) else { return Ok(()) };
+        let Prepared { instance, token, .. } = self.prepared;
+        let deadline = Instant::now() + REPLY_TIMEOUT;
+        self.say(&Message::Stream { stamp: self.stamp, instance, epoch: self.epoch, token }).map_err(NotYet::GoOn)?;
+        while Instant::now() < deadline {
+            match self.listen().map_err(NotYet::GoOn)? {
+                Some(Message::Streaming { epoch, .. }) if epoch == self.epoch => {
+                    let shared = self.link.share(None);
+                    let trunk = shared.map_err(|error| NotYet::GoOn(format!("no thread for the stream: {error}")))?;
+                    present.set(&trunk);
+                    return Ok(());
+                }
+                Some(Message::Failed { cause, .. }) => return stop(&format!("the destination: {cause}")),
+                _ => {}
+            }
+            if let Some(cause) = self.job.cancelled() {
+                return stop(&cause);
+            }
+        }
+        self.link_lost = true;
+        Err(NotYet::GoOn("the destination does not answer to STREAM".to_owned()))
+    }
+
     /// Opens the lanes of the current epoch. The mirrors may run.
     pub(super) fn open_lanes(&mut self) -> Result<(), NotYet> {
+        if self.stream.is_some() {
+            self.open_stream()?;
+            let trunk = self.link.trunk().cloned().ok_or_else(|| NotYet::GoOn("no stream".to_owned()))?;
+            return self.lanes.start_stream(&self.mirrors, &trunk).map_err(NotYet::GoOn);
+        }
+        let Some(address) = self.job.address.address().cloned() else {
+            return stop("a command has no data connections");
+        };
         let most = self.prepared.disks.iter().map(|disk| disk.connections).min().unwrap_or(1).max(1);
         let most = most.min(u8::try_from(CONNECTIONS_PER_DISK_MAX).unwrap_or(u8::MAX));
         let wanted = match self.job.request.connections {
@@ -168,7 +210,7 @@ impl Drive<'_> {
             some => some,
         };
         let (job, prepared, epoch) = (self.job, self.prepared.clone(), self.epoch);
-        let (address, disks): (_, Vec<_>) = (job.address.clone(), self.mirrors.iter().map(disk_of).collect());
+        let disks: Vec<_> = self.mirrors.iter().map(disk_of).collect();
         let opening = move || connect(&address, &prepared, epoch, &disks, wanted.min(most));
         let opened = wait_for(&aside("lanes", opening), LINK_LOOK, || {
             if let Some(cause) = job.cancelled() {

@@ -7,7 +7,11 @@ use super::*;
 impl Drive<'_> {
     /// Copies until the final pass would be short enough, and, with `--hold`, until somebody says switch.
     pub(super) fn perform(&mut self) -> Result<(), Stop> {
-        let bells = Checkers::bells(self.job.exports.len());
+        let way = match &self.stream {
+            Some(present) => verify::Way::Inside(Arc::clone(present)),
+            None => verify::Way::Dial(self.job.address.clone()),
+        };
+        let bells = Checkers::bells(self.job.exports.len(), &way);
         for (number, (export, ready)) in self.job.exports.iter().zip(self.prepared.disks.clone()).enumerate() {
             let fault = |cause: String| format!("disk {}: {cause}", export.name());
             let verified = verified(self.job.request.verify);
@@ -18,13 +22,11 @@ impl Drive<'_> {
             mirror.scan(ready.reads_as_zero).map_err(|error| fault(error.to_string()))?;
             self.mirrors.push(mirror);
         }
-        let peer = verify::Peer {
-            guest: self.guest,
-            address: &self.job.address,
-            stamp: self.stamp,
-            instance: self.prepared.instance,
-        };
+        let peer = verify::Peer { guest: self.guest, way, stamp: self.stamp, instance: self.prepared.instance };
         self.checkers = Checkers::start(&peer, &self.mirrors, &bells)?;
+        if let Err(NotYet::Stop(stop)) = self.open_stream() {
+            return Err(stop);
+        }
         self.compare()?;
         // A link that was lost meanwhile has brought them with it when it was mended.
         if !self.lanes.are_open() {

@@ -7,11 +7,13 @@ use super::*;
 /// Everything before the first byte: dials, says hello, has the destination check and open the disks. A failure here
 /// has changed nothing.
 pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String> {
+    let leaving = guest.vmm.leaving(Instant::now() + REPLY_TIMEOUT)?;
     // Before the destination waits for an answer: it may take a while on a large disk.
     let disks = preflight::offers(&job.exports)?;
     let dialled = dial_aside(guest, &job.address, Instant::now() + DIAL_MAX);
     let (mut link, theirs) = wait_for(&dialled, TICK, || job.cancelled().map_or(Ok(()), Err))?
         .map_err(|no_link| format!("{}: {no_link}", job.address))?;
+    let stream = choose_transport(job, &theirs)?.then(Arc::default);
     let record = guest.record().map_err(|error| error.to_string())?.ok_or("this host owns nothing")?;
     let stamp = Stamp {
         lineage: record.lineage,
@@ -37,6 +39,7 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
             wire::Verify::Full => Verify::Full,
         },
         keep_partial: job.request.keep_partial,
+        state: leaving.is_some(),
     });
     let prepared = match ask_to_prepare(job, &mut link, &message, &stamp, &theirs) {
         Ok(prepared) => prepared,
@@ -58,6 +61,7 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
         prepared,
         peer: Peer { host: theirs.host, address: cut(&job.address.to_string()) },
         link,
+        stream,
         mirrors: Vec::new(),
         lanes: Lanes::default(),
         checkers: Checkers::default(),
@@ -71,9 +75,40 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
         meter: Meter::new(job.exports.len(), round_trip.unwrap_or_default()),
         synchrony: Synchrony::new(job.request.synchronous),
         owed: None,
+        state: leaving.map(State::new),
+        written_ahead: false,
         pinged: Instant::now(),
         flushed: Instant::now(),
     })
+}
+
+/// Whether the disks travel inside the phase connection; shows how, and why.
+fn choose_transport(job: &Job, theirs: &Hello) -> Result<bool, String> {
+    let (alone, asked) = (job.address.address().is_none(), job.request.transport);
+    let why_not_nbd = match theirs.capabilities.has(Capabilities::NBD) {
+        _ if alone => Some("the command is one connection"),
+        false => Some("the destination can take no data connections"),
+        true => None,
+    };
+    let stream = match (asked, why_not_nbd) {
+        (wire::Transport::Nbd, Some(why)) => {
+            return Err(format!("{}: {why}; --transport stream sends everything through this one", job.address));
+        }
+        (wire::Transport::Nbd, None) => false,
+        (wire::Transport::Stream, _) => true,
+        (wire::Transport::Auto, why) => why.is_some(),
+    };
+    if stream && !theirs.capabilities.has(Capabilities::STREAM) {
+        return Err(format!("{}: the destination takes no blocks inside the phase connection", job.address));
+    }
+    job.show(|progress| {
+        progress.transport = if stream { wire::Transport::Stream } else { wire::Transport::Nbd };
+        progress.transport_cause = why_not_nbd.filter(|_| asked == wire::Transport::Auto).map(text).unwrap_or_default();
+    });
+    if let Some(why) = why_not_nbd {
+        log::info!("migration: {why}: the disks travel inside the phase connection");
+    }
+    Ok(stream)
 }
 
 /// The time from a question to its answer on an idle link.

@@ -59,6 +59,15 @@ impl Drive<'_> {
         });
     }
 
+    /// While the guest's state moves.
+    pub(super) fn show_state(&self, counts: &[Counts], bytes: u64) {
+        self.job.show(|progress| {
+            progress.state_bytes = bytes;
+            progress.bandwidth_bytes = self.job.budget.rate();
+            progress.disks = self.disks(counts);
+        });
+    }
+
     fn disks(&self, counts: &[Counts]) -> heapless::Vec<DiskProgress, DISKS_MAX> {
         let disk = |(number, (mirror, counts)): (usize, (&Arc<Mirror>, &Counts))| {
             let rates = self.meter.rates(number);

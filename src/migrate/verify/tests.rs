@@ -52,7 +52,7 @@ impl Bench {
         let checker = Checker {
             instance: guest.instance,
             guest,
-            address: Address::parse("tcp://127.0.0.1:1").expect("an address"),
+            way: Way::Dial(Place::parse("tcp://127.0.0.1:1").expect("an address")),
             stamp: stamp(),
             disks: vec![Disk { number: 0, mirror }],
             bell,
@@ -215,7 +215,7 @@ fn who_dials_a_destination_that_says_nothing_can_be_ended() {
     let Bench { dir, mut checker, image, .. } = Bench::new();
     let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("bound");
     let port = silent.local_addr().expect("an address").port();
-    checker.address = Address::parse(&format!("tcp://127.0.0.1:{port}")).expect("an address");
+    checker.way = Way::Dial(Place::parse(&format!("tcp://127.0.0.1:{port}")).expect("an address"));
     let stop = Arc::clone(&checker.stop);
     let checking = thread::spawn(move || checker.run());
     // It has dialled, and waits for a word.

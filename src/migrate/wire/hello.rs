@@ -23,7 +23,7 @@
 use std::fmt;
 
 use crate::limits::{ADDRESS_MAX, GUEST_NAME_MAX};
-use crate::ownership::{Address, Host, ID_BYTES, Instance, Lineage, Order, Title, Word};
+use crate::ownership::{Host, ID_BYTES, Instance, Lineage, Order, Title, Word};
 
 /// Length of a hello, in bytes.
 pub const HELLO_LENGTH: usize = 384;
@@ -33,6 +33,9 @@ pub const MAGIC: [u8; 8] = *b"BLKFERRY";
 pub const VERSION_LOWEST: u16 = 1;
 /// Newest version of the phase protocol that this program speaks.
 pub const VERSION_HIGHEST: u16 = 1;
+
+/// How addresses begin that a side may give as its own.
+const ADDRESSES: [&str; 3] = ["tcp://", "unix://", "vsock://"];
 
 const VERSIONS: usize = 8;
 const ROLE: usize = 12;
@@ -156,7 +159,7 @@ pub struct Hello {
     /// Its machine.
     pub host: Host,
     /// Its own migration address; empty when it cannot be dialled.
-    pub address: Address,
+    pub address: heapless::String<ADDRESS_MAX>,
 }
 
 /// Why the peer's first bytes are not a hello.
@@ -168,7 +171,8 @@ pub enum HelloError {
     Versions,
     /// A length is beyond its field, or the name is not UTF-8, empty, or holds control characters.
     Guest,
-    /// A length is beyond its field, or the address is not UTF-8 or holds control characters.
+    /// A length is beyond its field, or the address is not UTF-8, holds control characters, or is no address: nobody
+    /// may make a host run a command.
     Address,
 }
 
@@ -244,7 +248,9 @@ impl Hello {
             instance: Instance(take(bytes, INSTANCE)),
             challenge: Challenge(take(bytes, CHALLENGE)),
             host: Host(take(bytes, HOST)),
-            address: text(&bytes[ADDRESS..RESERVED], address_length).ok_or(HelloError::Address)?,
+            address: text(&bytes[ADDRESS..RESERVED], address_length)
+                .filter(|address| ADDRESSES.iter().any(|form| address.starts_with(form)) || address.is_empty())
+                .ok_or(HelloError::Address)?,
         })
     }
 }

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use proptest::prelude::*;
 
 use super::*;
-use crate::ownership::{Address, Attempt, Host, Kind, Lineage, Order, Peer, Title, Word};
+use crate::ownership::{Attempt, Host, Kind, Lineage, Order, Peer, Title, Word};
 
 fn stamp() -> Stamp {
     Stamp {
@@ -42,6 +42,7 @@ fn samples(count: usize, length: usize) -> Vec<Message> {
             connections: 4,
             verify: Verify::Full,
             keep_partial: true,
+            state: true,
         }),
         Message::Prepared(Prepared {
             stamp,
@@ -62,11 +63,17 @@ fn samples(count: usize, length: usize) -> Vec<Message> {
         Message::Question { stamp },
         Message::Record { stamp, record },
         Message::Promise { stamp, promise: Promise::NotGiven },
-        Message::Failed { stamp, cause, region: Some(region) },
+        Message::Failed { stamp, cause: cause.clone(), region: Some(region) },
         Message::Ping { number: 7 },
         Message::Pong { number: u64::MAX },
         Message::Digest { stamp, disk: 3, offset_bytes: 1 << 20, regions: 16 },
         Message::Digests { stamp, disk: 3, offset_bytes: 1 << 20, digests: many(&[0x77; 32], count.min(DIGESTS_MAX)) },
+        Message::Stream { stamp, instance, epoch, token: Token::from_bytes([0x66; 16]) },
+        Message::Streaming { stamp, epoch },
+        Message::State { stamp, ran: true },
+        Message::StateReady { stamp },
+        Message::StateQuestion { stamp },
+        Message::StateIs { stamp, standing: Standing::Failed, cause },
     ]
 }
 
@@ -91,8 +98,31 @@ fn hex(bytes: &[u8]) -> String {
 #[test]
 fn message_numbers_are_pinned() {
     let names = [
-        "PREPARE", "PREPARED", "REFUSED", "FENCE", "FENCED", "SEAL", "SEALED", "GO", "RUNNING", "ABORT", "UNSEALED",
-        "QUESTION", "RECORD", "PROMISE", "FAILED", "PING", "PONG", "DIGEST", "DIGESTS",
+        "PREPARE",
+        "PREPARED",
+        "REFUSED",
+        "FENCE",
+        "FENCED",
+        "SEAL",
+        "SEALED",
+        "GO",
+        "RUNNING",
+        "ABORT",
+        "UNSEALED",
+        "QUESTION",
+        "RECORD",
+        "PROMISE",
+        "FAILED",
+        "PING",
+        "PONG",
+        "DIGEST",
+        "DIGESTS",
+        "STREAM",
+        "STREAMING",
+        "STATE",
+        "STATE-READY",
+        "STATE-QUESTION",
+        "STATE-IS",
     ];
     let samples = samples(1, 3);
     assert_eq!((samples.len(), names.len()), (usize::from(MESSAGES), usize::from(MESSAGES)));
@@ -222,7 +252,7 @@ fn hello() -> Hello {
 
 #[test]
 fn hello_without_a_record_says_no_lineage() {
-    let hello = Hello { title: None, address: Address::new(), role: Role::Other(200), ..hello() };
+    let hello = Hello { title: None, address: cut(""), role: Role::Other(200), ..hello() };
     assert_eq!(Hello::parse(&hello.encode()), Ok(hello));
 }
 
@@ -246,6 +276,8 @@ fn malformed_hellos_are_refused_with_their_reason() {
         bytes[at] = byte;
         Hello::parse(&bytes)
     };
+    // Nobody may make a host run a command.
+    let command = Hello::parse(&Hello { address: cut("exec:rm -rf /"), ..hello() }.encode());
     let cases = [
         (with(0, b'N'), HelloError::Magic, "the peer is not blockferry"),
         (with(8, 4), HelloError::Versions, "the peer's versions are not a range"),
@@ -255,6 +287,7 @@ fn malformed_hellos_are_refused_with_their_reason() {
         (with(24, 0x1b), HelloError::Guest, "the peer's guest name is malformed"),
         (with(14, 129), HelloError::Address, "the peer's address is malformed"),
         (with(200, 0xff), HelloError::Address, "the peer's address is malformed"),
+        (command, HelloError::Address, "the peer's address is malformed"),
     ];
     for (is, error, line) in cases {
         assert_eq!(is, Err(error));
@@ -349,6 +382,7 @@ proptest! {
                 connections,
                 verify: Verify::Written,
                 keep_partial: numbers[0] % 2 == 1,
+                state: numbers[0] % 3 == 1,
             }),
             Message::Prepared(Prepared {
                 stamp,
@@ -370,8 +404,8 @@ proptest! {
 
     #[test]
     fn hellos_survive_the_wire(
-        stamp in any_stamp(), guest in "[^\\p{Cc}]{1,20}", address in "[^\\p{Cc}]{0,40}", role: u8, capabilities: u64,
-        versions: (u16, u16), ids: [[u8; 16]; 4],
+        stamp in any_stamp(), guest in "[^\\p{Cc}]{1,20}", form in "(|tcp://|unix:///)", rest in "[^\\p{Cc}]{0,40}",
+        role: u8, capabilities: u64, versions: (u16, u16), ids: [[u8; 16]; 4],
     ) {
         let role = match role { 1 => Role::Source, 2 => Role::Destination, 3 => Role::Asker, n => Role::Other(n) };
         let title = Title { lineage: stamp.lineage, order: stamp.order, word: stamp.word };
@@ -385,7 +419,7 @@ proptest! {
             instance: Instance(ids[1]),
             challenge: Challenge(ids[2]),
             host: Host(ids[3]),
-            address: cut(&address),
+            address: cut(&if form.is_empty() { form } else { form + &rest }),
         };
         prop_assert_eq!(Hello::parse(&hello.encode()), Ok(hello));
     }

@@ -179,7 +179,7 @@ impl<'a> Connection<'a> {
     /// Everything that is answered with nothing but success or an error.
     fn change(&self, request: &Request, payload: &[u8]) -> Result<Option<Owed>, Fault> {
         let visit = self.visit;
-        let (offset, length) = (request.offset, u64::from(request.length));
+        let (offset, length) = (request.offset, request.length);
         let durable = request.flags & wire::CMD_FLAG_FUA != 0;
         match request.command {
             wire::CMD_WRITE => {
@@ -206,7 +206,7 @@ impl<'a> Connection<'a> {
     /// nobody could be told of any more, ends the connection.
     fn read(&self, request: &Request, buffer: &mut [u8]) -> io::Result<()> {
         let whole = !self.agreed.structured || request.flags & wire::CMD_FLAG_DF != 0;
-        let end = request.offset + u64::from(request.length);
+        let end = request.offset + request.length;
         let mut turn = None;
         let mut at = request.offset;
         while at < end {
@@ -236,31 +236,37 @@ impl<'a> Connection<'a> {
 
     /// The extents of a range, for `base:allocation`.
     fn block_status(&self, request: &Request) -> io::Result<()> {
-        const EXTENT: usize = 8;
-        const HEAD: usize = 4;
         if let Err(fault) = self.visit.may_read() {
             return self.reply(request, error_number(&fault).ok_or_else(gone)?);
         }
         let most = if request.flags & wire::CMD_FLAG_REQ_ONE == 0 { STATUS_EXTENTS_MAX } else { 1 };
-        let mut payload = [0; HEAD + STATUS_EXTENTS_MAX * EXTENT];
-        payload[..HEAD].copy_from_slice(&wire::block_status(BASE_ALLOCATION_ID));
-        let (mut at, end) = (request.offset, request.offset + u64::from(request.length));
-        let mut filled = HEAD;
-        while at < end && filled < HEAD + most * EXTENT {
+        let mut extents: heapless::Vec<u8, { STATUS_EXTENTS_MAX * 16 }> = heapless::Vec::new();
+        let (mut at, end) = (request.offset, request.offset + request.length);
+        let mut count = 0;
+        while at < end && (count as usize) < most {
             let extent = match self.visit.disk().extent(at, end) {
                 Ok(extent) => extent,
                 Err(error) => return self.reply(request, error_number(&error.into()).unwrap_or(wire::EIO)),
             };
             let state = if extent.hole { wire::STATE_HOLE | wire::STATE_ZERO } else { 0 };
-            let length = u32::try_from(extent.length).unwrap_or(u32::MAX);
-            payload[filled..filled + EXTENT].copy_from_slice(&wire::extent(length, state));
-            filled += EXTENT;
+            // There is room for all of them.
+            let _ = if self.agreed.extended {
+                extents.extend_from_slice(&wire::extent_ext(extent.length, u64::from(state)))
+            } else {
+                let length = u32::try_from(extent.length).unwrap_or(u32::MAX);
+                extents.extend_from_slice(&wire::extent(length, state))
+            };
+            count += 1;
             at += extent.length;
         }
-        let kind = wire::REPLY_TYPE_BLOCK_STATUS;
-        let length = u32::try_from(filled).unwrap_or(u32::MAX);
-        let chunk = wire::structured_chunk(wire::REPLY_FLAG_DONE, kind, request.cookie, length);
-        self.send(&chunk, &payload[..filled])
+        let (ext, plain) = (wire::block_status_ext(BASE_ALLOCATION_ID, count), wire::block_status(BASE_ALLOCATION_ID));
+        let (kind, front) = if self.agreed.extended {
+            (wire::REPLY_TYPE_BLOCK_STATUS_EXT, &ext[..])
+        } else {
+            (wire::REPLY_TYPE_BLOCK_STATUS, &plain[..])
+        };
+        let head = ReplyHead::chunk(self.agreed, request, true, kind, (front.len() + extents.len()) as u64, front);
+        self.send(head.bytes(), &extents)
     }
 
     pub(super) fn reply(&self, request: &Request, error: u32) -> io::Result<()> {

@@ -1,7 +1,7 @@
 //! The journal's bytes, and with which record it counts.
 
 use super::*;
-use crate::limits::{ADDRESS_MAX, DISK_NAME_MAX, PATH_MAX};
+use crate::limits::{DISK_NAME_MAX, PATH_MAX, PLACE_MAX};
 use crate::ownership::{Address, Host, Images, Order, Word};
 
 fn journal() -> Journal {
@@ -35,7 +35,7 @@ fn the_bytes_are_pinned() {
 
 #[test]
 fn the_longest_list_fits() {
-    let address = Address::try_from("x".repeat(ADDRESS_MAX).as_str()).expect("fits");
+    let address = Address::try_from("x".repeat(PLACE_MAX).as_str()).expect("fits");
     let entry = Entry {
         disk: "d".repeat(DISK_NAME_MAX),
         path: "p".repeat(PATH_MAX),

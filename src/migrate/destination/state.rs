@@ -1,0 +1,154 @@
+//! The guest's state at the destination: takes it in, and knows how far it is (M11).
+//!
+//! The state comes on a connection of its own; the thread that serves it has the VMM wait, says that it is ready, and
+//! from then on a [`Relay`] carries. Whoever else wants to know asks [`Loading::standing`]. It has a lock of its own: a
+//! VMM that is asked may take its time, and nobody under the stage's lock waits for that but who ends the VMM before
+//! "unsealed".
+//!
+//! What has loaded here lives in the VMM, and this process only remembers that it saw it. One that was restarted while
+//! it was sealed finds the VMM by its monitor: it lets the guest run after GO, and ends it before "unsealed".
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::guest::Guest;
+use crate::limits::{REPLY_TIMEOUT, STATE_START_MAX, VMM_END_MAX, VMM_RUN_MAX};
+use crate::migrate::link::Link;
+use crate::migrate::state::Relay;
+use crate::migrate::wire::{Message, Standing, cut};
+use crate::ownership::Stamp;
+use crate::vmm::Arriving;
+
+/// How far the guest's state is in this process.
+#[derive(Debug, Default)]
+pub(super) struct Loading {
+    inner: Mutex<Option<Loaded>>,
+}
+
+#[derive(Debug)]
+struct Loaded {
+    stamp: Stamp,
+    ran: bool,
+    vmm: Option<Arriving>,
+    relay: Option<Arc<Relay>>,
+    standing: Standing,
+    cause: String,
+}
+
+impl Loaded {
+    fn fail(&mut self, cause: &str) {
+        self.standing = Standing::Failed;
+        cause.clone_into(&mut self.cause);
+        if let Some(relay) = &self.relay {
+            relay.end();
+        }
+    }
+
+    /// Asks the VMM, if it is not known.
+    fn look(&mut self) {
+        let Some(vmm) = &mut self.vmm else { return };
+        if !matches!(self.standing, Standing::Loading | Standing::Loaded) {
+            return;
+        }
+        match vmm.loaded(Duration::ZERO) {
+            Ok(true) => self.standing = Standing::Loaded,
+            Ok(false) if self.standing == Standing::Loaded => self.fail("the VMM does not stand any more"),
+            Ok(false) => {
+                // It may be loaded a moment after its socket was closed; a socket that broke is no end of a state.
+                if let Some(cause) = self.relay.as_ref().and_then(|relay| relay.failure()) {
+                    self.fail(&cause);
+                }
+            }
+            Err(cause) => self.fail(&cause),
+        }
+    }
+}
+
+impl Loading {
+    /// Takes the state in that comes on `link`, whose STATE was found good: returns when it is carried, or cannot be.
+    ///
+    /// # Errors
+    /// One line: the connection ends, and the source has been told why.
+    pub(super) fn take(&self, guest: &Guest, link: &mut Link, stamp: Stamp, ran: bool) -> Result<(), String> {
+        let begun = guest.vmm.arriving(Instant::now() + STATE_START_MAX);
+        let (vmm, socket) = match begun {
+            Ok(begun) => begun,
+            Err(cause) => {
+                let failed = Message::Failed { stamp, cause: cut(&cause), region: None };
+                let _ = link.send(&failed, Instant::now() + REPLY_TIMEOUT);
+                return Err(cause);
+            }
+        };
+        *self.lock() =
+            Some(Loaded { stamp, ran, vmm: Some(vmm), relay: None, standing: Standing::Loading, cause: String::new() });
+        link.send(&Message::StateReady { stamp }, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
+        let relay = Relay::start(socket, Arc::clone(link.socket()), None)?;
+        if let Some(loaded) = self.lock().as_mut().filter(|loaded| loaded.stamp.matches(&stamp)) {
+            loaded.relay = Some(Arc::clone(&relay));
+        }
+        relay.wait();
+        log::info!("migration: {} bytes of the guest's state were carried", relay.bytes());
+        Ok(())
+    }
+
+    /// How far the state of that attempt is.
+    pub(super) fn standing(&self, stamp: &Stamp) -> (Standing, String) {
+        match self.lock().as_mut().filter(|loaded| loaded.stamp.matches(stamp)) {
+            None => (Standing::None, String::new()),
+            Some(loaded) => {
+                loaded.look();
+                (loaded.standing, loaded.cause.clone())
+            }
+        }
+    }
+
+    /// OWNER is durable: the guest runs, if it ran.
+    pub(super) fn run(&self, guest: &Guest) {
+        let mut inner = self.lock();
+        let deadline = Instant::now() + VMM_RUN_MAX;
+        let run = match inner.as_mut() {
+            Some(Loaded { standing: Standing::Running | Standing::Failed, .. }) => return,
+            Some(Loaded { ran: false, .. }) => {
+                log::warn!("{}: the guest was paused before it moved, and stays so", guest.name);
+                return;
+            }
+            Some(loaded) => {
+                let run = loaded.vmm.as_mut().map_or(Ok(()), |vmm| vmm.run(deadline));
+                match &run {
+                    Ok(()) => loaded.standing = Standing::Running,
+                    Err(cause) => loaded.fail(cause),
+                }
+                // The monitor is free for its user.
+                loaded.vmm = None;
+                run
+            }
+            None => guest.vmm.run_again(deadline),
+        };
+        match run {
+            Ok(()) => log::info!("{}: the guest runs here", guest.name),
+            Err(cause) => log::error!("{}: this host owns, and the guest does not run: {cause}", guest.name),
+        }
+    }
+
+    /// This host will not own, or the attempt has ended: ends the VMM that has read what may be old (M11).
+    pub(super) fn end(&self, guest: &Guest, stamp: &Stamp) {
+        let mut inner = self.lock();
+        let deadline = Instant::now() + VMM_END_MAX;
+        let ended = match inner.take_if(|loaded| loaded.stamp.matches(stamp)) {
+            Some(mut loaded) => {
+                if let Some(relay) = &loaded.relay {
+                    relay.end();
+                }
+                loaded.vmm.as_mut().map_or(Ok(()), |vmm| vmm.end(deadline))
+            }
+            None => guest.vmm.end_again(deadline),
+        };
+        if let Err(cause) = ended {
+            log::warn!("{}: {cause}", guest.name);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Loaded>> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

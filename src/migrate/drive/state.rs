@@ -1,0 +1,235 @@
+//! The guest's state: has the VMM move it while the mirror keeps passing, and waits until it stands, loaded whole, at
+//! the destination (M11).
+//!
+//! Called by `drive::run` between PERFORM and FINISH; without a VMM driver there is nothing to do here. Until the VMM
+//! is silent for good the gates stay open (D6): QEMU flushes and may write until then, and hangs where it cannot.
+//!
+//! While the guest runs a lost connection is mended as ever. Once it stands nothing is waited for that can take long:
+//! whatever breaks ends the attempt, and the guest goes on here (`abort.rs`).
+
+use super::*;
+use crate::limits::{
+    STANDING_TICK, STATE_DRAIN_MAX, STATE_LOAD_MAX, STATE_STALL_MAX, STATE_START_MAX, VMM_LAST_WORD, VMM_RUN_MAX,
+};
+use crate::migrate::state::Relay;
+use crate::migrate::wire::Standing;
+use crate::vmm::{Going, Leaving};
+
+/// The guest's state, on its way.
+#[derive(Debug)]
+pub(super) struct State {
+    vmm: Leaving,
+    relay: Option<Arc<Relay>>,
+    /// What the state travels on; a command that is the way to the other host ends with it.
+    carrier: Option<Link>,
+    /// Since when the guest stands.
+    stands: Option<Instant>,
+    /// Until it was heard to run at the destination.
+    pause: Option<Duration>,
+}
+
+impl State {
+    pub(super) fn new(vmm: Leaving) -> Self {
+        Self { vmm, relay: None, carrier: None, stands: None, pause: None }
+    }
+
+    /// Bytes of the state, if it has begun to move.
+    pub(super) fn bytes(&self) -> Option<u64> {
+        self.relay.as_ref().map(|relay| relay.bytes())
+    }
+
+    /// How long the guest stood, if it was heard to run again.
+    pub(super) fn pause(&self) -> Option<Duration> {
+        self.pause
+    }
+
+    /// The attempt has ended for good, and this host owns: the guest goes on here. First the socket, then the monitor:
+    /// a VMM that is stalled by the one does not answer at the other.
+    ///
+    /// # Errors
+    /// One line, for the user: it stands.
+    pub(super) fn resume(&mut self) -> Result<(), String> {
+        let Some(relay) = &self.relay else { return Ok(()) };
+        relay.end();
+        self.vmm.resume(Instant::now() + VMM_RUN_MAX)
+    }
+}
+
+impl Drive<'_> {
+    /// Moves the state. When this returns, the source's VMM is silent for good and the destination's has loaded the
+    /// guest, which stands.
+    pub(super) fn move_state(&mut self) -> Result<(), Stop> {
+        let Some(mut state) = self.state.take() else { return Ok(()) };
+        let moved = self.move_it(&mut state);
+        self.state = Some(state);
+        moved
+    }
+
+    fn move_it(&mut self, state: &mut State) -> Result<(), Stop> {
+        // What takes the time of a disk is done while the guest runs.
+        self.write_ahead()?;
+        self.show_phase(Phase::State);
+        let carrier = self.open_carrier(state.vmm.ran())?;
+        let began = state.vmm.start(self.job.downtime_limit(), Instant::now() + STATE_START_MAX);
+        let vmm = began.inspect_err(|_| carrier.socket().shutdown())?;
+        let relay = Relay::start(vmm, Arc::clone(carrier.socket()), Some(Arc::clone(&self.job.budget)))?;
+        state.relay = Some(Arc::clone(&relay));
+        state.carrier = Some(carrier);
+        while state.vmm.poll(Duration::ZERO)? == Going::Active {
+            check(&relay)?;
+            self.look()?;
+            let counts = self.counts();
+            self.meter.sample(&counts);
+            self.show_state(&counts, relay.bytes());
+        }
+        state.stands = Some(Instant::now());
+        relay.hurry();
+        self.drain_standing()?;
+        state.vmm.go_on(Instant::now() + VMM_RUN_MAX)?;
+        self.follow(state, &relay)?;
+        let loaded = self.ask_until(Standing::Loaded, Instant::now() + STATE_LOAD_MAX);
+        self.show_state(&self.counts(), relay.bytes());
+        loaded
+    }
+
+    /// A connection of its own for the state, at whose other end a VMM waits.
+    fn open_carrier(&mut self, ran: bool) -> Result<Link, Stop> {
+        let deadline = Instant::now() + STATE_START_MAX;
+        let dialled = dial_aside(self.guest, &self.job.address, deadline);
+        let (mut link, theirs) = wait_for(&dialled, TICK, || self.look())?
+            .map_err(|no_link| format!("the guest's state: {}: {no_link}", self.job.address))?;
+        if theirs.instance != self.prepared.instance {
+            return Err("the guest's state: the destination has been restarted".into());
+        }
+        let fault = |error: LinkError| Stop::Abort(format!("the guest's state: {error}"));
+        link.send(&Message::State { stamp: self.stamp, ran }, deadline).map_err(fault)?;
+        while Instant::now() < deadline {
+            match link.receive(Instant::now() + TICK).map_err(fault)? {
+                Some(Message::StateReady { stamp }) if stamp.matches(&self.stamp) => {
+                    return Ok(link);
+                }
+                Some(Message::Failed { stamp, cause, .. }) if stamp.matches(&self.stamp) => {
+                    return Err(format!("the destination: {cause}").into());
+                }
+                _ => self.look()?,
+            }
+        }
+        Err("the guest's state: the destination's VMM does not get ready".into())
+    }
+
+    /// The guest stands and its VMM may still flush: copies what is left, flushes and verifies, with open gates. What
+    /// is true when this returns is established again under quiesce (D5); it only makes that short.
+    fn drain_standing(&mut self) -> Result<(), Stop> {
+        let deadline = Instant::now() + STATE_DRAIN_MAX;
+        self.mirrors.iter().for_each(|mirror| mirror.rush());
+        let mut flushes: Option<Vec<u64>> = None;
+        let drained = loop {
+            if let Err(stop) = self.watch() {
+                break Err(stop);
+            }
+            let counts = self.counts();
+            if counts.iter().all(|counts| counts.outstanding.granules == 0) {
+                let before = flushes.get_or_insert_with(|| counts.iter().map(|counts| counts.flushes).collect());
+                let flushed = counts.iter().zip(before.iter()).all(|(counts, before)| counts.flushes > *before);
+                if flushed && counts.iter().all(|counts| counts.unverified == 0) {
+                    break Ok(());
+                }
+                self.mirrors.iter().zip(&counts).zip(before.iter()).for_each(|((mirror, counts), before)| {
+                    if counts.flushes == *before {
+                        mirror.ask_for_flush();
+                    }
+                });
+            }
+            if Instant::now() >= deadline {
+                break Err("the guest stands, and what is left to copy takes too long".into());
+            }
+        };
+        self.mirrors.iter().for_each(|mirror| mirror.relax());
+        drained
+    }
+
+    /// The rest of the state, until the VMM is silent for good.
+    fn follow(&mut self, state: &mut State, relay: &Relay) -> Result<(), Stop> {
+        while state.vmm.poll(STANDING_TICK)? != Going::Gone {
+            self.watch()?;
+            if let Err(broken) = check(relay) {
+                // A VMM that has just come to its end closes its socket, too.
+                return match state.vmm.poll(VMM_LAST_WORD)? {
+                    Going::Gone => Ok(()),
+                    _ => Err(broken),
+                };
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the destination how far the state is, until it is as wanted.
+    pub(super) fn ask_until(&mut self, wanted: Standing, deadline: Instant) -> Result<(), Stop> {
+        let question = Message::StateQuestion { stamp: self.stamp };
+        let mut ask = true;
+        while Instant::now() < deadline {
+            let heard = if ask { self.say(&question).and_then(|()| self.listen()) } else { self.listen() };
+            ask = false;
+            match heard? {
+                Some(Message::StateIs { standing, .. }) if standing == wanted => return Ok(()),
+                Some(Message::StateIs { standing: Standing::Failed, cause, .. }) => {
+                    return Err(format!("the destination: {cause}").into());
+                }
+                Some(Message::StateIs { .. }) => ask = true,
+                Some(Message::Failed { cause, .. }) => return Err(format!("the destination: {cause}").into()),
+                _ => {}
+            }
+            if let Some(cause) = self.job.cancelled() {
+                return Err(cause.into());
+            }
+        }
+        Err("the destination does not say that it has loaded the guest".into())
+    }
+
+    /// The destination owns: waits for its guest to run, and ends the VMM here.
+    ///
+    /// # Errors
+    /// One line: the guest does not run there.
+    pub(super) fn see_it_run(&mut self) -> Result<(), String> {
+        let Some(mut state) = self.state.take() else { return Ok(()) };
+        let runs =
+            if state.vmm.ran() { self.ask_until(Standing::Running, Instant::now() + VMM_RUN_MAX) } else { Ok(()) };
+        state.pause = state.stands.filter(|_| runs.is_ok() && state.vmm.ran()).map(|since| since.elapsed());
+        if let Err(cause) = state.vmm.end(Instant::now() + VMM_RUN_MAX) {
+            log::warn!("migration: {cause}");
+        }
+        self.state = Some(state);
+        runs.map_err(|stop| match stop {
+            Stop::Abort(cause) | Stop::Unknown(cause) => cause,
+        })
+    }
+
+    /// As [`Drive::look`], while the guest stands: nothing is mended.
+    fn watch(&mut self) -> Result<(), Stop> {
+        if let Some(cause) = self.job.cancelled() {
+            return Err(cause.into());
+        }
+        if let Some(failure) = self.mirrors.iter().find_map(|mirror| mirror.failure()) {
+            return Err(failure.text.into());
+        }
+        if let Some(cause) = self.mirrors.iter().find_map(|mirror| mirror.lost()) {
+            self.down = true;
+            return Err(cause.into());
+        }
+        match self.listen_for(STANDING_TICK)? {
+            Some(Message::Failed { cause, .. }) => Err(format!("the destination: {cause}").into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Whether the state still moves.
+fn check(relay: &Relay) -> Result<(), Stop> {
+    if let Some(cause) = relay.failure() {
+        return Err(cause.into());
+    }
+    if relay.quiet() > STATE_STALL_MAX {
+        return Err("the guest's state does not move".into());
+    }
+    Ok(())
+}

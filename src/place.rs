@@ -1,0 +1,99 @@
+//! Where another host is reached: at an address, or through a command that this host runs.
+//!
+//! Only what this host's own user has typed may name a command, and its record repeats it. What a peer says of itself
+//! is an address or nothing: `migrate/wire/hello.rs` sees to that.
+
+use std::fmt;
+
+use crate::address::Address;
+use crate::command::words;
+use crate::error::Problem;
+use crate::limits::PLACE_MAX;
+
+/// Where another host is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// A door that can be dialled by as many connections as are wanted.
+    At(Address),
+    /// `exec:COMMAND`: its input and output are one connection to the other host's migration door.
+    Through(String),
+}
+
+/// Begins a command.
+pub const EXEC: &str = "exec:";
+
+impl Place {
+    /// Reads it.
+    ///
+    /// # Errors
+    /// The cause, for a usage error.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let Some(command) = text.strip_prefix(EXEC) else {
+            return Address::parse(text).map(Self::At);
+        };
+        if text.len() > PLACE_MAX {
+            return Err(format!("the command is longer than {} bytes", PLACE_MAX - EXEC.len()));
+        }
+        if command.contains(char::is_control) {
+            return Err("the command contains a control character".to_owned());
+        }
+        words(command).map_err(|cause| format!("'{text}': the command {cause}"))?;
+        Ok(Self::Through(command.to_owned()))
+    }
+
+    /// The address to which further connections can be opened.
+    #[must_use]
+    pub fn address(&self) -> Option<&Address> {
+        match self {
+            Self::At(address) => Some(address),
+            Self::Through(_) => None,
+        }
+    }
+
+    /// As [`Address::check_plaintext`]. A command is asked nothing: who reaches the other host by it, and who can read
+    /// what it carries, is its own business, as with ssh.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check_plaintext(&self, operation: &'static str, insecure_plaintext: bool) -> Result<(), Problem> {
+        self.address().map_or(Ok(()), |address| address.check_plaintext(operation, insecure_plaintext))
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::At(address) => address.fmt(f),
+            Self::Through(command) => write!(f, "{EXEC}{command}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_print_as_they_parse() {
+        for text in ["tcp://b:49152", "unix:///run/x.sock", "exec:ssh B blockferry accept g1", "exec:a 'b c'"] {
+            assert_eq!(Place::parse(text).map(|place| place.to_string()), Ok(text.to_owned()));
+        }
+        let command = Place::parse("exec:ssh B x").expect("a command");
+        assert_eq!(command.address(), None);
+        command.check_plaintext("migrate", false).expect("its own business");
+        Place::parse("tcp://192.0.2.1:1").expect("an address").check_plaintext("migrate", false).expect_err("refused");
+    }
+
+    #[test]
+    fn every_wrong_command_says_what_is_wrong() {
+        let long = format!("exec:{}", "x".repeat(PLACE_MAX));
+        for (text, cause) in [
+            ("exec:", "'exec:': the command names no program"),
+            ("exec:a 'b", "'exec:a 'b': the command a quote (') is not closed"),
+            ("exec:a\nb", "the command contains a control character"),
+            (long.as_str(), "the command is longer than 251 bytes"),
+        ] {
+            assert_eq!(Place::parse(text), Err(cause.to_owned()));
+        }
+    }
+}

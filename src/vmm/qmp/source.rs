@@ -1,0 +1,153 @@
+//! QEMU on the source: its guest leaves.
+//!
+//! The order is that of `docs/vmm.md`: `migrate` to a socket of ours, `pre-switchover` (the guest stands), what is left
+//! is copied, `migrate-continue`, `completed`, and then `postmigrate`, in which QEMU writes nothing any more. That QEMU
+//! says `completed` proves nothing about the destination.
+
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::{Event, Qmp, Status, soon, state_path, uri};
+use crate::error::reason;
+use crate::limits::{QMP_BANDWIDTH, QMP_LOOK, QMP_TIMEOUT};
+use crate::socket::{self, Socket};
+use crate::vmm::Going;
+
+/// A guest that leaves.
+#[derive(Debug)]
+pub struct Leaving {
+    qmp: Qmp,
+    path: PathBuf,
+    /// The guest ran when it was found: only then does it ever run again by our word.
+    ran: bool,
+    going: Going,
+}
+
+impl Leaving {
+    /// Finds QEMU, and a guest in it that can leave. Changes nothing.
+    ///
+    /// # Errors
+    /// One line.
+    pub fn find(path: &Path, deadline: Instant) -> Result<Self, String> {
+        let mut qmp = Qmp::connect(path, deadline)?;
+        let state = qmp.run_state(soon(deadline))?;
+        if !state.running && state.word != "paused" {
+            return Err(qmp.fault(format_args!("the guest is '{}', neither running nor paused", state.word)));
+        }
+        Ok(Self { qmp, path: path.to_owned(), ran: state.running, going: Going::Active })
+    }
+
+    pub(in crate::vmm) fn ran(&self) -> bool {
+        self.ran
+    }
+
+    pub(in crate::vmm) fn start(&mut self, downtime: Duration, deadline: Instant) -> Result<Arc<Socket>, String> {
+        // It may have been paused, or started, since.
+        let state = self.qmp.run_state(soon(deadline))?;
+        if !state.running && state.word != "paused" {
+            return Err(self.qmp.fault(format_args!("the guest is '{}', neither running nor paused", state.word)));
+        }
+        self.ran = state.running;
+        self.qmp.set_capabilities(false, soon(deadline))?;
+        // The pace is that of the migration's budget, which holds the socket back.
+        let pace = format!("{{\"max-bandwidth\":{QMP_BANDWIDTH},\"downtime-limit\":{}}}", downtime.as_millis());
+        self.qmp.execute("migrate-set-parameters", &pace, soon(deadline))?;
+        let path = state_path(&self.path)?;
+        let fault =
+            |error: std::io::Error| format!("listen for the guest's state: {}: {}", path.display(), reason(&error));
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).map_err(fault)?;
+        listener.set_nonblocking(true).map_err(fault)?;
+        let began = self.qmp.execute("migrate", &uri(&path), soon(deadline));
+        let came = began.and_then(|_| accept(&listener, soon(deadline)));
+        let _ = std::fs::remove_file(&path);
+        came.map_err(|cause| {
+            // Nobody takes the state: a migration that was begun is not left to itself.
+            let _ = self.qmp.execute("migrate_cancel", "", soon(deadline));
+            cause
+        })
+    }
+
+    pub(in crate::vmm) fn poll(&mut self, wait: Duration) -> Result<Going, String> {
+        let deadline = Instant::now() + wait;
+        loop {
+            let before = self.going;
+            match self.qmp.event(deadline)? {
+                Some(Event::Migration(Status::PreSwitchover)) if self.going == Going::Active => {
+                    self.going = Going::Stopped;
+                }
+                Some(Event::Migration(Status::Completed)) => {
+                    // The word comes a moment before it is true.
+                    self.qmp.wait_for("'postmigrate'", Instant::now() + QMP_TIMEOUT, |s| s.word == "postmigrate")?;
+                    self.going = Going::Gone;
+                }
+                Some(Event::Migration(Status::Failed | Status::Cancelling)) => return Err(self.why_failed()),
+                Some(Event::Shutdown) => return Err(self.qmp.fault(format_args!("the guest is shut down"))),
+                Some(_) => {}
+                None => return Ok(self.going),
+            }
+            if before != self.going {
+                return Ok(self.going);
+            }
+        }
+    }
+
+    fn why_failed(&mut self) -> String {
+        let asked = self.qmp.migration(Instant::now() + QMP_TIMEOUT);
+        match asked {
+            Ok((_, cause)) if !cause.is_empty() => self.qmp.fault(format_args!("the state does not go: {cause}")),
+            _ => self.qmp.fault(format_args!("the state does not go")),
+        }
+    }
+
+    pub(in crate::vmm) fn go_on(&mut self, deadline: Instant) -> Result<(), String> {
+        self.qmp.execute("migrate-continue", "{\"state\":\"pre-switchover\"}", soon(deadline))?;
+        self.going = Going::Following;
+        Ok(())
+    }
+
+    /// Whatever the migration had come to. `query-migrate` is not believed about the guest: after `postmigrate` a
+    /// cancel says yes and does nothing, and only `cont` helps; before, `cont` fails and only the cancel helps.
+    pub(in crate::vmm) fn resume(&mut self, deadline: Instant) -> Result<(), String> {
+        loop {
+            let (status, _) = self.qmp.migration(soon(deadline))?;
+            match status {
+                Status::Active | Status::PreSwitchover | Status::Device => {
+                    let _ = self.qmp.execute("migrate_cancel", "", soon(deadline));
+                }
+                Status::Cancelling => {}
+                Status::None | Status::Completed | Status::Failed => {
+                    let state = self.qmp.run_state(soon(deadline))?;
+                    if state.running || !self.ran {
+                        return Ok(());
+                    }
+                    if let Err(cause) = self.qmp.execute("cont", "", soon(deadline)) {
+                        log::info!("migration: {cause}");
+                    }
+                }
+            }
+            if Instant::now() >= deadline {
+                return Err(self.qmp.fault(format_args!("the guest does not run again: try 'cont' at its monitor")));
+            }
+            let _ = self.qmp.line_soon(Instant::now() + QMP_LOOK)?;
+        }
+    }
+
+    pub(in crate::vmm) fn end(&mut self, deadline: Instant) -> Result<(), String> {
+        self.qmp.quit(deadline)
+    }
+}
+
+/// The connection that QEMU makes.
+fn accept(listener: &UnixListener, deadline: Instant) -> Result<Arc<Socket>, String> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let ready = socket::wait(listener, true, false, Some(left)).map_err(|error| reason(&error))?;
+    if !ready.readable {
+        return Err("the VMM does not send its state".to_owned());
+    }
+    let (stream, _) = listener.accept().map_err(|error| reason(&error))?;
+    stream.set_nonblocking(false).map_err(|error| reason(&error))?;
+    Ok(Arc::new(Socket::new(stream.into())))
+}

@@ -1,0 +1,50 @@
+//! A guest that runs is moved, memory, devices and disk, and says itself what that was like.
+//!
+//! `vm` calls it. The guest is a Linux in QEMU that writes all the time, remembers what was acknowledged, and compares
+//! its whole disk with that after each move. It has disks that must not be copied besides.
+
+use crate::demo::ms;
+use crate::demo_host::number;
+use crate::live::Nursery;
+use crate::live_pair::{self, Moved, Pair, SIDES};
+use crate::util::{self, Error, Result};
+use crate::vm::{Lab, expect};
+
+/// Size of the disk that moves.
+const DISK: u64 = 64 << 20;
+/// Writes before a move and after it.
+const BEFORE: u64 = 300;
+const AFTER: u64 = 300;
+
+/// There and back, the caller drives both QEMUs.
+pub(crate) fn by_hand(lab: &Lab) -> Result<String> {
+    let nursery = Nursery::open(&lab.scratch, &lab.executable)?;
+    let mut pair = Pair::start(&nursery, DISK, false, &util::fresh_log("vm-guest")?)?;
+    there_and_back(&mut pair, |pair| pair.migrate_by_hand(&["--overwrite"]))
+}
+
+/// Moves the guest to and fro, and looks at everything after each move.
+fn there_and_back(pair: &mut Pair, migrate: impl Fn(&mut Pair) -> Result<Moved>) -> Result<String> {
+    expect("the guest's disks", &live_pair::disks_inside(DISK), &pair.here.tell("disks")?)?;
+    let mut seen = Vec::new();
+    for _ in 0..2 {
+        pair.here.writes_on(BEFORE)?;
+        let moved = migrate(pair)?;
+        pair.here.writes_on(AFTER)?;
+        let report = pair.here.report()?;
+        let checked = pair.here.check()?;
+        expect(
+            "the states",
+            &["owner", "given"].map(str::to_owned),
+            &[pair.state(pair.side)?, pair.state(1 - pair.side)?],
+        )?;
+        expect("the guest's disks", &live_pair::disks_inside(DISK), &pair.here.tell("disks")?)?;
+        expect("which disks move", &live_pair::MOVES.to_owned(), &pair.moves()?)?;
+        let sent = number(&moved.done, "sent_bytes").unwrap_or(u64::MAX);
+        // Half of the disk is data, and what was written since is a few blocks.
+        expect("bytes sent that are the first disk's", &true, &(sent < DISK))?;
+        let to = SIDES[pair.side];
+        seen.push(format!("to {to}: pause {}, {}, {checked}, {sent} bytes sent", ms(report.pause), report.said));
+    }
+    if seen.is_empty() { Err(Error::new("vm", "guest", "was not moved")) } else { Ok(seen.join("; ")) }
+}

@@ -230,6 +230,14 @@ impl Drop for Owed {
     }
 }
 
+impl Region {
+    /// Whether somebody waits for a copy of something in it: of this one, or of the one that can be made after it (D4).
+    #[must_use]
+    pub fn is_waited_for(&self) -> bool {
+        self.map.lock().waiters.table.iter().any(|waiter| waiter.pending & mask(self.run, waiter.first) != 0)
+    }
+}
+
 impl DirtyMap {
     /// [`DirtyMap::mark`] for a write that is to be answered with success: while the map is synchronous, what its
     /// answer waits for.

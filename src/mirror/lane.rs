@@ -120,7 +120,7 @@ impl<'a> Lane<'a> {
                 Orders::Listen(time) => self.listen(sink, time),
                 Orders::Flush(number) => self.send_flush(sink, number),
                 Orders::Send(region, haste) => self
-                    .spend(sink, region.length(), haste)
+                    .spend(sink, &region, haste)
                     .and_then(|()| self.send_region(sink, region, haste))
                     .and_then(|()| self.listen(sink, Duration::ZERO)),
             };
@@ -137,9 +137,9 @@ impl<'a> Lane<'a> {
     }
 
     /// Waits for its share of the bandwidth, collecting replies meanwhile, and serving whoever waits for a copy.
-    fn spend(&mut self, sink: &mut Sink, bytes: usize, haste: Haste) -> Result<(), LaneEnd> {
+    fn spend(&mut self, sink: &mut Sink, region: &Region, haste: Haste) -> Result<(), LaneEnd> {
         while haste == Haste::None
-            && let Some(time) = self.mirror.budget.spend(bytes)
+            && let Some(time) = self.mirror.budget.spend(region.length())
         {
             let seen = self.mirror.map.rung();
             let (urgent, stop) = {
@@ -149,7 +149,8 @@ impl<'a> Lane<'a> {
             if stop {
                 return Err(LaneEnd::Stopped);
             }
-            if urgent {
+            // D7: of what is in hand no other copy can be made.
+            if urgent || region.is_waited_for() {
                 break;
             }
             while self.has_room(sink, 1)

@@ -35,6 +35,7 @@ fn d7_a_copy_that_began_before_the_mark_answers_nobody() {
     let early = map.take(LARGE).expect("dirty");
     let mut owed = write(&map, 0, 1);
     assert!(map.take_waited(LARGE).is_none(), "D4: a copy of it is under way");
+    assert!(early.is_waited_for(), "and must not be held back");
     early.acknowledge();
     assert!(!may_be_answered(&mut owed), "it may have read the bytes before the write");
     let late = map.take_waited(LARGE).expect("it goes first");

@@ -22,12 +22,13 @@ pub enum End {
     Socket,
 }
 
-/// Relays until one of the two ends, and says which. The other direction's thread may still be waiting then: whoever
+/// Relays until one of the two ends, and says which. What has come from the socket `before` goes first. The other direction's thread may still be waiting then: whoever
 /// calls this ends its process, or closes the descriptors.
 ///
 /// # Errors
 /// The error of a descriptor or of the socket, or there is no thread.
-pub fn relay(input: OwnedFd, output: OwnedFd, socket: &Arc<Socket>) -> Result<End> {
+pub fn relay(input: OwnedFd, output: OwnedFd, socket: &Arc<Socket>, before: &[u8]) -> Result<End> {
+    write(&output, before)?;
     let (say, hear) = channel();
     let thread = |name: &str| std::thread::Builder::new().name(name.to_owned()).stack_size(CONNECTION_STACK);
     let (sender, said) = (Arc::clone(socket), say.clone());
@@ -61,16 +62,21 @@ fn carry_out(socket: &Socket, output: impl AsFd) -> Result<()> {
         if count == 0 {
             return Ok(());
         }
-        let mut left = &buffer[..count];
-        while !left.is_empty() {
-            match rustix::io::write(&output, left) {
-                Ok(written) => left = &left[written..],
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => crate::socket::wait(&output, false, true, None).map(drop)?,
-                Err(error) => return Err(error.into()),
-            }
+        write(&output, &buffer[..count])?;
+    }
+}
+
+fn write(output: impl AsFd, bytes: &[u8]) -> Result<()> {
+    let mut left = bytes;
+    while !left.is_empty() {
+        match rustix::io::write(&output, left) {
+            Ok(written) => left = &left[written..],
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => crate::socket::wait(&output, false, true, None).map(drop)?,
+            Err(error) => return Err(error.into()),
         }
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -86,7 +92,7 @@ mod tests {
             let pair = || UnixStream::pair().expect("a pair");
             let ((mut feed, input), (output, mut drain), (near, mut far)) = (pair(), pair(), pair());
             let socket = Arc::new(Socket::new(near.into()));
-            let relayed = std::thread::spawn(move || relay(input.into(), output.into(), &socket));
+            let relayed = std::thread::spawn(move || relay(input.into(), output.into(), &socket, b"first"));
             let (there, back) = (vec![1; 3 * RELAY_BUFFER + 1], vec![2; 2 * RELAY_BUFFER + 3]);
             std::thread::scope(|scope| {
                 let mut feeder = feed.try_clone().expect("a clone");
@@ -97,6 +103,9 @@ mod tests {
                 let mut got = vec![0; there.len()];
                 far.read_exact(&mut got).expect("received");
                 assert!(&got == there);
+                let mut first = [0; 5];
+                drain.read_exact(&mut first).expect("received");
+                assert_eq!(&first, b"first");
                 let mut got = vec![0; back.len()];
                 drain.read_exact(&mut got).expect("received");
                 assert!(&got == back);

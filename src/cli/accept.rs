@@ -31,10 +31,10 @@ pub(super) fn run(door: &GuestDoor) -> Result<(), Problem> {
     client.tell(&Request::Accept)?;
     let refused = |cause: &dyn std::fmt::Display| Problem::refused("accept", &door.guest, cause);
     let copy = |fd: std::io::Result<OwnedFd>| fd.map_err(|error| refused(&reason(&error)));
-    let socket = client.into_socket().ok_or_else(|| refused(&"the control door is no socket"))?;
+    let (socket, said) = client.into_socket().ok_or_else(|| refused(&"the control door is no socket"))?;
     let input = copy(std::io::stdin().as_fd().try_clone_to_owned())?;
     let output = copy(std::io::stdout().as_fd().try_clone_to_owned())?;
-    match relay(input, output, &socket) {
+    match relay(input, output, &socket, &said) {
         Ok(End::Input) => Ok(()),
         Ok(End::Socket) => Err(refused(&"the process here closed the connection")),
         Err(error) => Err(refused(&reason(&error))),

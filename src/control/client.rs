@@ -161,10 +161,11 @@ impl Client {
         }
     }
 
-    /// The connection, once the process has said that it is none of the control door any more.
+    /// The connection, once the process has said that it is none of the control door any more, and what it has said
+    /// since.
     #[must_use]
-    pub fn into_socket(self) -> Option<Arc<Socket>> {
-        self.link.socket().map(Arc::clone)
+    pub fn into_socket(self) -> Option<(Arc<Socket>, Vec<u8>)> {
+        self.link.socket().map(|socket| (Arc::clone(socket), self.link.rest().to_vec()))
     }
 
     fn refused(&self, cause: impl std::fmt::Display) -> Problem {

@@ -121,6 +121,12 @@ impl Assembler {
         (self.start, self.end) = (0, 0);
     }
 
+    /// What has been received and belongs to no message that was taken.
+    #[must_use]
+    pub fn rest(&self) -> &[u8] {
+        &self.bytes[self.start..self.end]
+    }
+
     /// Whether a frame has begun and not ended.
     #[must_use]
     pub fn is_inside(&self) -> bool {

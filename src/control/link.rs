@@ -130,6 +130,12 @@ impl Link {
         }
     }
 
+    /// What has come behind the last message.
+    #[must_use]
+    pub fn rest(&self) -> &[u8] {
+        self.inbox.rest()
+    }
+
     /// Whether the peer has gone (or has said that it sends no more).
     #[must_use]
     pub fn has_hung_up(&self) -> bool {

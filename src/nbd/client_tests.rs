@@ -15,7 +15,7 @@ struct Server(UnixStream);
 impl Server {
     /// Takes an option and answers it.
     fn option(&mut self, option: u32, length: usize, replies: &[(u32, &[u8])]) {
-        self.0.read_exact(&mut [0; 32][..wire::OPTION_LENGTH + length]).unwrap();
+        self.0.read_exact(&mut [0; 64][..wire::OPTION_LENGTH + length]).unwrap();
         for &(reply, data) in replies {
             let head = wire::OptionReply { option, reply, length: u32::try_from(data.len()).unwrap() };
             self.0.write_all(&[&head.encode()[..], data].concat()).unwrap();
@@ -354,6 +354,41 @@ fn server_answers_unknown_cookie() {
         }
     };
     assert!(lost.to_string().starts_with("receiving from the server: the server answered the unknown cookie 0x"));
+    peer.join().unwrap();
+}
+
+/// Extents that are shorter than the blocks which the server demands: the next question would be the same for ever.
+#[test]
+fn server_tells_less_than_one_of_its_blocks() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let peer = thread::spawn(move || {
+        let mut server = Server(theirs);
+        server.0.write_all(&wire::greeting(3)).unwrap();
+        server.0.read_exact(&mut [0; 4]).unwrap();
+        server.option(wire::OPT_EXTENDED_HEADERS, 0, &[(wire::REP_ERR_UNSUP, &[])]);
+        server.option(wire::OPT_STRUCTURED_REPLY, 0, &[(wire::REP_ACK, &[])]);
+        let context = [&7_u32.to_be_bytes()[..], wire::BASE_ALLOCATION.as_bytes()].concat();
+        let replies = [(wire::REP_META_CONTEXT, &context[..]), (wire::REP_ACK, &[])];
+        server.option(wire::OPT_SET_META_CONTEXT, 31, &replies);
+        let (size, blocks) = (wire::info_export(SIZE, 1), wire::info_block_size(4096, 4096, 1 << 20));
+        server.option(wire::OPT_GO, 12, &[(wire::REP_INFO, &size), (wire::REP_INFO, &blocks), (wire::REP_ACK, &[])]);
+        for length in [5000, 100] {
+            let request = server.request().unwrap();
+            assert_eq!(request.offset % 4096, 0, "in whole blocks");
+            let head = wire::structured_chunk(1, wire::REPLY_TYPE_BLOCK_STATUS, request.cookie, 12);
+            let reply = [&head[..], &wire::block_status(7), &wire::extent(length, 3)].concat();
+            server.0.write_all(&reply).unwrap();
+        }
+        server.stay();
+    });
+    let mut client = Client::connect(Arc::new(Socket::new(ours.into())), "disk", Wants::READING).unwrap();
+    let mut told = Vec::new();
+    let error = client.block_status(10, 1 << 20, &mut |extent| told.push((extent.offset, extent.length))).unwrap_err();
+    assert_eq!(told, [(10, 4990)], "nothing before the range, and nothing twice");
+    let text = "BLOCK_STATUS: the server told nothing about the bytes at 5000, with 0 requests in flight";
+    assert_eq!(error.to_string(), text);
+    assert!(client.has_hung_up(), "and that ends the connection");
+    drop(client);
     peer.join().unwrap();
 }
 

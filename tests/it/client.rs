@@ -332,6 +332,38 @@ fn nbdkit_without_zeroes_flush_and_trim() {
 }
 
 #[test]
+fn nbdkit_without_anything_that_can_be_left_out() {
+    let folder = scratch();
+    let disk = folder.path().join("disk");
+    std::fs::File::create(&disk).unwrap().set_len(SIZE).unwrap();
+    let place = disk.display();
+    let options = [
+        "eval".to_owned(),
+        "--filter=nozero".to_owned(),
+        "get_size=echo 16M".to_owned(),
+        format!("pread=dd if={place} iflag=skip_bytes,count_bytes skip=$4 count=$3 status=none"),
+        format!("pwrite=dd of={place} oflag=seek_bytes conv=notrunc seek=$4 status=none"),
+    ];
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let Some((mut server, listener)) = nbdkit(folder.path(), &options) else { return };
+    let mut client = open(server.connect_unix(&listener), "", ALL);
+    let info = *client.info();
+    let lacks = [wire::FLAG_SEND_FLUSH, wire::FLAG_SEND_FUA, wire::FLAG_SEND_TRIM, wire::FLAG_SEND_WRITE_ZEROES];
+    assert!(lacks.iter().all(|&flag| !info.has(flag)), "{info:?}");
+    assert_eq!(info.connections(4), 1, "{info:?}");
+    client.write_all(0, &pattern(0, 100_000)).unwrap();
+    client.write_zeroes(1000, 50_000, true).unwrap();
+    client.trim(60_000, 10_000).unwrap();
+    let error = client.flush().unwrap_err();
+    assert_eq!(error.to_string(), "FLUSH: the server answered ENOTSUP (the server does not offer it)");
+    let mut expected = pattern(0, 100_000);
+    expected[1000..51_000].fill(0);
+    let mut read = vec![1; 100_000];
+    client.read_exact(0, &mut read).unwrap();
+    assert!(read == expected, "zeroes were written, the trim did nothing");
+}
+
+#[test]
 fn nbdkit_with_a_named_export() {
     let folder = scratch();
     let options = ["--filter=exportname", "memory", "16M", "exportname=disk", "exportname-strict=true"];

@@ -8,6 +8,7 @@ mod faults;
 mod load;
 mod outages;
 mod restarts;
+mod stream;
 mod synchronous;
 
 use std::fs::File;

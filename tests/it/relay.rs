@@ -136,6 +136,8 @@ struct Connection {
     /// Added to the relay's own delay.
     delay: Duration,
     dead: bool,
+    /// Directions in which all has passed.
+    ended: u8,
 }
 
 #[derive(Debug, Default)]
@@ -229,9 +231,12 @@ impl Relay {
 
     /// The data connections that are open now take in what the source sends, and keep it.
     pub(crate) fn hoard(&self) {
-        self.change(|state| {
-            state.connections.iter_mut().filter(|c| c.kind == Kind::Data).for_each(|c| c.hoards = true)
-        });
+        self.hoard_kind(Kind::Data);
+    }
+
+    /// The same for connections of any kind.
+    pub(crate) fn hoard_kind(&self, kind: Kind) {
+        self.change(|state| state.connections.iter_mut().filter(|c| c.kind == kind).for_each(|c| c.hoards = true));
     }
 
     /// How many bytes are hoarded.
@@ -378,6 +383,7 @@ fn accept(shared: &Arc<Shared>, listener: &TcpListener) {
             silent: false,
             delay: Duration::ZERO,
             dead: false,
+            ended: 0,
         });
         drop(state);
         for (way, from, to) in [(Way::Up, from, to), (Way::Down, back_from, back_to)] {
@@ -476,6 +482,11 @@ fn empty(shared: &Shared, number: usize, way: Way, mut to: TcpStream) {
         shared.changed.notify_all();
     }
     let _ = to.shutdown(Shutdown::Write);
+    // Who has left is not there to be cut.
+    let mut state = shared.lock();
+    let connection = &mut state.connections[number];
+    connection.ended += 1;
+    connection.dead |= connection.ended == 2;
 }
 
 /// The next bytes of a queue, none at its end; `None` if the connection is cut.
@@ -565,12 +576,14 @@ impl PhaseReader {
         }
         self.rest.extend_from_slice(bytes);
         while let Some(length) = self.rest.first_chunk::<4>() {
-            let end = 4 + u32::from_le_bytes(*length) as usize;
+            // The stream path: the kind of a frame stands above its length, and 0 are the phases.
+            let (kind, length) = (length[3], [length[0], length[1], length[2], 0]);
+            let end = 4 + u32::from_le_bytes(length) as usize;
             if self.rest.len() < end {
                 break;
             }
-            let message = self.rest[4];
-            units.push(Unit { bytes: self.rest.drain(..end).collect(), message: Some(message) });
+            let message = (kind == 0).then_some(self.rest[4]);
+            units.push(Unit { bytes: self.rest.drain(..end).collect(), message });
         }
         units
     }

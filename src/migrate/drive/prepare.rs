@@ -3,6 +3,7 @@
 //! Called by `drive::run`, first. Nothing here has changed anything when it fails: the destination is told to withdraw.
 
 use super::*;
+use crate::address::Address;
 
 /// Everything before the first byte: dials, says hello, has the destination check and open the disks. A failure here
 /// has changed nothing.
@@ -50,6 +51,12 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
             return Err(cause);
         }
     };
+    if let (false, Some(address)) = (stream.is_some(), job.address.address())
+        && let Err(cause) = try_data_connection(job, address, &prepared, &mut link)
+    {
+        withdraw(&mut link, stamp, &cause, job.cancelled().is_none());
+        return Err(cause);
+    }
     // The destination receives from here on: a link that is lost now is dialled again like any later one.
     let round_trip = measure_round_trip(&mut link);
     Ok(Drive {
@@ -80,6 +87,22 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
         pinged: Instant::now(),
         flushed: Instant::now(),
     })
+}
+
+/// Opens one data connection, and drops it again: where the phases come through and data does not, that is said before
+/// anything has changed, and not after minutes of trying. A link that is lost meanwhile is no such thing.
+fn try_data_connection(job: &Job, address: &Address, prepared: &Prepared, link: &mut Link) -> Result<(), String> {
+    let disk = job.exports.first().and_then(|export| Some((export.name().to_owned(), export.disk()?.size())));
+    let (Some(disk), address, prepared) = (disk, address.clone(), prepared.clone()) else { return Ok(()) };
+    let opening = aside("lanes", move || connect(&address, &prepared, prepared.epoch, &[disk], 1));
+    match wait_for(&opening, TICK, || job.cancelled().map_or(Ok(()), Err))? {
+        Err(cause) if measure_round_trip(link).is_ok() => Err(format!(
+            "{}: the phases come through, data connections do not ({cause}): does that lead to one connection only? \
+             --transport stream sends everything through it",
+            job.address
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Whether the disks travel inside the phase connection; shows how, and why.

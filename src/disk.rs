@@ -18,6 +18,7 @@ use rustix::fs::{
     StatVfs, StatxFlags, StatxTimestamp,
 };
 use rustix::io::{Errno, ReadWriteFlags};
+use rustix::pipe::SpliceFlags;
 
 use crate::error::reason;
 use crate::limits::{DIRECT_ALIGN, PROBE_BYTES, PROBES, RESTART_LOOK, RESTART_PATIENCE, SECTOR, ZERO_STEP, ZERO_WRITE};
@@ -407,6 +408,28 @@ impl Disk {
             }
             Err(_) => false,
         }
+    }
+
+    /// Puts the pages of up to `length` bytes at `offset` into a pipe that nobody reads meanwhile, waiting for the
+    /// device if need be. Returns how many bytes it had room for, at least one.
+    ///
+    /// # Errors
+    /// As [`Disk::read`], and those of files that have no pages to give; the pipe may hold something then.
+    pub fn fill_pipe(&self, pipe: BorrowedFd<'_>, offset: u64, length: usize) -> Result<usize> {
+        let mut done = 0;
+        while done < length {
+            let mut at = offset + done as u64;
+            let flags = SpliceFlags::NONBLOCK;
+            match rustix::pipe::splice(&self.file, Some(&mut at), pipe, None, length - done, flags) {
+                Ok(0) => return Err(Error::new(ErrorKind::UnexpectedEof, "the image has become shorter")),
+                Ok(n) => done += n,
+                Err(Errno::INTR) => {}
+                // Full.
+                Err(Errno::AGAIN) if done > 0 => break,
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(done)
     }
 
     /// As [`Disk::read`]; tells whether the page cache did not have it and has it only now, where that can be seen.

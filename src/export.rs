@@ -38,6 +38,7 @@
 //! only then is served; and a write is admitted only if its connection still lives.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -524,6 +525,15 @@ impl Visit {
     pub fn read(&self, buffer: &mut [u8], offset: u64) -> Result<(), Fault> {
         self.may_read()?;
         Ok(self.disk.read(buffer, offset)?)
+    }
+
+    /// Puts the pages of up to `length` bytes at `offset` into a pipe; returns how many bytes it had room for.
+    ///
+    /// # Errors
+    /// As [`Visit::read`], and whatever says that this cannot be done; the pipe may hold something then.
+    pub fn fill_pipe(&self, pipe: BorrowedFd<'_>, offset: u64, length: usize) -> Result<usize, Fault> {
+        self.may_read()?;
+        Ok(self.disk.fill_pipe(pipe, offset, length)?)
     }
 
     /// Writes `bytes` at `offset`, and marks them. With `durable` they are on stable storage afterwards.

@@ -169,6 +169,12 @@ pub const SLOW_WRITE: Duration = Duration::from_millis(8);
 pub const SLOW_WRITE_MEMORY: u32 = 32;
 /// Longest READ that a connection's own thread serves from the page cache; longer ones go to a worker.
 pub const INLINE_READ_MAX: usize = 64 * KIB;
+/// Room of the pipe through which a worker serves long reads over a Unix socket, in bytes: what a process without
+/// privileges may have.
+pub const PIPE_ROOM: usize = MIB;
+/// Most such pipes in one process, of two descriptors each: whoever finds none copies. A process often may have no more
+/// than 1024 descriptors, and needs them for connections and records.
+pub const PIPES_MAX: usize = 64;
 /// Where a target cannot tell its holes (a block device), it is probed in so many places for data.
 pub const PROBES: u64 = 1024;
 /// Bytes read at each probe.

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::{self, Timeout};
-use rustix::net::{RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
+use rustix::net::{AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
+use rustix::pipe::SpliceFlags;
 
 /// A connected stream socket.
 #[derive(Debug)]
@@ -38,6 +39,12 @@ impl Socket {
         // A Unix socket has no such option; that is not an error.
         let _ = sockopt::set_tcp_nodelay(&fd, true);
         Self { fd }
+    }
+
+    /// Whether both ends are on this host, in one kernel's memory.
+    #[must_use]
+    pub fn is_unix(&self) -> bool {
+        sockopt::socket_domain(&self.fd).is_ok_and(|domain| domain == AddressFamily::UNIX)
     }
 
     /// This host's address of a TCP connection; `None` of a Unix socket.
@@ -173,6 +180,25 @@ impl Socket {
                 sent += n;
             } else {
                 return Err(Error::from(ErrorKind::TimedOut));
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends the `length` bytes that a pipe holds, waiting as long as the peer takes.
+    ///
+    /// # Errors
+    /// The socket's error; what is left in the pipe then is nobody's.
+    pub fn send_from(&self, pipe: impl AsFd, length: usize) -> Result<()> {
+        let mut left = length;
+        while left > 0 {
+            // std has set SIGPIPE aside: a peer that has gone is an error here too.
+            match rustix::pipe::splice(&pipe, None, &self.fd, None, left, SpliceFlags::empty()) {
+                Ok(0) => return Err(Error::from(ErrorKind::WriteZero)),
+                Ok(n) => left -= n,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Err(Error::from(ErrorKind::TimedOut)),
+                Err(e) => return Err(e.into()),
             }
         }
         Ok(())

@@ -11,7 +11,7 @@
 //!
 //! Memory is one receive buffer, one reply buffer and one buffer for each started worker, allocated once; a request
 //! larger than they are passes through them piece by piece, and a refused write is read to its end and dropped, so
-//! that the connection lives on.
+//! that the connection lives on. Long reads over a Unix socket need no buffer: `pipe.rs`.
 //!
 //! # The life of a request
 //!
@@ -41,6 +41,7 @@ use reply::ReplyHead;
 use worker::{Job, Pool, Ticket, Worker};
 
 mod answerer;
+mod pipe;
 mod reply;
 mod worker;
 
@@ -62,17 +63,7 @@ pub fn description(size: u64, read_only: bool) -> Description {
 /// # Errors
 /// One line for the log when the client is to blame or the connection broke; nothing is left to be done about it.
 pub fn transmit(visit: &Visit, agreed: Agreed) -> io::Result<()> {
-    let connection = Connection {
-        visit,
-        agreed,
-        sending: Mutex::new(()),
-        pool: Mutex::default(),
-        freed: Condvar::new(),
-        workers: std::array::from_fn(|_| Worker::default()),
-        tickets: Mutex::new(std::array::from_fn(|_| Ticket::default())),
-        answers: Answers::default(),
-        broken: AtomicBool::new(false),
-    };
+    let connection = Connection::new(visit, agreed);
     thread::scope(|scope| {
         let mut reader = Reader {
             connection: &connection,
@@ -114,6 +105,25 @@ struct Connection<'a> {
     answers: Answers,
     /// A reply was cut in the middle: nothing that follows could be understood.
     broken: AtomicBool,
+    /// Long reads go through a pipe.
+    uncopied: AtomicBool,
+}
+
+impl<'a> Connection<'a> {
+    fn new(visit: &'a Visit, agreed: Agreed) -> Self {
+        Self {
+            visit,
+            agreed,
+            sending: Mutex::new(()),
+            pool: Mutex::default(),
+            freed: Condvar::new(),
+            workers: std::array::from_fn(|_| Worker::default()),
+            tickets: Mutex::new(std::array::from_fn(|_| Ticket::default())),
+            answers: Answers::default(),
+            broken: AtomicBool::new(false),
+            uncopied: AtomicBool::new(visit.socket().is_unix() && !visit.disk().is_direct()),
+        }
+    }
 }
 
 /// How many bytes follow a request. With extended headers a flag says it, which QEMU (8.2 to 10) leaves out where it

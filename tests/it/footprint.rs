@@ -198,6 +198,12 @@ fn uses(host: &Host) {
         guest.read_exact(offset, &mut bytes).expect("served");
         assert!(bytes == [byte; 4096], "what was written at {offset} reads otherwise");
     }
+    // A long read goes another way.
+    let mut long = vec![1; 256 * 1024];
+    guest.read_exact(MIB - 128 * 1024, &mut long).expect("served");
+    assert!(long[128 * 1024..].iter().all(|byte| *byte == 0), "zeroes read otherwise");
+    guest.read_exact(0, &mut long).expect("served");
+    assert!(long[..4096] == [0x5a; 4096], "what was written reads otherwise in a long read");
 }
 
 /// A migration of a small disk, of which part is holes, with these executables.

@@ -25,4 +25,5 @@ mod ownership;
 mod relay;
 mod remains;
 mod torture;
+mod vmm;
 mod writer;

@@ -5,7 +5,9 @@
 
 use crate::demo_host::Scratch;
 use crate::util::{self, Error, Result};
-use crate::{bench_chain, bench_copy, bench_guest, bench_migrate, bench_server, build};
+use crate::{
+    bench_chain, bench_copy, bench_draw, bench_guest, bench_migrate, bench_scale, bench_server, bench_tax, build,
+};
 use std::fmt::Write;
 use std::fs;
 use std::path::PathBuf;
@@ -13,8 +15,8 @@ use std::sync::Arc;
 
 /// Runs that a median is taken of, if nobody says otherwise.
 const RUNS: usize = 5;
-/// Migrations, if nobody says otherwise: the worst of them is shown too.
-const MIGRATIONS: usize = 20;
+/// Runs of what takes long and varies little.
+const FEW_RUNS: usize = 3;
 /// Live migrations of a real guest, of each kind.
 const LIVE_MIGRATIONS: usize = 10;
 /// A load of so many tasks for each processor is more than a bench makes by itself.
@@ -22,7 +24,15 @@ const BUSY: f64 = 2.0;
 /// Most runs that can be asked for.
 const RUNS_MAX: usize = 1000;
 /// The benches, in the order in which they run.
-const ALL: [&str; 5] = ["chain", "server", "copy", "migrate", "guest"];
+const ALL: [&str; 7] = ["chain", "server", "copy", "migrate", "guest", "tax", "scale"];
+/// What is drawn of a bench: the keys of columns.
+const DRAWN: [(&str, &[&str]); 5] = [
+    ("server", &["iops", "cpu_us_per_request", "resident_mib"]),
+    ("copier", &["seconds", "cpu_s_per_gib", "resident_mib"]),
+    ("copy", &["seconds", "cpu_s_per_gib", "latency_ms"]),
+    ("tax", &["us_per_request", "cpu_us_per_request"]),
+    ("scale", &["resident_source_mib", "cpu_s_per_gib", "switchover_ms", "seconds"]),
+];
 
 /// What every bench needs.
 pub(crate) struct Bench {
@@ -34,13 +44,14 @@ pub(crate) struct Bench {
     pub(crate) log: PathBuf,
 }
 
-/// `cargo xtask bench [chain|server|copy|migrate|guest]... [--runs N] [--json]`.
+/// `cargo xtask bench [chain|server|copy|migrate|guest|tax|scale]... [--runs N] [--quick] [--docs] [--json]`.
 pub(crate) fn main(arguments: &[String]) -> Result<()> {
     let asked = parse(arguments)?;
     let executable = build::static_executable()?.place;
     let bench = Bench { executable, scratch: Scratch::new("bench")?, log: util::fresh_log("bench")? };
+    let machine = machine();
     if !asked.json {
-        println!("\n{}", machine());
+        println!("\n{machine}");
     }
     for name in ALL.iter().filter(|name| asked.benches.is_empty() || asked.benches.contains(*name)) {
         let runs = |usual| asked.runs.unwrap_or(usual);
@@ -49,7 +60,9 @@ pub(crate) fn main(arguments: &[String]) -> Result<()> {
             "server" => (bench_server::run(&bench, runs(RUNS))?, Ok(())),
             "copy" => (bench_copy::run(&bench, runs(RUNS))?, Ok(())),
             "guest" => (bench_guest::run(&bench, runs(LIVE_MIGRATIONS))?, Ok(())),
-            _ => bench_migrate::run(&bench, runs(MIGRATIONS))?,
+            "tax" => (bench_tax::run(&bench, runs(RUNS))?, Ok(())),
+            "scale" => (bench_scale::run(&bench, runs(FEW_RUNS))?, Ok(())),
+            _ => bench_migrate::run(&bench, runs(RUNS))?,
         };
         let (cpus, load) = (cpus(), load());
         if load > crate::demo::real(cpus as u64) * BUSY {
@@ -57,6 +70,7 @@ pub(crate) fn main(arguments: &[String]) -> Result<()> {
                 "the machine was busy (load {load:.0} on {cpus} CPUs): times, IOPS and latencies are of little use"
             ));
         }
+        keep(name, &table, &machine, asked.docs)?;
         if asked.json {
             print!("{}", table.json(name));
         } else {
@@ -67,12 +81,29 @@ pub(crate) fn main(arguments: &[String]) -> Result<()> {
     Ok(())
 }
 
+/// Keeps what was measured: `target/bench/NAME.json`, and a picture beside it; or in docs/bench, for performance.md.
+fn keep(name: &str, table: &Table, machine: &str, docs: bool) -> Result<()> {
+    let folder = if docs { util::root()?.join("docs/bench") } else { util::target_dir()?.join("bench") };
+    let write = |ending: &str, text: String| {
+        let path = folder.join(format!("{name}.{ending}"));
+        fs::write(&path, text).map_err(|error| Error::new("bench", path.display(), error))
+    };
+    fs::create_dir_all(&folder).map_err(|error| Error::new("bench", folder.display(), error))?;
+    let head = format!("{{\"type\":\"bench-machine\",\"bench\":\"{name}\",\"machine\":\"{machine}\"}}\n");
+    write("json", head + &table.json(name))?;
+    match DRAWN.iter().find(|(bench, _)| *bench == name) {
+        Some((_, keys)) => write("svg", bench_draw::svg(table, keys)),
+        None => Ok(()),
+    }
+}
+
 /// What was asked for.
 #[derive(Default)]
 struct Asked {
     benches: Vec<&'static str>,
     runs: Option<usize>,
     json: bool,
+    docs: bool,
 }
 
 fn parse(arguments: &[String]) -> Result<Asked> {
@@ -81,6 +112,10 @@ fn parse(arguments: &[String]) -> Result<Asked> {
     while let Some(word) = words.next() {
         if word == "--json" {
             asked.json = true;
+        } else if word == "--docs" {
+            asked.docs = true;
+        } else if word == "--quick" {
+            asked.runs = asked.runs.or(Some(1));
         } else if word == "--runs" {
             let number = words.next().and_then(|number| number.parse().ok());
             let number = number.filter(|number| (1..=RUNS_MAX).contains(number));
@@ -201,8 +236,10 @@ mod tests {
     #[test]
     fn the_command_line_is_read() {
         let words = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
-        let asked = parse(&words("server --runs 3 chain --json")).expect("fine");
-        assert_eq!((asked.benches, asked.runs, asked.json), (vec!["server", "chain"], Some(3), true));
+        let asked = parse(&words("server --runs 3 chain --json --docs")).expect("fine");
+        assert_eq!((asked.benches, asked.runs), (vec!["server", "chain"], Some(3)));
+        assert!(asked.json && asked.docs);
+        assert_eq!(parse(&words("tax --quick")).expect("fine").runs, Some(1));
         for bad in ["disk", "--runs", "--runs 0", "--runs x"] {
             assert_eq!(parse(&words(bad)).err().map(|error| error.exit), Some(2), "{bad}");
         }

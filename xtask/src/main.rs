@@ -4,9 +4,12 @@
 mod bench;
 mod bench_chain;
 mod bench_copy;
+mod bench_draw;
 mod bench_guest;
 mod bench_migrate;
+mod bench_scale;
 mod bench_server;
+mod bench_tax;
 mod build;
 mod build_debian;
 mod ci;
@@ -56,13 +59,16 @@ cargo xtask TASK: what is done to this tree
                   write that was acknowledged
   demo --guest    moves a running Linux guest, memory, devices and disk, there and back; it compares its whole disk
                   with its memory after each move, and says how long it stood still
-  bench [chain|server|copy|migrate|guest] [--runs N] [--json]
-                  side by side with the tools one would take instead: medians of 5 runs, migrate 20, guest 10
+  bench [chain|server|copy|migrate|guest|tax|scale] [--runs N] [--quick] [--docs] [--json]
+                  side by side with the tools one would take instead: medians of 5 runs; --quick: one run
                     chain    read, socket, write with no protocol: what the machine costs anybody
                     server   export beside nbdkit, qemu-nbd, nbd-server, under fio
                     copy     the live mirror beside two qemu-storage-daemons, under the same writes
                     migrate  whole migrations under fio's verified writes: lost writes, switchover, cost
+                    tax      QEMU's block layer on a file and through servers, when nothing migrates
+                    scale    the same data in larger disks, more disks, more guests
                     guest    live migrations of a Linux guest beside QEMU's own: its pause, in its own words
+                  what was measured stays in target/bench (--docs: docs/bench): NAME.json, NAME.svg
   torture [--seed N] [--rounds N] [--jobs N] [--fault NAME]
                   migrations in which something dies, breaks, fills up or loses its power, and a look at who owns
                   and what is lost: 100 rounds from seed 1, 2 at once; docs/torture.md has the faults

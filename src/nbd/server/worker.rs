@@ -10,12 +10,13 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread::Scope;
 
 use super::answerer::Answer;
+use super::pipe::Pipe;
 use super::reply::ReplyHead;
 use super::{Connection, TICKETS, error_number, gone, locked};
 use crate::dirty::Owed;
 use crate::disk::AlignedBuffer;
 use crate::export::{Fault, Patience};
-use crate::limits::{SLOT_BUFFER, SLOTS, STATUS_EXTENTS_MAX};
+use crate::limits::{INLINE_READ_MAX, SLOT_BUFFER, SLOTS, STATUS_EXTENTS_MAX};
 use crate::nbd::handshake::BASE_ALLOCATION_ID;
 use crate::nbd::wire::{self, Request};
 
@@ -36,6 +37,7 @@ pub(super) struct Worker {
 struct Mail {
     job: Option<Job>,
     buffer: Option<AlignedBuffer>,
+    pipe: Option<Pipe>,
     dismissed: bool,
 }
 
@@ -79,7 +81,7 @@ impl<'a> Connection<'a> {
     }
 
     /// Sends while `sending` is held. What could not be sent whole ends the connection.
-    fn send_in_turn(&self, first: &[u8], second: &[u8]) -> io::Result<()> {
+    pub(super) fn send_in_turn(&self, first: &[u8], second: &[u8]) -> io::Result<()> {
         if self.broken.load(Ordering::Acquire) {
             return Err(ErrorKind::BrokenPipe.into());
         }
@@ -126,8 +128,8 @@ impl<'a> Connection<'a> {
         loop {
             if let Some(job) = mail.job.take() {
                 let mut nothing = AlignedBuffer::default();
-                let Mail { buffer, .. } = &mut *mail;
-                let outcome = self.serve(&job, buffer.as_mut().unwrap_or(&mut nothing), scope);
+                let Mail { buffer, pipe, .. } = &mut *mail;
+                let outcome = self.serve(&job, buffer.as_mut().unwrap_or(&mut nothing), pipe, scope);
                 // Else the connection is ending; its thread finds that out by itself.
                 if let Err(error) = outcome {
                     log::debug!("nbd: export {}: {error}", self.visit.export().name());
@@ -148,7 +150,13 @@ impl<'a> Connection<'a> {
     }
 
     /// Does a job and replies. An error is the connection's end.
-    fn serve<'s>(&'s self, job: &Job, buffer: &mut [u8], scope: &'s Scope<'s, '_>) -> io::Result<()>
+    fn serve<'s>(
+        &'s self,
+        job: &Job,
+        buffer: &mut [u8],
+        pipe: &mut Option<Pipe>,
+        scope: &'s Scope<'s, '_>,
+    ) -> io::Result<()>
     where
         'a: 's,
     {
@@ -163,7 +171,13 @@ impl<'a> Connection<'a> {
                 }
                 self.reply_after_piece(*ticket, request)
             }
-            Job::Request(request) if request.command == wire::CMD_READ => self.read(request, buffer),
+            Job::Request(request) if request.command == wire::CMD_READ => {
+                let long = request.length > INLINE_READ_MAX as u64;
+                if long && self.uncopied.load(Ordering::Relaxed) && self.read_uncopied(request, pipe)? {
+                    return Ok(());
+                }
+                self.read(request, buffer)
+            }
             Job::Request(request) if request.command == wire::CMD_BLOCK_STATUS => self.block_status(request),
             Job::Request(request) => {
                 let error = match self.change(request, buffer) {

@@ -104,7 +104,7 @@ impl Guest {
             instance,
             boot: boot_id(),
             migration_address,
-            vmm: options.vmm.clone(),
+            vmm: options.vmm.clone().with_facts(facts(options)),
             insecure_plaintext: options.insecure_plaintext,
             destination: Destination::default(),
             source: Sending::default(),
@@ -321,6 +321,18 @@ impl Guest {
 /// Reads the journal, and clears away the files that were being made when the process that wrote it died: nothing has
 /// come into them (see [`Journal`]'s file). It happens in RECEIVING of that attempt, and before the images are opened:
 /// a file that has no size yet could not be.
+/// What a VMM driver tells of the guest to whoever it calls (docs/hooks.md).
+fn facts(options: &ServeOptions) -> [(&'static str, String); 4] {
+    let addresses = |doors: &[Address]| doors.iter().map(Address::to_string).collect::<Vec<_>>().join(" ");
+    let served = options.disks.iter().filter(|disk| matches!(disk.source, domain::Source::File { .. }));
+    [
+        ("BLOCKFERRY_GUEST", options.guest.clone()),
+        ("BLOCKFERRY_DISKS", served.map(|disk| disk.name.as_str()).collect::<Vec<_>>().join(" ")),
+        ("BLOCKFERRY_NBD", addresses(&options.nbd)),
+        ("BLOCKFERRY_CONTROL", addresses(&options.control)),
+    ]
+}
+
 fn load_journal(store: &mut Store, found: &Found) {
     let record = match found {
         Found::Record(content) => Some(&content.record),

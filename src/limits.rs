@@ -567,9 +567,20 @@ pub const VMM_LAST_WORD: Duration = Duration::from_millis(500);
 pub const VMM_RUN_MAX: Duration = Duration::from_secs(10);
 /// How long a VMM may take to end before "unsealed" is said.
 pub const VMM_END_MAX: Duration = Duration::from_secs(3);
+/// How long a hook's `stop` may take until its VMM is silent.
+pub const HOOK_STOP_MAX: Duration = Duration::from_secs(10);
+/// How long a hook's `state-out` and `state-in` may take; less where the state stands still ([`STATE_STALL_MAX`]).
+pub const HOOK_STATE_MAX: Duration = Duration::from_secs(600);
+/// How often a hook that runs is looked at.
+pub const HOOK_LOOK: Duration = Duration::from_millis(1);
+/// How long the last words of a hook that failed are waited for.
+pub const HOOK_LAST_LINE: Duration = Duration::from_millis(200);
+/// Longest line of a hook that is kept in one piece, in bytes.
+pub const HOOK_LINE_MAX: u64 = 1024;
 /// How often a state that waits for its budget looks whether its guest stands.
 pub const STATE_LOOK: Duration = Duration::from_millis(10);
 /// Bytes of a guest's state on their way in one direction, in each process.
 pub const STATE_BUFFER: usize = 256 * KIB;
 
+const _: () = assert!(HOOK_STOP_MAX.as_secs() < STATE_STALL_MAX.as_secs(), "a hook that stops is no stalled state");
 const _: () = assert!(VMM_END_MAX.as_secs() < UNSEALED_PATIENCE.as_secs(), "unsealed is said while it is waited for");

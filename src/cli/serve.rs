@@ -48,9 +48,10 @@ pub(super) const SPEC: Spec = Spec {
         opt("volatile-state", Takes::Nothing, "DIR may be on a tmpfs: then a power cut loses who owns the guest"),
         opt(
             "vmm",
-            Takes::One("none|qmp:PATH"),
+            Takes::One("none|qmp:PATH|hook:PROGRAM"),
             "what moves the guest's memory and devices: none, the caller does; qmp:PATH,\n\
-             QEMU by a monitor of its own at this socket, on both hosts (docs/vmm.md) [none]",
+             QEMU by a monitor of its own at this socket, on both hosts (docs/vmm.md);\n\
+             hook:PROGRAM, any VMM by a program called at named points (docs/hooks.md) [none]",
         ),
         opt("insecure-plaintext", Takes::Nothing, "allow TCP beyond this host without keys"),
         later("tls-dir", Takes::One("DIR")),

@@ -131,7 +131,10 @@ fn every_wrong_serve_says_what_is_wrong() {
         ("serve g1 --disk a --listen virtio:x", format!("serve: --listen: 'virtio:x': {A_PORT}")),
         ("serve g1 --disk a --state=", "serve: --state: the path is empty".to_owned()),
         ("serve g1 --disk a --vmm qmp:q", "serve: --vmm: 'qmp:q': the path is not absolute".to_owned()),
-        ("serve g1 --disk a --vmm xen", "serve: --vmm: 'xen' is not known; use none or qmp:PATH".to_owned()),
+        (
+            "serve g1 --disk a --vmm xen",
+            "serve: --vmm: 'xen' is not known; use none, qmp:PATH or hook:PROGRAM".to_owned(),
+        ),
         ("serve g1 --disk a --domain-xml f", "serve: --domain-xml: it stands instead of --disk".to_owned()),
         ("serve g1 --domain-xml f --domain-xml f", "serve: --domain-xml: given twice".to_owned()),
         ("serve g1 --disk a --tls-dir d", "serve: --tls-dir: not built yet".to_owned()),

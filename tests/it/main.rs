@@ -15,6 +15,7 @@ mod footprint;
 mod foreign;
 mod handshake;
 mod harness;
+mod hooks;
 mod host;
 mod images;
 mod interop;

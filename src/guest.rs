@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::address::Address;
 use crate::attach::Attachments;
-use crate::disk::{Access, Disk, OpenError};
+use crate::disk::{Access, Disk, OpenError, server_of};
 use crate::domain::{self, Source};
 use crate::error::{Problem, reason};
 use crate::export::{Export, Gate};
@@ -441,6 +441,7 @@ fn open_disks(specs: &[domain::Disk], found: &Found, created: &mut Vec<PathBuf>)
         if let (Found::Record(content), Source::File { path, .. }) = (found, &spec.source)
             && needs_images(&content.record.state)
             && content.images.names(&spec.name)
+            && matches!(server_of(path), Ok(None))
             && !path.exists()
         {
             let cause = format!("no such file, and the record speaks of it: {}", content.record);
@@ -483,6 +484,13 @@ fn open_disk(
         (Err(OpenError::Missing), None) if !spec.read_only && !spec.shared && has_directory(path) => None,
         (Err(error), _) => return Err(refuse(&error)),
     };
+    if disk.as_ref().is_some_and(Disk::is_remote) && access == Access::ReadWrite {
+        log::info!(
+            "disk {}: {}: a server's export cannot be locked: nobody else may write to it",
+            spec.name,
+            path.display()
+        );
+    }
     Ok(Some(Export::new(&spec.name, disk.map(Arc::new), spec.read_only, Gate::Incoming)))
 }
 

@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::address::Address;
 use crate::control::wire::{Convergence, Done, Kept, Ownership, Progress, Recovered, Status, Verify};
 use crate::error::{Exit, Problem};
+use crate::info::Shown;
 use crate::limits::JSON_LINE_MAX;
 use crate::ready::Ready;
 
@@ -85,6 +86,52 @@ struct AttachedLine<'a> {
 #[must_use]
 pub fn attached(operation: &str, guest: &str, disk: &str, device: &str) -> String {
     line(&AttachedLine { r#type: "ok", operation, guest, disk, device })
+}
+
+#[derive(Serialize)]
+struct ExportLine<'a> {
+    r#type: &'static str,
+    uri: &'a str,
+    export: &'a str,
+    size_bytes: u64,
+    description: Option<&'a str>,
+    read_only: bool,
+    structured_replies: bool,
+    can: &'a [&'a str],
+    minimum_block_bytes: u32,
+    preferred_block_bytes: u32,
+    maximum_payload_bytes: u32,
+}
+
+#[derive(Serialize)]
+struct ContextLine<'a> {
+    r#type: &'static str,
+    export: &'a str,
+    context: &'a str,
+}
+
+/// An export of an NBD server, and on lines of their own its metadata contexts.
+#[must_use]
+pub fn export(shown: &Shown) -> String {
+    let info = &shown.described.info;
+    let export = &shown.uri.export;
+    let mut lines = line(&ExportLine {
+        r#type: "export",
+        uri: &shown.uri.to_string(),
+        export,
+        size_bytes: info.size,
+        description: shown.described.text.as_deref().and_then(some),
+        read_only: shown.is_read_only(),
+        structured_replies: info.structured,
+        can: &shown.can(),
+        minimum_block_bytes: info.minimum_block,
+        preferred_block_bytes: info.preferred_block,
+        maximum_payload_bytes: info.maximum_payload,
+    });
+    for context in &shown.contexts {
+        lines.push_str(&line(&ContextLine { r#type: "context", export, context }));
+    }
+    lines
 }
 
 #[derive(Serialize)]

@@ -337,6 +337,10 @@ const _: () = assert!(DIGEST_REGION_MIN >= 16 * GRANULARITY_MIN, "a region is a 
 
 /// Longest Unix socket path that the kernel takes, in bytes.
 pub const UNIX_PATH_MAX: usize = 107;
+/// Longest NBD URI, in bytes: an export's name of the greatest length, all of it percent-encoded, and an address.
+pub const URI_MAX: usize = 3 * EXPORT_NAME_MAX + 3 * ADDRESS_MAX;
+/// Longest description of another server's export that is shown, in bytes; longer ones are cut.
+pub const INFO_TEXT_MAX: usize = 1024;
 /// Connections that wait at a door until they are accepted.
 pub const LISTEN_BACKLOG: i32 = 128;
 /// Longest wait for another process that is binding a socket in the same directory.
@@ -424,6 +428,13 @@ const _: () = assert!(ADDRESS_MAX > UNIX_PATH_MAX + "unix://".len(), "every Unix
 const _: () = assert!(PORT_LOOK.as_millis() * 2 < HELLO_REPEAT.as_millis(), "a repeated hello finds the port open");
 const _: () = assert!(HELLO_REPEAT.as_secs() * 5 <= HELLO_TIMEOUT.as_secs(), "a hello is repeated several times");
 const _: () = assert!(HANG_UP_POLL.as_millis() <= 200, "a client that goes away is noticed within 200 ms");
+// ---- servers as disks and destinations ---------------------------------------------------------------------------
+
+/// Connections to the server behind one disk: as many requests are under way at once.
+pub const BACKEND_CONNECTIONS_MAX: usize = 8;
+/// Bytes that a server is asked about at once when it is asked for extents: what it says of more would be thrown away.
+pub const BACKEND_STATUS: u64 = 128 * MIB as u64;
+
 // ---- phases ------------------------------------------------------------------------------------------------------
 
 /// Longest frame of the phase protocol without its length, in bytes; the largest message of each kind fits (a test

@@ -25,6 +25,8 @@ pub(super) const SPEC: Spec = Spec {
              NAME,file=PATH[,size=SIZE][,ro][,shared][,cache=writeback|none]\n\
              \x20 a file or block device; a missing file is created with size=, or when\n\
              \x20 a migration brings it\n\
+             NAME,file=nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH\n\
+             \x20 a server's export, such as a qcow2 image behind qemu-nbd; not locked\n\
              NAME,external[,ro][,shared]\n\
              \x20 opened by the VMM itself; known, never copied\n\
              NAME\n\

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::dial::{aside, dial, dial_aside, wait_for};
 use super::lanes::{Lanes, connect, disk_of};
 use super::link::{Link, LinkError};
-use super::meter::{Meter, Verdict};
+use super::meter::{Meter, Rates, Verdict};
 use super::preflight;
 use super::settle::{self, Trouble};
 use super::source::Job;
@@ -31,6 +31,7 @@ use crate::limits::{
 };
 use crate::mirror::{Counts, Lost, Mirror, NotReady, Plan};
 use crate::ownership::{Event, KeepError, Peer, Receipt, Record, Stamp};
+use crate::place::Place;
 use crate::standing::kept;
 use abort::{NotEnded, abort};
 use outage::{Outage, stop};
@@ -41,6 +42,7 @@ mod abort;
 mod finish;
 mod outage;
 mod perform;
+mod plain;
 mod prepare;
 mod shown;
 mod state;
@@ -98,6 +100,9 @@ impl From<NotYet> for Stop {
 
 /// Drives one migration to its end.
 pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
+    if let Place::Plain(uri) = &job.address {
+        return plain::run(guest, job, uri);
+    }
     let mut drive = match prepare(guest, job) {
         Ok(drive) => drive,
         Err(cause) => return ended(guest, job, Exit::Refused, &cause),

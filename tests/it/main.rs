@@ -1,5 +1,6 @@
 //! Integration tests: the program and its parts against real programs that nobody here wrote.
 
+mod backend;
 mod bad_clients;
 mod bad_input;
 #[path = "../common/chance.rs"]
@@ -13,6 +14,7 @@ mod extended;
 mod extents;
 mod footprint;
 mod foreign;
+mod foreign_guests;
 mod handshake;
 mod harness;
 mod hooks;
@@ -23,6 +25,7 @@ mod json;
 mod migrations;
 mod orders;
 mod ownership;
+mod plain;
 mod relay;
 mod remains;
 mod torture;

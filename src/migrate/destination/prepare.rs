@@ -47,6 +47,7 @@ impl Inner {
             problems.add("", &cause);
         }
         let known = guest.journal().filter(|journal| journal.lineage == stamp.lineage);
+        check::staying(guest, offer, &mut problems);
         let targets = check::targets(guest, offer, known.as_ref(), may.is_ok(), &mut problems);
         if may.is_ok()
             && let Err(cause) = guest.write_ahead(&[&[event.clone(), Event::Abort(stamp)]])

@@ -43,6 +43,8 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
         },
         keep_partial: job.request.keep_partial,
         state: leaving.is_some(),
+        staying: preflight::staying(guest, &job.request.disks)?,
+        heedless: job.request.heedless,
     });
     let prepared = match ask_to_prepare(job, &mut link, &message, &stamp, &theirs) {
         Ok(prepared) => prepared,

@@ -31,15 +31,20 @@
 //! **What is copied is verified (D14).** Beside the dirty granules stand the *unverified* regions (`dirty/checks.rs`),
 //! under the same lock: [`DirtyMap::mark`] and [`DirtyMap::take`] make them.
 //!
+//! **Who waits for a copy (D7).** In synchronous mode a guest write is answered after its copy: `dirty/waiters.rs`.
+//!
 //! The map is two kinds of bits: the lowest level has one for each granule, each higher level has one for each word of
 //! the level below that is not zero. Looking for dirty work touches one word a level however large the disk is.
 
 mod checks;
+mod waiters;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use checks::Checks;
 pub use checks::{Claim, Found, Settled, Unsettled};
+pub use waiters::Owed;
+use waiters::Waiters;
 
 use crate::limits::{DIRTY_MAP_MAX, GRANULARITY_MIN, REGIONS_IN_FLIGHT_MAX};
 
@@ -49,6 +54,10 @@ pub struct DirtyMap {
     size: u64,
     granularity: u64,
     inner: Mutex<Inner>,
+    /// Somebody who waits for a copy of its write may be answered (D7).
+    answered: Condvar,
+    /// There is something for a lane that rests.
+    work: Condvar,
 }
 
 #[derive(Debug)]
@@ -61,7 +70,10 @@ struct Inner {
     cursor: u64,
     /// Granules that became dirty by a guest write, ever.
     marked: u64,
+    /// Regions ever taken, those for a comparison included.
+    clock: u64,
     checks: Checks,
+    waiters: Waiters,
 }
 
 /// A run of granules.
@@ -102,9 +114,12 @@ impl DirtyMap {
             taken_granules: 0,
             cursor: 0,
             marked: 0,
+            clock: 0,
             checks: Checks::new(size, granularity),
+            waiters: Waiters::default(),
         };
-        Arc::new(Self { size, granularity, inner: Mutex::new(inner) })
+        let (answered, work) = (Condvar::new(), Condvar::new());
+        Arc::new(Self { size, granularity, inner: Mutex::new(inner), answered, work })
     }
 
     /// The bytes that one bit of a disk of `size` bytes stands for.
@@ -125,12 +140,9 @@ impl DirtyMap {
 
     /// A guest write to `length` bytes at `offset` is on the disk, or may be: every granule it touches is dirty.
     pub fn mark(&self, offset: u64, length: u64) {
-        let Some(run) = self.touched(offset, length) else { return };
-        let mut inner = self.lock();
-        let before = inner.bits.count;
-        inner.bits.set(run);
-        inner.marked += inner.bits.count - before;
-        inner.checks.mark(run);
+        if let Some(run) = self.touched(offset, length) {
+            self.lock().mark(run);
+        }
     }
 
     /// The destination lacks `length` bytes at `offset`, for another reason than a guest write: the bulk pass begins
@@ -169,13 +181,19 @@ impl DirtyMap {
             }
             break Granules { first, count: end - first };
         };
+        inner.cursor = run.end();
+        Some(self.hand_out(&mut inner, run))
+    }
+
+    /// Clears `run`, which is dirty and of which no copy is under way, and hands it out (D2, D4).
+    fn hand_out(self: &Arc<Self>, inner: &mut Inner, run: Granules) -> Region {
         inner.bits.clear(run);
         inner.checks.mark(run);
         inner.taken_granules += run.count;
-        inner.cursor = run.end();
-        // There is room: checked above, under the same lock.
+        inner.clock += 1;
+        // There is room: who calls this has looked, under the same lock.
         let _ = inner.taken.push(run);
-        Some(Region { map: Arc::clone(self), run, acknowledged: false })
+        Region { map: Arc::clone(self), run, number: inner.clock, acknowledged: false }
     }
 
     /// What the destination does not have yet: one number, read at one moment (D5).
@@ -203,7 +221,7 @@ impl DirtyMap {
         Some(Granules { first, count: end.div_ceil(self.granularity) - first })
     }
 
-    fn settle(&self, run: Granules, acknowledged: bool) {
+    fn settle(&self, run: Granules, number: u64, acknowledged: bool) {
         let mut inner = self.lock();
         if let Some(at) = inner.taken.iter().position(|t| *t == run) {
             inner.taken.swap_remove(at);
@@ -211,6 +229,8 @@ impl DirtyMap {
         }
         if !acknowledged {
             inner.bits.set(run);
+        } else if inner.copied(run, number) {
+            self.answered.notify_all();
         }
     }
 
@@ -220,6 +240,14 @@ impl DirtyMap {
 }
 
 impl Inner {
+    /// A guest write: D2's mark, and D14's.
+    fn mark(&mut self, run: Granules) {
+        let before = self.bits.count;
+        self.bits.set(run);
+        self.marked += self.bits.count - before;
+        self.checks.mark(run);
+    }
+
     /// What nobody else may have: copies under way, and what is being verified.
     fn held(&self) -> impl Iterator<Item = &Granules> {
         self.taken.iter().chain(self.checks.claims())
@@ -234,6 +262,8 @@ impl Inner {
 pub struct Region {
     map: Arc<DirtyMap>,
     run: Granules,
+    /// The map's clock when it was taken.
+    number: u64,
     acknowledged: bool,
 }
 
@@ -259,7 +289,7 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        self.map.settle(self.run, self.acknowledged);
+        self.map.settle(self.run, self.number, self.acknowledged);
     }
 }
 

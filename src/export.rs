@@ -21,6 +21,10 @@
 //! Only then does the server reply. The mark is in a `Drop` because a write that failed half-way has changed the disk
 //! too.
 //!
+//! In synchronous mode a write that succeeded comes back with an [`Owed`], and is answered when
+//! [`Visit::wait_for_copy`] returns (D7; `dirty/waiters.rs`). It is counted out before that: a drain does not wait for
+//! the mirror.
+//!
 //! Because a write looks for the map after it has changed the disk, and under the lock under which [`Export::arm`]
 //! puts the map there, a write that is not marked was on the disk before the map was armed, and the bulk pass, which
 //! asks for extents later, sees it. `arm` drains the gate once all the same (D1): the rule then holds whatever becomes
@@ -39,7 +43,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::dirty::DirtyMap;
+use crate::dirty::{DirtyMap, Owed};
 use crate::disk::Disk;
 use crate::limits::{DRAIN_MAX, GATE_LOOK, UNSYNCED_MAX, WRITE_BACK_BYTES, WRITE_BACK_PERIOD};
 use crate::socket::Socket;
@@ -536,9 +540,10 @@ impl Visit {
     ///
     /// # Errors
     /// See [`Fault`].
-    pub fn write(&self, patience: Patience, offset: u64, bytes: &[u8], durable: bool) -> Result<(), Fault> {
-        let _admission = self.admit(patience, offset, bytes.len() as u64)?;
-        Ok(self.disk.write(bytes, offset, durable)?)
+    pub fn write(&self, patience: Patience, offset: u64, bytes: &[u8], durable: bool) -> Result<Option<Owed>, Fault> {
+        let admission = self.admit(patience, offset, bytes.len() as u64)?;
+        self.disk.write(bytes, offset, durable)?;
+        Ok(admission.done())
     }
 
     /// Makes a range read as zero, and marks it. `may_punch` and `fast` as [`Disk::write_zeroes`].
@@ -552,20 +557,32 @@ impl Visit {
         may_punch: bool,
         fast: bool,
         durable: bool,
-    ) -> Result<(), Fault> {
-        let _admission = self.admit(Patience::Wait, offset, length)?;
+    ) -> Result<Option<Owed>, Fault> {
+        let admission = self.admit(Patience::Wait, offset, length)?;
         self.disk.write_zeroes(offset, length, may_punch, fast)?;
-        if durable { Ok(self.disk.flush()?) } else { Ok(()) }
+        if durable {
+            self.disk.flush()?;
+        }
+        Ok(admission.done())
     }
 
     /// Gives the room of a range back, and marks it.
     ///
     /// # Errors
     /// See [`Fault`].
-    pub fn trim(&self, offset: u64, length: u64, durable: bool) -> Result<(), Fault> {
-        let _admission = self.admit(Patience::Wait, offset, length)?;
+    pub fn trim(&self, offset: u64, length: u64, durable: bool) -> Result<Option<Owed>, Fault> {
+        let admission = self.admit(Patience::Wait, offset, length)?;
         self.disk.trim(offset, length)?;
-        if durable { Ok(self.disk.flush()?) } else { Ok(()) }
+        if durable {
+            self.disk.flush()?;
+        }
+        Ok(admission.done())
+    }
+
+    /// Waits until a write may be answered (D7), or until there is nobody to be answered: whoever reconnects waits for
+    /// this connection's end (D11).
+    pub fn wait_for_copy(&self, mut owed: Owed) {
+        while !self.is_ended() && !self.connection.socket.has_hung_up() && !owed.wait(GATE_LOOK) {}
     }
 
     /// Makes all finished writes durable (D13). A fenced export says in any case that it is done: a VMM that cannot
@@ -626,7 +643,7 @@ impl Visit {
         }
         let generation = inner.generation;
         inner.in_flight[generation] += 1;
-        Ok(Admission { visit: self, offset, length, generation })
+        Ok(Admission { visit: self, offset, length, generation, over: false })
     }
 }
 
@@ -644,14 +661,27 @@ pub(crate) struct Admission<'a> {
     offset: u64,
     length: u64,
     generation: usize,
+    /// Marked and counted out.
+    over: bool,
 }
 
-impl Drop for Admission<'_> {
-    fn drop(&mut self) {
+impl Admission<'_> {
+    /// The request has succeeded; what its answer waits for, if anything (D7).
+    fn done(mut self) -> Option<Owed> {
+        self.end(true)
+    }
+
+    fn end(&mut self, succeeded: bool) -> Option<Owed> {
+        let mut owed = None;
         let export = &*self.visit.export;
+        self.over = true;
         let mut inner = export.lock();
         if let Some(map) = &inner.map {
-            map.mark(self.offset, self.length);
+            if succeeded {
+                owed = map.mark_and_owe(self.offset, self.length);
+            } else {
+                map.mark(self.offset, self.length);
+            }
         }
         inner.in_flight[self.generation] -= 1;
         let drained = inner.in_flight[self.generation] == 0;
@@ -663,6 +693,16 @@ impl Drop for Admission<'_> {
         }
         if drained || write_back_due {
             export.wake(&inner);
+        }
+        owed
+    }
+}
+
+impl Drop for Admission<'_> {
+    fn drop(&mut self) {
+        if !self.over {
+            // A failed write has changed the disk too, and never waits for anybody.
+            drop(self.end(false));
         }
     }
 }

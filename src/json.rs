@@ -378,6 +378,14 @@ struct ProgressLine<'a> {
     transport: &'static str,
     transport_cause: Option<&'a str>,
     state_bytes: u64,
+    synchronous: Option<SinceRates>,
+}
+
+/// Why guest writes wait.
+#[derive(Serialize)]
+struct SinceRates {
+    dirty_rate_bytes: u64,
+    rate_bytes: u64,
 }
 
 #[derive(Serialize)]
@@ -442,6 +450,9 @@ pub fn progress(guest: &str, progress: &Progress) -> String {
         transport: progress.transport.word(),
         transport_cause: Some(progress.transport_cause.as_str()).filter(|cause| !cause.is_empty()),
         state_bytes: progress.state_bytes,
+        synchronous: progress
+            .synchronous
+            .map(|since| SinceRates { dirty_rate_bytes: since.dirty_rate_bytes, rate_bytes: since.rate_bytes }),
     })
 }
 
@@ -663,7 +674,8 @@ mod tests {
              {\"name\":\"a\",\"size_bytes\":9,\"left_bytes\":0,\"sent_bytes\":0,\"zero_bytes\":0,\"rate_bytes\":0,\
              \"dirty_rate_bytes\":0,\"passes\":0,\"estimate_s\":8,\"resent_bytes\":0,\"equal_bytes\":0,\
              \"verified_bytes\":0,\"unverified_bytes\":0}],\"lost_ms\":null,\"lost_cause\":null,\
-             \"transport\":\"auto\",\"transport_cause\":null,\"state_bytes\":0}\n"
+             \"transport\":\"auto\",\"transport_cause\":null,\"state_bytes\":0,\
+             \"synchronous\":null}\n"
         );
         let ended = Done { attempt: 1, owner: Owner::Destination, destination: text("d"), ..Done::default() };
         assert_eq!(

@@ -224,6 +224,26 @@ pub const LANE_LOOK: Duration = Duration::from_millis(5);
 /// A data connection on which a request has not been answered for this long is given up, although the phase connection
 /// says that the destination is there: one silence is the flush of a slow disk, and a fence would wait for it too.
 pub const LANE_SILENCE_MAX: Duration = Duration::from_secs(60);
+/// Longest wait of a guest write for its copy in synchronous mode (D7), whatever the link does: after it the guest is
+/// answered, and the copy comes later. If nothing at all was acknowledged meanwhile, nobody waits any more until
+/// something is. Far below what guests take for a broken disk (30 s and more); long enough for [`OWED_MAX`] small
+/// writes, or a few large ones, over a link of some MB/s.
+pub const SYNCHRONOUS_WAIT_MAX: Duration = Duration::from_secs(2);
+/// Most guest writes of one disk whose granules are copied first because somebody waits for them; others wait for a
+/// place.
+pub const WAITERS_MAX: usize = 256;
+/// Most requests of one guest connection that are done and wait for their copies; what comes after is not read until
+/// one is answered. As many as the kernel's nbd driver keeps in flight.
+pub const OWED_MAX: usize = 128;
+/// Largest region that is copied in synchronous mode though nobody waits for it, in bytes.
+pub const SYNCHRONOUS_REGION_MAX: usize = 256 * KIB;
+/// Most bytes that nobody waits for in flight on one connection in synchronous mode: what a guest write waits behind.
+pub const SYNCHRONOUS_WINDOW: usize = 2 * SYNCHRONOUS_REGION_MAX;
+/// After so many regions that somebody waits for, a lane takes one that nobody does: the rest must become less too.
+pub const SYNCHRONOUS_TURNS: u32 = 4;
+/// A mirror that passes and has not come a good piece nearer to its end for so long does not converge: with
+/// `--synchronous auto` guest writes wait from then on.
+pub const CONVERGENCE_PATIENCE: Duration = Duration::from_secs(3);
 /// Time over which the rates that are shown and predicted with are averaged.
 pub const RATE_WINDOW: Duration = Duration::from_secs(1);
 /// Time between two samples of the rates.
@@ -486,6 +506,8 @@ pub const LANES_DISTANT: usize = 4;
 /// Stack of the thread that drives a migration, in bytes.
 pub const DRIVER_STACK: usize = 256 * KIB;
 
+const _: () =
+    assert!(SYNCHRONOUS_WAIT_MAX.as_secs() < QUIESCE_MAX.as_secs(), "who waits is not what a quiesce fails by");
 const _: () = assert!(QUIESCE_MAX.as_secs() < LINK_IDLE_MAX.as_secs(), "a quiet link outlives a quiesce");
 const _: () = assert!(PING_PERIOD.as_secs() * 3 < LINK_SILENCE_MAX.as_secs(), "one late PONG is no dead link");
 const _: () = assert!(LINK_SILENCE_MAX.as_secs() < SEAL_MAX.as_secs(), "SEAL is said again over a new link");

@@ -40,14 +40,16 @@ use std::time::{Duration, Instant};
 pub use budget::Budget;
 use checks::Checks;
 pub use checks::{Ask, Bell};
-use lane::{Flight, Lane, LaneEnd, Orders};
+use lane::{Flight, Haste, Lane, LaneEnd, Load, Orders};
 pub use sink::Sink;
 
 use crate::digest::Verified;
 use crate::dirty::{DirtyMap, Outstanding};
 use crate::disk::Disk;
 use crate::export::{Export, Quiesced};
-use crate::limits::{LANE_LOOK, PASS_PERIOD, PAYLOAD_MAX, REGION_MAX};
+use crate::limits::{
+    LANE_LOOK, PASS_PERIOD, PAYLOAD_MAX, REGION_MAX, SYNCHRONOUS_REGION_MAX, SYNCHRONOUS_TURNS, SYNCHRONOUS_WINDOW,
+};
 
 /// The mirror of one disk.
 #[derive(Debug)]
@@ -70,6 +72,8 @@ pub struct Mirror {
 struct State {
     /// Copy on without pause: the guest is quiesced.
     urgent: bool,
+    /// Guest writes wait for their copies (D7).
+    synchronous: bool,
     /// Every lane ends at its next look.
     stop: bool,
     lanes: usize,
@@ -203,6 +207,7 @@ impl Mirror {
         let now = Instant::now();
         let state = State {
             urgent: false,
+            synchronous: false,
             stop: false,
             lanes: 0,
             passes: 0,
@@ -302,7 +307,7 @@ impl Mirror {
         if state.flush.wanted == state.flush.done {
             state.flush.wanted += 1;
             drop(state);
-            self.changed.notify_all();
+            self.map.ring();
         }
     }
 
@@ -336,8 +341,29 @@ impl Mirror {
     /// Tells every lane to end; their connections are shut down by whoever opened them. The regions in flight become
     /// lost ones.
     pub fn stop(&self) {
-        self.lock().stop = true;
-        self.changed.notify_all();
+        let mut state = self.lock();
+        state.stop = true;
+        self.let_go(&mut state);
+        drop(state);
+        self.map.ring();
+    }
+
+    /// From now on guest writes wait until they are copied (D7), if lanes run and none is lost; or no longer.
+    pub fn synchronous(&self, on: bool) {
+        let mut state = self.lock();
+        let runs = state.lanes > 0 && !state.stop && state.lost_lanes.is_none() && state.failure.is_none();
+        if on && runs {
+            state.synchronous = true;
+            self.map.synchronous(true);
+        } else {
+            self.let_go(&mut state);
+        }
+    }
+
+    /// D7: nobody waits for what may never be acknowledged. Under the lock under which it is known.
+    fn let_go(&self, state: &mut State) {
+        state.synchronous = false;
+        self.map.synchronous(false);
     }
 
     /// Lanes may run (again).
@@ -356,7 +382,7 @@ impl Mirror {
     /// The guest stands, and its VMM may still write: as [`Mirror::hurry`], with open gates. Nothing is proved by it.
     pub fn rush(&self) {
         self.lock().urgent = true;
-        self.changed.notify_all();
+        self.map.ring();
         self.checks.ring();
     }
 
@@ -397,7 +423,7 @@ impl Mirror {
                         let number = state.flush.wanted.max(state.flush.sent) + 1;
                         state.flush.wanted = number;
                         flush_number = Some(number);
-                        self.changed.notify_all();
+                        self.map.ring();
                     }
                     Some(number) if state.flush.done >= number && unsettled.unverified == 0 => return Ok(()),
                     Some(_) => {}
@@ -431,55 +457,72 @@ impl Mirror {
             LaneEnd::Lost(cause) => {
                 log::warn!("mirror: disk {}: connection lost: {cause}", self.name());
                 state.lost_lanes.get_or_insert(cause);
+                self.let_go(&mut state);
             }
             LaneEnd::Failed(failure) => {
                 state.failure.get_or_insert(failure);
                 state.stop = true;
+                self.let_go(&mut state);
             }
         }
         drop(state);
         self.changed.notify_all();
+        self.map.ring();
     }
 
     /// What a lane does next. Walking, resting and flushing are decided under one lock, so that the lanes of one disk
     /// agree on where a pass ends.
-    fn orders(&self, room: bool, flying: bool, flushing: bool) -> Orders {
+    fn orders(&self, load: &Load) -> Orders {
+        // Before anything is looked at: what is rung for after that ends a rest.
+        let seen = self.map.rung();
         let mut state = self.lock();
         if state.stop {
             return Orders::Stop;
         }
-        if state.flush.sent < state.flush.wanted && !flushing {
+        if state.flush.sent < state.flush.wanted && !load.flushing {
             state.flush.sent = state.flush.wanted;
             return Orders::Flush(state.flush.wanted);
         }
-        if !room {
+        if !load.room {
             return Orders::Listen(LANE_LOOK);
         }
+        if load.turns < SYNCHRONOUS_TURNS
+            && let Some(region) = self.map.take_waited(REGION_MAX)
+        {
+            return Orders::Send(region, Haste::Waited);
+        }
         let now = Instant::now();
-        if state.urgent || state.walking || now >= state.rest_until {
-            if let Some(region) = self.map.take(REGION_MAX) {
+        // D7: who waits is not to wait behind much that nobody waits for.
+        let synchronous = state.synchronous && !state.urgent;
+        let (most, may) = if synchronous {
+            let may = load.background == 0 || load.background + SYNCHRONOUS_REGION_MAX <= SYNCHRONOUS_WINDOW;
+            (SYNCHRONOUS_REGION_MAX, may)
+        } else {
+            (REGION_MAX, true)
+        };
+        if may && (state.urgent || state.walking || now >= state.rest_until) {
+            if let Some(region) = self.map.take(most) {
                 if !state.walking {
                     state.walking = true;
                     state.passes += 1;
                     state.pass_began = now;
                 }
-                return Orders::Send(region, state.urgent);
+                return Orders::Send(region, if state.urgent { Haste::Final } else { Haste::None });
             }
             state.walking = false;
             state.rest_until = (state.pass_began + PASS_PERIOD).max(now + LANE_LOOK);
         }
-        if flying || flushing {
+        if let Some(region) = self.map.take_waited(REGION_MAX) {
+            return Orders::Send(region, Haste::Waited);
+        }
+        if load.flying || load.flushing {
             return Orders::Listen(LANE_LOOK);
         }
         let rest = if state.urgent { LANE_LOOK } else { state.rest_until.saturating_duration_since(now) };
-        drop(self.wait(state, rest));
+        drop(state);
+        self.map.rest(seen, rest);
         // A look at the idle connection, whether it is still there.
         Orders::Listen(Duration::ZERO)
-    }
-
-    /// A pause of a lane that has nothing in flight; orders end it.
-    fn rest(&self, time: Duration) {
-        drop(self.wait(self.lock(), time));
     }
 
     fn acknowledge(&self, flight: Flight) {
@@ -505,6 +548,7 @@ impl Mirror {
 
 impl Drop for Mirror {
     fn drop(&mut self) {
+        self.map.synchronous(false);
         self.export.disarm(&self.map);
     }
 }

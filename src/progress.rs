@@ -173,6 +173,14 @@ fn convergence(progress: &Progress) -> String {
         Some(ms) => format!("final pass {ms} ms, allowed {limit} ms"),
         None => format!("final pass not known yet, allowed {limit} ms"),
     };
+    if let Some(since) = progress.synchronous {
+        let word = if progress.convergence == Convergence::Converged { "converged, " } else { "" };
+        return format!(
+            "{word}synchronous (the guest wrote {}, the mirror copied {}): {predicted}",
+            rate(since.dirty_rate_bytes),
+            rate(since.rate_bytes)
+        );
+    }
     match progress.convergence {
         Convergence::Copying => "copying".to_owned(),
         Convergence::Converged => format!("converged: {predicted}"),
@@ -283,7 +291,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::control::wire::text;
+    use crate::control::wire::{Since, text};
 
     fn a_progress() -> Progress {
         let disk = |name: &str, left_bytes, estimate_s| DiskProgress {
@@ -355,6 +363,15 @@ mod tests {
             said(Convergence::GuestIsFaster { dirty_rate_bytes: 30 << 20, rate_bytes: 20 << 20 }, Some(9000)),
             "not converging: the guest writes 30.0 MiB/s, the mirror copies 20.0 MiB/s; \
              final pass 9000 ms, allowed 300 ms"
+        );
+        let synchronous = Progress {
+            synchronous: Some(Since { dirty_rate_bytes: 30 << 20, rate_bytes: 20 << 20 }),
+            ..Progress { convergence: Convergence::Converged, predicted_final_ms: Some(9), ..a_progress() }
+        };
+        assert_eq!(
+            super::convergence(&synchronous),
+            "converged, synchronous (the guest wrote 30.0 MiB/s, the mirror copied 20.0 MiB/s): \
+             final pass 9 ms, allowed 300 ms"
         );
         assert_eq!(estimate(1, None), "no end in sight");
     }

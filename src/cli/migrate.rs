@@ -7,7 +7,7 @@ use super::options::{Matches, Spec, Takes, later, opt};
 use super::{Command, print};
 use crate::address::Address;
 use crate::control::client::Client;
-use crate::control::wire::{MigrateRequest, Reply, Request, Transport, Verify, text};
+use crate::control::wire::{MigrateRequest, Reply, Request, Synchronous, Transport, Verify, text};
 use crate::domain::{check_disk_name, parse_size};
 use crate::error::{Exit, Problem};
 use crate::json;
@@ -39,6 +39,8 @@ pub struct MigrateOptions {
     pub hold: bool,
     /// Data connections of one disk; 0: one, or several to a distant host.
     pub connections: u8,
+    /// Whether guest writes wait for the mirror.
+    pub synchronous: Synchronous,
     /// Return once the migration has started.
     pub detach: bool,
     /// What has been sent stays at the destination, however the migration ends.
@@ -72,7 +74,12 @@ pub(super) const SPEC: Spec = Spec {
             "what has been sent stays there even if this is cancelled; the next\nmigration goes on from it",
         ),
         opt("connections", Takes::One("N"), "data connections of one disk, 1 to 8 [1, more to a distant host]"),
-        opt("synchronous", Takes::One("never"), "guest writes never wait for the mirror [never]"),
+        opt(
+            "synchronous",
+            Takes::One("MODE"),
+            "guest writes wait for the mirror: auto (when it does not converge),\n\
+             always (from the end of the bulk pass) or never [auto]",
+        ),
         opt(
             "transport",
             Takes::One("MODE"),
@@ -122,7 +129,6 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
     if matches!(destination, Place::At(Address::Tcp { port: 0, .. })) {
         return Err(SPEC.usage("DEST", format!("'{destination}': port 0 can be listened on only")));
     }
-    matches.only("synchronous", &["never"], &["auto", "always"])?;
     let transport = matches.read("transport", parse_transport)?.unwrap_or_default();
     if transport == Transport::Nbd && destination.address().is_none() {
         return Err(SPEC.usage("--transport nbd", format!("'{destination}' is one connection: no NBD beside it")));
@@ -130,6 +136,7 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
     let senseless = [
         ("transport", transport == Transport::Stream, "a plain NBD server takes no stream"),
         ("keep-partial", matches.flag("keep-partial"), "nothing at a plain NBD server is ever removed"),
+        ("synchronous", matches.value("synchronous").is_some_and(|mode| mode != "never"), "not built yet with --plain"),
         ("unsafe", matches.flag("unsafe"), "nobody at a plain NBD server looks for disks that stay"),
     ];
     if let Some((option, _, cause)) = senseless.iter().find(|(_, given, _)| plain && *given) {
@@ -149,6 +156,7 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
         verify: matches.read("verify", parse_verify)?.unwrap_or_default(),
         disks: matches.read("migrate-disks", parse_names)?.unwrap_or_default(),
         bandwidth_bytes: matches.read("bandwidth", parse_size)?.unwrap_or(0),
+        synchronous: matches.read("synchronous", parse_synchronous)?.unwrap_or_default(),
         downtime_limit_ms: matches
             .number("downtime-limit", 1, DOWNTIME_LIMIT_MAX_MS)?
             .unwrap_or(DOWNTIME_LIMIT_DEFAULT_MS),
@@ -171,6 +179,12 @@ fn parse_verify(text: &str) -> Result<Verify, String> {
     let modes = [Verify::Written, Verify::Full, Verify::None];
     let known = modes.into_iter().find(|mode| mode.word() == text);
     known.ok_or_else(|| format!("'{text}' is neither written, full nor none"))
+}
+
+fn parse_synchronous(text: &str) -> Result<Synchronous, String> {
+    let modes = [Synchronous::Auto, Synchronous::Always, Synchronous::Never];
+    let known = modes.into_iter().find(|mode| mode.word() == text);
+    known.ok_or_else(|| format!("'{text}' is neither auto, always nor never"))
 }
 
 /// `A,B`.
@@ -202,6 +216,7 @@ impl MigrateOptions {
             insecure_plaintext: self.door.insecure_plaintext,
             incremental: self.incremental,
             verify: self.verify,
+            synchronous: self.synchronous,
             keep_partial: self.keep_partial,
             transport: self.transport,
             heedless: self.heedless,

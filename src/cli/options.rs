@@ -186,18 +186,6 @@ impl Matches {
         })
     }
 
-    /// Checks an option whose other values a later part builds: `built` pass, `later` are told apart from nonsense.
-    pub(super) fn only(&self, name: &str, built: &[&str], later: &[&str]) -> Result<(), Problem> {
-        match self.value(name) {
-            Some(value) if built.contains(&value.as_str()) => Ok(()),
-            Some(value) if later.iter().any(|form| is_form(form, &value)) => {
-                Err(self.error(name, format!("'{value}' is not built yet; use {}", built.join(" or "))))
-            }
-            Some(value) => Err(self.error(name, format!("'{value}' is not known; use {}", built.join(" or ")))),
-            None => Ok(()),
-        }
-    }
-
     /// A usage error about an option.
     pub(super) fn error(&self, option: &str, cause: impl Display) -> Problem {
         self.spec.usage(format!("--{option}"), cause)
@@ -223,9 +211,4 @@ impl Matches {
     pub(super) fn free(&self) -> &[String] {
         &self.matches.free
     }
-}
-
-/// Whether a value is of a form: the word itself, or for a form that ends in a colon anything that begins so.
-fn is_form(form: &str, value: &str) -> bool {
-    if form.ends_with(':') { value.starts_with(form) } else { value == form }
 }

@@ -10,7 +10,8 @@ use crate::attach::Device;
 use crate::control::fake::{FakeDesk, WAIT};
 use crate::control::server::Server;
 use crate::control::wire::{
-    AttachRequest, Done, Owner, Ownership, Phase, Progress, Request, SetRequest, Transport, Verify, Word, text,
+    AttachRequest, Done, Owner, Ownership, Phase, Progress, Request, SetRequest, Synchronous, Transport, Verify, Word,
+    text,
 };
 use crate::disk::Cache;
 use crate::domain::Disk;
@@ -163,11 +164,12 @@ fn migrate_has_its_defaults_and_accepts_what_is_today() {
         downtime_limit_ms: 300,
         hold: false,
         connections: 0,
+        synchronous: Synchronous::Auto,
         detach: false,
         transport: Transport::Auto,
     };
     assert_eq!(command("migrate g1 tcp://b:49152"), Command::Migrate(expected.clone()));
-    for today in ["--copy-storage-all", "--verify written", "--transport auto", "--synchronous never"] {
+    for today in ["--copy-storage-all", "--verify written", "--transport auto", "--synchronous auto"] {
         assert_eq!(command(&format!("migrate g1 tcp://b:49152 {today}")), Command::Migrate(expected.clone()));
     }
 }
@@ -184,6 +186,11 @@ fn migrate_takes_every_option_and_they_all_travel() {
     assert_eq!((request.bandwidth_bytes, request.downtime_limit_ms, request.connections), (100 << 20, 50, 3));
     assert!(request.overwrite && request.hold && request.detach && request.insecure_plaintext);
     assert!(!request.incremental);
+    for mode in [Synchronous::Auto, Synchronous::Always, Synchronous::Never] {
+        let line = format!("migrate g1 unix:///b --synchronous {}", mode.word());
+        let Command::Migrate(options) = command(&line) else { panic!("not migrate") };
+        assert_eq!(options.request().synchronous, mode);
+    }
     for (line, incremental, verify) in [
         ("--copy-storage-inc --verify full", true, Verify::Full),
         ("--verify none", false, Verify::None),
@@ -218,9 +225,7 @@ fn a_command_may_be_the_way_to_the_destination_and_a_guest_may_be_brought_here()
 fn every_wrong_migrate_says_what_is_wrong() {
     let whole = "is not a whole number from";
     for (options, text) in [
-        ("--synchronous always", "--synchronous: 'always' is not built yet; use never".to_owned()),
-        ("--synchronous auto", "--synchronous: 'auto' is not built yet; use never".to_owned()),
-        ("--synchronous x", "--synchronous: 'x' is not known; use never".to_owned()),
+        ("--synchronous x", "--synchronous: 'x' is neither auto, always nor never".to_owned()),
         ("--transport x", "--transport: 'x' is neither auto, nbd nor stream".to_owned()),
         ("--verify x", "--verify: 'x' is neither written, full nor none".to_owned()),
         ("--copy-storage-inc --overwrite", "--copy-storage-inc: cannot be combined with --overwrite".to_owned()),

@@ -63,6 +63,7 @@ fn a_migrate_request() -> MigrateRequest {
         verify: Verify::Full,
         transport: Transport::Stream,
         heedless: true,
+        synchronous: Synchronous::Never,
     }
 }
 
@@ -98,6 +99,7 @@ fn a_progress() -> Progress {
         transport: Transport::Stream,
         transport_cause: text("n"),
         state_bytes: 14,
+        synchronous: Some(Since { dirty_rate_bytes: 15, rate_bytes: 16 }),
     }
 }
 
@@ -246,6 +248,7 @@ fn values() -> Vec<String> {
         }),
         lines("owner", &[O::Here, O::Destination, O::Unknown, O::Elsewhere], |v| v.word().to_owned()),
         lines("word", &words, |v| format!("{v:?}")),
+        lines("synchronous", &[Synchronous::Auto, Synchronous::Always, Synchronous::Never], |v| v.word().to_owned()),
         lines("verify", &[Verify::None, Verify::Written, Verify::Full], |v| v.word().to_owned()),
         lines("transport", &[Transport::Auto, Transport::Nbd, Transport::Stream], |v| v.word().to_owned()),
     ]

@@ -138,6 +138,32 @@ pub struct MigrateRequest {
     pub transport: Transport,
     /// Disks that stay need not be within the destination's reach.
     pub heedless: bool,
+    /// Whether guest writes wait for the mirror.
+    pub synchronous: Synchronous,
+}
+
+/// Whether guest writes are answered only when the mirror has them (rule D7).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Synchronous {
+    /// 0: from when a mirror that passes does not converge.
+    #[default]
+    Auto,
+    /// 1: from the end of the bulk pass.
+    Always,
+    /// 2: never.
+    Never,
+}
+
+impl Synchronous {
+    /// As the command line names it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Always => "always",
+            Self::Never => "never",
+        }
+    }
 }
 
 /// How the disks travel.
@@ -527,6 +553,17 @@ pub struct Progress {
     pub transport_cause: Cause,
     /// Bytes of the guest's memory and devices that have moved.
     pub state_bytes: u64,
+    /// Guest writes wait for the mirror, since these rates; `None`: they do not.
+    pub synchronous: Option<Since>,
+}
+
+/// The rates of all disks together when guest writes began to wait for the mirror.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Since {
+    /// What the guest made dirty, in bytes a second.
+    pub dirty_rate_bytes: u64,
+    /// What the mirror copied, in bytes a second.
+    pub rate_bytes: u64,
 }
 
 /// One disk in [`Progress`].

@@ -210,7 +210,7 @@ impl DirtyMap {
         }
         // There is room: checked under the same lock.
         let _ = inner.checks.claims.push(run);
-        Found::Claim(Claim { map: Arc::clone(self), regions, run, compare: false, settled: false })
+        Found::Claim(Claim { map: Arc::clone(self), regions, run, number: 0, compare: false, settled: false })
     }
 
     /// Takes the next dirty regions of the one walk that compares, at most `most`, of which nothing is in flight, and
@@ -229,8 +229,10 @@ impl DirtyMap {
             unverified.clear(regions);
         }
         inner.taken_granules += run.count;
+        inner.clock += 1;
+        let number = inner.clock;
         let _ = inner.taken.push(run);
-        Found::Claim(Claim { map: Arc::clone(self), regions, run, compare: true, settled: false })
+        Found::Claim(Claim { map: Arc::clone(self), regions, run, number, compare: true, settled: false })
     }
 
     /// What is left, of both kinds.
@@ -267,6 +269,15 @@ impl DirtyMap {
             }
         }
         inner.let_go(claim);
+        if claim.compare {
+            // D7: what is equal is as good as copied.
+            for region in (claim.regions.first..claim.regions.end()).filter(|region| equal(*region)) {
+                let granules = inner.checks.granules(region, region + 1, inner.bits.granules);
+                if inner.copied(granules, claim.number) {
+                    self.answered.notify_all();
+                }
+            }
+        }
         settled
     }
 
@@ -301,6 +312,8 @@ pub struct Claim {
     map: Arc<DirtyMap>,
     regions: Granules,
     run: Granules,
+    /// The map's clock when it was claimed to be compared.
+    number: u64,
     compare: bool,
     settled: bool,
 }

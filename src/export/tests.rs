@@ -38,7 +38,7 @@ fn soon() -> Instant {
 fn who_may_write_in_which_gate() {
     use Door::{Guest, Migration};
     let word = |visit: &Visit| match visit.write(Patience::Now, 0, &[1; 512], false) {
-        Ok(()) => "done",
+        Ok(_) => "done",
         Err(Fault::NotPermitted) => "EPERM",
         Err(Fault::Fenced) => "ESHUTDOWN",
         Err(Fault::WouldWait) => "waits",
@@ -95,8 +95,10 @@ fn a_write_that_fails_is_marked_too() {
     let visit = export.enter(Door::Guest, &Arc::new(Socket::new(ours.into()))).expect("let in");
     let map = DirtyMap::new(1 << 20);
     export.arm(&map).expect("armed");
+    map.synchronous(true);
     assert!(matches!(visit.write(Patience::Now, 0, &[1; 512], false), Err(Fault::Disk(_))));
     assert_eq!(map.outstanding().granules, 1);
+    assert!(map.take_waited(1 << 20).is_none(), "D7: nobody waits for the copy of a failed write");
 }
 
 #[test]
@@ -314,4 +316,35 @@ fn d9_a_disk_whose_sync_failed_takes_nothing_from_a_migration() {
     bench.export.disk().expect("there").poison();
     assert!(matches!(mirror.write(Patience::Now, 0, &[1; 512], false), Err(Fault::Disk(_))));
     assert!(matches!(mirror.flush(), Err(Fault::Disk(_))), "and is never said to be durable again");
+}
+
+#[test]
+fn d7_a_write_that_waits_for_its_copy_keeps_no_drain_and_no_quiesce_waiting() {
+    let bench = Bench::new(Gate::Serving);
+    let (guest, _client) = bench.enter(Door::Guest);
+    let map = DirtyMap::new(1 << 20);
+    bench.export.arm(&map).expect("armed");
+    map.synchronous(true);
+    let owed = guest.write(Patience::Now, 0, &[1; 512], false).expect("written").expect("not to be answered yet");
+    assert!(bench.export.drain_admitted());
+    let quiesced = quiesce(&[Arc::clone(&bench.export)], soon()).expect("quiesced");
+    map.take_waited(1 << 20).expect("waited for").acknowledge();
+    guest.wait_for_copy(owed);
+    drop(quiesced);
+}
+
+#[test]
+fn d7_a_guest_that_has_hung_up_waits_no_longer() {
+    let bench = Bench::new(Gate::Serving);
+    let (guest, client) = bench.enter(Door::Guest);
+    let map = DirtyMap::new(1 << 20);
+    bench.export.arm(&map).expect("armed");
+    map.synchronous(true);
+    let owed = guest.write(Patience::Now, 0, &[1; 512], false).expect("written").expect("not to be answered yet");
+    guest.flush().expect("a flush does not wait");
+    drop(client);
+    let began = Instant::now();
+    guest.wait_for_copy(owed);
+    assert!(began.elapsed() < Duration::from_secs(1), "D11: whoever reconnects waits for this");
+    assert_eq!(map.outstanding().granules, 1, "it is copied later");
 }

@@ -10,10 +10,11 @@ use std::time::{Duration, Instant};
 use super::dial::{aside, dial, dial_aside, wait_for};
 use super::lanes::{Lanes, connect, disk_of};
 use super::link::{Link, LinkError};
-use super::meter::{Meter, Verdict};
+use super::meter::{Meter, Rates, Verdict};
 use super::preflight;
 use super::settle::{self, Trouble};
 use super::source::Job;
+use super::synchrony::Synchrony;
 use super::verify::{self, Checkers};
 use super::wire::{Capabilities, Epoch, Hello, Message, Mode, Prepare, Prepared, Role, Verify, cut};
 use crate::attach::Held;
@@ -199,6 +200,8 @@ struct Drive<'a> {
     link_lost: bool,
     outage: Outage,
     meter: Meter,
+    /// Whether guest writes wait for the mirror.
+    synchrony: Synchrony,
     /// Since when the destination owes an answer and has said nothing at all.
     owed: Option<Instant>,
     /// The guest's state, where a VMM driver moves it.
@@ -227,7 +230,13 @@ impl Drive<'_> {
         }
         match self.listen() {
             Ok(Some(Message::Failed { cause, .. })) => Err(format!("the destination: {cause}").into()),
-            Ok(_) => Ok(()),
+            Ok(_) => {
+                // Said again and again: a mirror whose connection was lost has let everybody go (D7).
+                if self.synchrony.on().is_some() {
+                    self.mirrors.iter().for_each(|mirror| mirror.synchronous(true));
+                }
+                Ok(())
+            }
             Err(cause) => Ok(self.recover(&cause)?),
         }
     }

@@ -124,13 +124,19 @@ impl Meter {
 
     /// How long the final pass would take now.
     #[must_use]
-    #[expect(clippy::cast_precision_loss, reason = "byte counts are far below 2^52")]
     pub(super) fn predicted_final(&self, counts: &[Counts]) -> Duration {
+        let flush = counts.iter().map(|c| c.flush_took).max().unwrap_or_default();
+        self.predicted_copying(counts) + flush + self.predicted_hashing(counts)
+    }
+
+    /// How much of that is copying.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "byte counts are far below 2^52")]
+    pub(super) fn predicted_copying(&self, counts: &[Counts]) -> Duration {
         let bytes: u64 = counts.iter().map(|c| c.outstanding.bytes).sum();
         let rate = self.capacity.unwrap_or(ASSUMED_RATE as f64).max(1.0);
-        let flush = counts.iter().map(|c| c.flush_took).max().unwrap_or_default();
         // A day is as good as never, and fits every type that shows it.
-        Duration::from_secs_f64((bytes as f64 / rate).min(86_400.0)) + flush + self.predicted_hashing(counts)
+        Duration::from_secs_f64((bytes as f64 / rate).min(86_400.0))
     }
 
     /// How long it would take to verify what is not: each disk at the rate at which its regions were seen to be hashed.
@@ -151,7 +157,9 @@ impl Meter {
         // Where only the verification is not done yet, the guest is not to blame.
         let copied =
             counts.iter().all(|c| c.outstanding.bytes < SATURATED_MIN) && !self.predicted_hashing(counts).is_zero();
-        if total.dirtied > 0 && !copied && total.dirtied >= total.copied {
+        // A granule that is dirty already cannot become so again: what a guest that is much faster makes dirty is just
+        // what has been copied, and the two are never the same at one moment.
+        if total.dirtied > 0 && !copied && total.dirtied + total.dirtied / 8 >= total.copied {
             Verdict::GuestIsFaster(total)
         } else {
             Verdict::TooLong

@@ -19,5 +19,6 @@ pub mod settle;
 pub mod source;
 mod state;
 mod stream;
+mod synchrony;
 mod verify;
 pub mod wire;

@@ -152,7 +152,9 @@ impl Relay {
                 return Ok(());
             }
             if let Some(budget) = self.budget.as_ref().filter(|_| way == Way::FromVmm) {
-                while let Some(time) = budget.spend(count, self.urgent.load(Ordering::Acquire)) {
+                while !self.urgent.load(Ordering::Acquire)
+                    && let Some(time) = budget.spend(count)
+                {
                     std::thread::sleep(time.min(STATE_LOOK));
                 }
             }

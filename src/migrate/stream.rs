@@ -127,8 +127,8 @@ impl Writer {
             return Err(Refused::Malformed);
         }
         match block.verb {
-            Verb::Write => visit.write(Patience::Wait, offset, data, false)?,
-            Verb::Zero => visit.write_zeroes(offset, length, true, false, false)?,
+            Verb::Write => visit.write(Patience::Wait, offset, data, false).map(drop)?,
+            Verb::Zero => visit.write_zeroes(offset, length, true, false, false).map(drop)?,
             Verb::Flush => visit.flush()?,
         }
         Ok(())

@@ -5,7 +5,10 @@ use std::time::{Duration, Instant};
 
 use crate::limits::BUDGET_BURST;
 
-/// One bandwidth budget for everything that a migration sends in the background; the final pass does not wait for it.
+/// One bandwidth budget for everything that a migration sends in the background, whoever sends it: all lanes of all
+/// disks, and the guest's state. Beside it, neither waiting nor counted, go the final pass and what a guest write waits
+/// for (D7): counted, they would leave nothing for the rest, and a guest that writes faster than this would never be
+/// moved.
 #[derive(Debug)]
 pub struct Budget {
     inner: Mutex<Bucket>,
@@ -40,9 +43,9 @@ impl Budget {
         self.lock().rate
     }
 
-    /// Spends `bytes` if there is credit (`urgent`: in any case). Otherwise returns the time after which to ask again.
+    /// Spends `bytes` if there is credit. Otherwise returns the time after which to ask again.
     #[expect(clippy::cast_precision_loss, reason = "rates and sizes are far below 2^52")]
-    pub fn spend(&self, bytes: usize, urgent: bool) -> Option<Duration> {
+    pub fn spend(&self, bytes: usize) -> Option<Duration> {
         let mut bucket = self.lock();
         if bucket.rate == 0 {
             return None;
@@ -52,7 +55,7 @@ impl Budget {
         let earned = now.duration_since(bucket.counted).as_secs_f64() * rate;
         bucket.counted = now;
         bucket.credit = (bucket.credit + earned).min(rate * BUDGET_BURST.as_secs_f64());
-        if bucket.credit >= 0.0 || urgent {
+        if bucket.credit >= 0.0 {
             bucket.credit -= bytes as f64;
             return None;
         }

@@ -19,10 +19,35 @@ pub(super) enum Orders {
     Stop,
     /// Wait for replies, at most so long.
     Listen(Duration),
-    /// Copy this; `true`: without regard for the budget.
-    Send(Region, bool),
+    /// Copy this.
+    Send(Region, Haste),
     /// Send the flush of this number.
     Flush(u64),
+}
+
+/// How a region is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Haste {
+    /// When the budget has room for it.
+    None,
+    /// Now: a guest write waits for it (D7). It is beside the budget, which is for what goes on in the background.
+    Waited,
+    /// Now: the guest is quiesced.
+    Final,
+}
+
+/// What a lane has under way when it asks for orders.
+pub(super) struct Load {
+    /// Another region may be sent.
+    pub(super) room: bool,
+    /// Regions are in flight.
+    pub(super) flying: bool,
+    /// A flush is.
+    pub(super) flushing: bool,
+    /// Bytes in flight that nobody waits for.
+    pub(super) background: usize,
+    /// Regions sent one after the other because somebody waited.
+    pub(super) turns: u32,
 }
 
 /// How a lane came to its end.
@@ -40,6 +65,7 @@ pub(super) enum LaneEnd {
 pub(super) struct Flight {
     pub(super) region: Region,
     requests: usize,
+    haste: Haste,
     /// Bytes of data that have been sent of it; the rest are zeroes, or has not been sent.
     pub(super) data_bytes: u64,
 }
@@ -49,6 +75,8 @@ pub(super) struct Lane<'a> {
     mirror: &'a Mirror,
     flights: [Option<Flight>; LANE_REGIONS_MAX],
     flying: usize,
+    background: usize,
+    turns: u32,
     /// The flush on its way: its number, and when it left.
     flush: Option<(u64, Instant)>,
     buffer: AlignedBuffer,
@@ -65,6 +93,8 @@ impl<'a> Lane<'a> {
             mirror,
             flights: std::array::from_fn(|_| None),
             flying: 0,
+            background: 0,
+            turns: 0,
             flush: None,
             buffer: AlignedBuffer::new(REGION_MAX.max(mirror.granularity())),
             heard: Instant::now(),
@@ -78,14 +108,20 @@ impl<'a> Lane<'a> {
 
     pub(super) fn run(&mut self, sink: &mut Sink) -> LaneEnd {
         loop {
-            let room = self.flying < LANE_REGIONS_MAX && sink.in_flight() + REGION_REQUESTS_MAX <= WINDOW_MAX;
-            let done = match self.mirror.orders(room, self.flying > 0, self.flush.is_some()) {
+            let load = Load {
+                room: self.has_room(sink, 0),
+                flying: self.flying > 0,
+                flushing: self.flush.is_some(),
+                background: self.background,
+                turns: self.turns,
+            };
+            let done = match self.mirror.orders(&load) {
                 Orders::Stop => return LaneEnd::Stopped,
                 Orders::Listen(time) => self.listen(sink, time),
                 Orders::Flush(number) => self.send_flush(sink, number),
-                Orders::Send(region, urgent) => self
-                    .spend(sink, region.length(), urgent)
-                    .and_then(|()| self.send_region(sink, region))
+                Orders::Send(region, haste) => self
+                    .spend(sink, &region, haste)
+                    .and_then(|()| self.send_region(sink, region, haste))
                     .and_then(|()| self.listen(sink, Duration::ZERO)),
             };
             if let Err(end) = done {
@@ -94,9 +130,18 @@ impl<'a> Lane<'a> {
         }
     }
 
-    /// Waits for its share of the bandwidth, collecting replies meanwhile.
-    fn spend(&mut self, sink: &mut Sink, bytes: usize, urgent: bool) -> Result<(), LaneEnd> {
-        while let Some(time) = self.mirror.budget.spend(bytes, urgent) {
+    /// Whether another region can be sent, and `more` after it.
+    fn has_room(&self, sink: &Sink, more: usize) -> bool {
+        let requests = sink.in_flight() + (1 + more) * REGION_REQUESTS_MAX;
+        self.flying + more < LANE_REGIONS_MAX && requests <= WINDOW_MAX
+    }
+
+    /// Waits for its share of the bandwidth, collecting replies meanwhile, and serving whoever waits for a copy.
+    fn spend(&mut self, sink: &mut Sink, region: &Region, haste: Haste) -> Result<(), LaneEnd> {
+        while haste == Haste::None
+            && let Some(time) = self.mirror.budget.spend(region.length())
+        {
+            let seen = self.mirror.map.rung();
             let (urgent, stop) = {
                 let state = self.mirror.lock();
                 (state.urgent, state.stop)
@@ -104,19 +149,28 @@ impl<'a> Lane<'a> {
             if stop {
                 return Err(LaneEnd::Stopped);
             }
-            if urgent {
+            // D7: of what is in hand no other copy can be made.
+            if urgent || region.is_waited_for() {
                 break;
             }
-            if sink.in_flight() == 0 {
-                self.mirror.rest(time.min(LANE_LOOK));
+            while self.has_room(sink, 1)
+                && let Some(waited) = self.mirror.map.take_waited(REGION_MAX)
+            {
+                self.send_region(sink, waited, Haste::Waited)?;
+                self.listen(sink, Duration::ZERO)?;
             }
-            self.listen(sink, time.min(LANE_LOOK))?;
+            if sink.in_flight() == 0 {
+                self.mirror.map.rest(seen, time.min(LANE_LOOK));
+                self.listen(sink, Duration::ZERO)?;
+            } else {
+                self.listen(sink, time.min(LANE_LOOK))?;
+            }
         }
         Ok(())
     }
 
     /// D2, the mirror's side: the region was cleared when it was taken; now it is read, then sent.
-    fn send_region(&mut self, sink: &mut Sink, region: Region) -> Result<(), LaneEnd> {
+    fn send_region(&mut self, sink: &mut Sink, region: Region, haste: Haste) -> Result<(), LaneEnd> {
         let (offset, length) = (region.offset(), region.length());
         let data = &mut self.buffer[..length];
         if let Err(error) = self.mirror.disk.read(data, offset) {
@@ -125,8 +179,14 @@ impl<'a> Lane<'a> {
         let Some(place) = self.flights.iter().position(Option::is_none) else {
             return Ok(());
         };
-        let flight = self.flights[place].insert(Flight { region, requests: 0, data_bytes: 0 });
+        let flight = self.flights[place].insert(Flight { region, requests: 0, haste, data_bytes: 0 });
         self.flying += 1;
+        if haste == Haste::Waited {
+            self.turns += 1;
+        } else {
+            self.turns = 0;
+            self.background += length;
+        }
         if sink.in_flight() == 0 {
             self.heard = Instant::now();
         }
@@ -172,7 +232,7 @@ impl<'a> Lane<'a> {
     fn listen(&mut self, sink: &mut Sink, time: Duration) -> Result<(), LaneEnd> {
         let mut failed = None;
         let (flights, flush, mirror) = (&mut self.flights, &mut self.flush, self.mirror);
-        let mut landed = 0;
+        let (mut landed, mut landed_background) = (0, 0);
         let mut flushed = None;
         let answers = sink.wait(time, &mut |event| {
             let Event::Done { cookie, result } = event else { return };
@@ -198,10 +258,14 @@ impl<'a> Lane<'a> {
                 && let Some(flight) = flights[place].take()
             {
                 landed += 1;
+                if flight.haste != Haste::Waited {
+                    landed_background += flight.region.length();
+                }
                 mirror.acknowledge(flight);
             }
         });
         self.flying -= landed;
+        self.background -= landed_background;
         let answers = answers.map_err(|lost| lost_lane(&lost))?;
         if sink.in_flight() == 0 && sink.has_hung_up() {
             return Err(LaneEnd::Lost("the destination has closed the connection".to_owned()));

@@ -2,11 +2,12 @@
 //!
 //! # One thread reads, a few work
 //!
-//! The connection's own thread receives as many pipelined requests as there are with one system call and serves at
-//! once what needs no waiting: reads that are in the page cache, writes into it. The replies gather in a buffer and
-//! leave together when no whole request is left. Whatever may wait, a read from the device, a sync, a trim, a write to
-//! a slow disk or at a closed gate, goes to one of up to [`SLOTS`] workers, which answers by itself; the requests
-//! behind it are served meanwhile. Workers are started when first needed and live as long as the connection.
+//! The connection's own thread receives as many pipelined requests as there are with one system call and serves at once
+//! what needs no waiting: reads that are in the page cache, writes into it. The replies gather in a buffer and leave
+//! together when no whole request is left. Whatever may wait, a read from the device, a sync, a trim, a write to a slow
+//! disk or at a closed gate, goes to one of up to [`SLOTS`] workers, which answers by itself; the requests behind it
+//! are served meanwhile. What is done and waits only for the mirror (D7) is left to the answerer. Workers are started
+//! when first needed and live as long as the connection.
 //!
 //! Memory is one receive buffer, one reply buffer and one buffer for each started worker, allocated once; a request
 //! larger than they are passes through them piece by piece, and a refused write is read to its end and dropped, so
@@ -16,9 +17,9 @@
 //!
 //! [`Reader::next_request`] receives, [`validate`] says what is wrong with it, `serve` or a [`Worker`] does it through
 //! the [`Visit`], and a reply is sent. The connection and its reader are in this file, the workers in `worker.rs`, the
-//! bytes of replies in `reply.rs`. Which error a client sees is decided in [`error_number`] alone. Section names of the
-//! NBD specification that this follows: "Transmission", "Request types", "Structured reply chunk", "Error values",
-//! "Terminating the transmission phase".
+//! answerer in `answerer.rs`, the bytes of replies in `reply.rs`. Which error a client sees is decided in
+//! [`error_number`] alone. Section names of the NBD specification that this follows: "Transmission", "Request types",
+//! "Structured reply chunk", "Error values", "Terminating the transmission phase".
 
 use std::io::{self, ErrorKind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,17 +27,20 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Scope};
 use std::time::Instant;
 
+use crate::dirty::Owed;
 use crate::disk::AlignedBuffer;
 use crate::export::{Door, Fault, Patience, Visit};
 use crate::limits::{
-    DIRECT_ALIGN, INLINE_READ_MAX, PAYLOAD_MAX, RECEIVE_BUFFER, REPLY_BUFFER, SLOT_BUFFER, SLOTS, SLOW_WRITE,
+    DIRECT_ALIGN, INLINE_READ_MAX, OWED_MAX, PAYLOAD_MAX, RECEIVE_BUFFER, REPLY_BUFFER, SLOT_BUFFER, SLOTS, SLOW_WRITE,
     SLOW_WRITE_MEMORY, WORKER_STACK,
 };
 use crate::nbd::handshake::{Agreed, BASE_ALLOCATION_ID, Description};
 use crate::nbd::wire::{self, EXTENDED_REQUEST_LENGTH, Fields, REQUEST_LENGTH, Request};
+use answerer::{Answer, Answers};
 use reply::ReplyHead;
 use worker::{Job, Pool, Ticket, Worker};
 
+mod answerer;
 mod pipe;
 mod reply;
 mod worker;
@@ -75,6 +79,7 @@ pub fn transmit(visit: &Visit, agreed: Agreed) -> io::Result<()> {
             visit.socket().shutdown();
         }
         connection.dismiss_workers();
+        connection.dismiss_answerer();
         ended
     })?;
     if connection.broken.load(Ordering::Acquire) {
@@ -82,6 +87,9 @@ pub fn transmit(visit: &Visit, agreed: Agreed) -> io::Result<()> {
     }
     Ok(())
 }
+
+/// A WRITE in pieces has pieces with workers, in the queue of the answerer or in its hand, and one is being handed out.
+const TICKETS: usize = SLOTS + OWED_MAX + 2;
 
 /// What all threads of one connection share.
 struct Connection<'a> {
@@ -93,7 +101,8 @@ struct Connection<'a> {
     /// A worker has become idle.
     freed: Condvar,
     workers: [Worker; SLOTS],
-    tickets: Mutex<[Ticket; SLOTS + 1]>,
+    tickets: Mutex<[Ticket; TICKETS]>,
+    answers: Answers,
     /// A reply was cut in the middle: nothing that follows could be understood.
     broken: AtomicBool,
     /// Long reads go through a pipe.
@@ -110,6 +119,7 @@ impl<'a> Connection<'a> {
             freed: Condvar::new(),
             workers: std::array::from_fn(|_| Worker::default()),
             tickets: Mutex::new(std::array::from_fn(|_| Ticket::default())),
+            answers: Answers::default(),
             broken: AtomicBool::new(false),
             uncopied: AtomicBool::new(visit.socket().is_unix() && !visit.disk().is_direct()),
         }
@@ -348,7 +358,8 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
         if let Some(done) = self.write_now(request.offset, length, request.flags & wire::CMD_FLAG_FUA != 0) {
             self.inbox.skip(length);
             return match done {
-                Ok(()) => self.reply(request, 0),
+                Ok(None) => self.reply(request, 0),
+                Ok(Some(owed)) => self.answer_later(Answer { request: *request, ticket: None, owed }),
                 Err(fault) => self.reply(request, error_number(&fault).ok_or_else(gone)?),
             };
         }
@@ -356,7 +367,7 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
     }
 
     /// Writes the next `length` bytes of the inbox from this thread, unless that may take long.
-    fn write_now(&mut self, offset: u64, length: usize, durable: bool) -> Option<Result<(), Fault>> {
+    fn write_now(&mut self, offset: u64, length: usize, durable: bool) -> Option<Result<Option<Owed>, Fault>> {
         let visit = self.connection.visit;
         if durable || visit.disk().is_direct() {
             return None;
@@ -372,6 +383,12 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
             self.slow_writes_left = SLOW_WRITE_MEMORY;
         }
         if matches!(done, Err(Fault::WouldWait)) { None } else { Some(done) }
+    }
+
+    fn answer_later(&mut self, answer: Answer) -> io::Result<()> {
+        // Whoever waits for these may be who is waited for.
+        self.flush_replies()?;
+        self.connection.answer_later(self.scope, answer)
     }
 
     /// A write that is larger than a worker's buffer: each piece passes the gate by itself, and the reply follows the
@@ -393,7 +410,13 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
                 continue;
             }
             match self.write_now(offset, piece, false) {
-                Some(Ok(())) => self.inbox.skip(piece),
+                Some(Ok(owed)) => {
+                    self.inbox.skip(piece);
+                    if let Some(owed) = owed {
+                        self.connection.add_piece(ticket);
+                        self.answer_later(Answer { request: *request, ticket: Some(ticket), owed })?;
+                    }
+                }
                 Some(Err(fault)) => {
                     self.connection.fail(ticket, error_number(&fault).ok_or_else(gone)?);
                     self.inbox.skip(piece);
@@ -403,7 +426,7 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
         }
         match self.connection.finish_piece(ticket, request) {
             Some(error) => self.reply(request, error),
-            // A worker finishes the last piece, and replies.
+            // A worker or the answerer finishes the last piece, and replies.
             None => Ok(()),
         }
     }
@@ -446,10 +469,10 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
     fn dispatch(&mut self, job: Job, payload: usize) -> io::Result<()> {
         // Whoever waits for these may be who the worker waits for.
         self.flush_replies()?;
-        let connection = self.connection;
+        let (connection, scope) = (self.connection, self.scope);
         let chosen = connection.idle_worker(|number| {
             let worker = thread::Builder::new().name(format!("nbd worker {number}")).stack_size(WORKER_STACK);
-            worker.spawn_scoped(self.scope, move || connection.work(number)).map(drop)
+            worker.spawn_scoped(scope, move || connection.work(number, scope)).map(drop)
         })?;
         connection.workers[chosen].give(job, &self.inbox.bytes()[..payload]);
         self.inbox.skip(payload);

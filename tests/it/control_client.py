@@ -10,20 +10,20 @@ WORDS = {"state": "incoming receiving sealed owner offered given superseded unkn
          "stays": "shared read-only external no-source not-chosen", "migration": "none running ended",
          "phase": "prepare bulk-pass passes state final-pass seal give abort",
          "owner": "here destination unknown elsewhere", "verify": "none written full",
-         "transport": "auto nbd stream", "convergence":
+         "transport": "auto nbd stream", "synchronous": "auto always never", "convergence":
          "copying converged too-long guest-is-faster"}
 # Fields in order: u a varint, b a byte, t a text, d a digest, ? an option, * a sequence, a key of WORDS an enum.
 LISTS = {"*disk": "name:t size:u stays:?stays gate:?gate", "*device": "name:t device:t", "*moving":
          "name:t size:u left:u sent:u zeroes:u rate:u dirty_rate:u passes:u estimate_s:?u resent:u equal:u verified:u "
          "unverified:u", "receipt": "verify:verify bytes:u root:d term:u generation:u",
-         "kept": "receipt:receipt attempt:u lineage:u gave:b peer:t sent:?u equal:?u"}
+         "since": "dirty_rate:u rate:u", "kept": "receipt:receipt attempt:u lineage:u gave:b peer:t sent:?u equal:?u"}
 REPLIES = [
     ("hello", "version:u guest:t session:u"), ("ok", ""), ("refused", "exit:b operation:t object:t cause:t"),
     ("status", "guest:t state:state term:u generation:u lineage:u peer:t migration:migration hint:t disks:*disk "
      "attached:*device receipt:?kept"),
     ("progress", "attempt:u phase:phase elapsed_ms:u convergence:convergence predicted_ms:?u downtime_limit_ms:u "
      "bandwidth:u held:b disks:*moving lost_ms:?u lost_cause:t transport:transport "
-     "transport_cause:t state:u"), ("done", "attempt:u exit:b message:t owner:owner "
+     "transport_cause:t state:u synchronous:?since"), ("done", "attempt:u exit:b message:t owner:owner "
      "destination:t sent:u zeroes:u passes:u total_ms:u switchover_us:?u resent:u equal:u receipt:?receipt state:?u "
      "pause_us:?u")]
 
@@ -55,16 +55,17 @@ def text(s): return number(len(s.encode())) + s.encode()
 def option(n): return b"\0" if n is None else b"\1" + number(n)
 def hello(session): return b"\0" + number(VERSION) + number(session)
 def migrate(to, bandwidth=0, downtime_ms=300, disks=(), overwrite=0, hold=0, connections=0, detach=0, plaintext=0,
-            incremental=0, keep_partial=0, verify=1, transport=0, heedless=0):
+            incremental=0, keep_partial=0, verify=1, transport=0, heedless=0, synchronous=0):
     return (b"\3" + text(to) + bytes([overwrite]) + number(len(disks)) + b"".join(map(text, disks)) +
             number(bandwidth) + number(downtime_ms) +
-            bytes([hold, connections, detach, plaintext, incremental, keep_partial, verify, transport, heedless]))
+            bytes([hold, connections, detach, plaintext, incremental, keep_partial, verify, transport, heedless,
+                   synchronous]))
 
 def read(data, kind):
     if kind == "b": return next(data)
     if kind[0] == "?": return read(data, kind[1:]) if next(data) else None
     if kind == "d": return bytes(next(data) for _ in range(32)).hex()
-    if kind in ("receipt", "kept"): return fields(data, LISTS[kind])
+    if kind in ("receipt", "kept", "since"): return fields(data, LISTS[kind])
     byte, value, shift = next(data), 0, 0
     while byte > 127:
         byte, value, shift = next(data), value | (byte & 127) << shift, shift + 7

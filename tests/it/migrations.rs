@@ -9,6 +9,7 @@ mod load;
 mod outages;
 mod restarts;
 mod stream;
+mod synchronous;
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};

@@ -56,6 +56,10 @@ impl Drive<'_> {
             let limit = if self.job.is_switched() { QUIESCE_MAX / 2 } else { self.job.downtime_limit() };
             let verdict = self.meter.verdict(&counts, limit);
             let bulk_over = counts.iter().all(|c| c.passes > 1 || c.outstanding.granules == 0);
+            if bulk_over {
+                let (copying, rates) = (self.meter.predicted_copying(&counts), self.meter.total());
+                self.synchrony.look(copying, limit, rates, Instant::now());
+            }
             let converged = verdict == Verdict::Converged
                 && bulk_over
                 && counts.iter().all(|c| c.flushes > 0)

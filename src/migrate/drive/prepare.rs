@@ -84,6 +84,7 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
         link_lost: round_trip.is_err(),
         outage: Outage::default(),
         meter: Meter::new(job.exports.len(), round_trip.unwrap_or_default()),
+        synchrony: Synchrony::new(job.request.synchronous),
         owed: None,
         state: leaving.map(State::new),
         written_ahead: false,

@@ -34,6 +34,8 @@ impl Drive<'_> {
 
     pub(super) fn show(&self, counts: &[Counts], verdict: Verdict, converged: bool) {
         show(self.job, &self.mirrors, &self.meter, counts, verdict, converged);
+        let since = |rates: Rates| wire::Since { dirty_rate_bytes: rates.dirtied, rate_bytes: rates.copied };
+        self.job.show(|progress| progress.synchronous = self.synchrony.on().map(since));
     }
 
     /// While the guest's state moves.

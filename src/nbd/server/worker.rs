@@ -7,10 +7,13 @@
 use std::io::{self, ErrorKind};
 use std::sync::atomic::Ordering;
 use std::sync::{Condvar, Mutex, PoisonError};
+use std::thread::Scope;
 
+use super::answerer::Answer;
 use super::pipe::Pipe;
 use super::reply::ReplyHead;
-use super::{Connection, error_number, gone, locked};
+use super::{Connection, TICKETS, error_number, gone, locked};
+use crate::dirty::Owed;
 use crate::disk::AlignedBuffer;
 use crate::export::{Fault, Patience};
 use crate::limits::{INLINE_READ_MAX, SLOT_BUFFER, SLOTS, STATUS_EXTENTS_MAX};
@@ -60,8 +63,8 @@ pub(super) enum Job {
     Piece { request: Request, ticket: usize, offset: u64, length: usize },
 }
 
-/// A WRITE that is done in pieces. Only the reader takes a ticket, and each piece under way occupies a worker, so one
-/// more than there are workers is always enough.
+/// A WRITE that is done in pieces. Only the reader takes a ticket, and each piece under way is somewhere: there are
+/// always enough.
 #[derive(Default)]
 pub(super) struct Ticket {
     /// Pieces not finished, plus one as long as the reader has not handed out all of them; 0 is free.
@@ -70,7 +73,7 @@ pub(super) struct Ticket {
     error: u32,
 }
 
-impl Connection<'_> {
+impl<'a> Connection<'a> {
     /// Sends one whole reply or chunk.
     pub(super) fn send(&self, first: &[u8], second: &[u8]) -> io::Result<()> {
         let _turn = locked(&self.sending);
@@ -116,14 +119,17 @@ impl Connection<'_> {
     }
 
     /// A worker's life.
-    pub(super) fn work(&self, number: usize) {
+    pub(super) fn work<'s>(&'s self, number: usize, scope: &'s Scope<'s, '_>)
+    where
+        'a: 's,
+    {
         let worker = &self.workers[number];
         let mut mail = locked(&worker.mail);
         loop {
             if let Some(job) = mail.job.take() {
                 let mut nothing = AlignedBuffer::default();
                 let Mail { buffer, pipe, .. } = &mut *mail;
-                let outcome = self.serve(&job, buffer.as_mut().unwrap_or(&mut nothing), pipe);
+                let outcome = self.serve(&job, buffer.as_mut().unwrap_or(&mut nothing), pipe, scope);
                 // Else the connection is ending; its thread finds that out by itself.
                 if let Err(error) = outcome {
                     log::debug!("nbd: export {}: {error}", self.visit.export().name());
@@ -144,16 +150,26 @@ impl Connection<'_> {
     }
 
     /// Does a job and replies. An error is the connection's end.
-    fn serve(&self, job: &Job, buffer: &mut [u8], pipe: &mut Option<Pipe>) -> io::Result<()> {
+    fn serve<'s>(
+        &'s self,
+        job: &Job,
+        buffer: &mut [u8],
+        pipe: &mut Option<Pipe>,
+        scope: &'s Scope<'s, '_>,
+    ) -> io::Result<()>
+    where
+        'a: 's,
+    {
+        let later =
+            |request: &Request, ticket, owed| self.answer_later(scope, Answer { request: *request, ticket, owed });
         match job {
             Job::Piece { request, ticket, offset, length } => {
-                if let Err(fault) = self.visit.write(Patience::Wait, *offset, &buffer[..*length], false) {
-                    self.fail(*ticket, error_number(&fault).ok_or_else(gone)?);
+                match self.visit.write(Patience::Wait, *offset, &buffer[..*length], false) {
+                    Ok(None) => {}
+                    Ok(Some(owed)) => return later(request, Some(*ticket), owed),
+                    Err(fault) => self.fail(*ticket, error_number(&fault).ok_or_else(gone)?),
                 }
-                match self.finish_piece(*ticket, request) {
-                    Some(error) => self.reply(request, error),
-                    None => Ok(()),
-                }
+                self.reply_after_piece(*ticket, request)
             }
             Job::Request(request) if request.command == wire::CMD_READ => {
                 let long = request.length > INLINE_READ_MAX as u64;
@@ -165,7 +181,8 @@ impl Connection<'_> {
             Job::Request(request) if request.command == wire::CMD_BLOCK_STATUS => self.block_status(request),
             Job::Request(request) => {
                 let error = match self.change(request, buffer) {
-                    Ok(()) => 0,
+                    Ok(None) => 0,
+                    Ok(Some(owed)) => return later(request, None, owed),
                     Err(fault) => error_number(&fault).ok_or_else(gone)?,
                 };
                 self.reply(request, error)
@@ -174,7 +191,7 @@ impl Connection<'_> {
     }
 
     /// Everything that is answered with nothing but success or an error.
-    fn change(&self, request: &Request, payload: &[u8]) -> Result<(), Fault> {
+    fn change(&self, request: &Request, payload: &[u8]) -> Result<Option<Owed>, Fault> {
         let visit = self.visit;
         let (offset, length) = (request.offset, request.length);
         let durable = request.flags & wire::CMD_FLAG_FUA != 0;
@@ -192,9 +209,9 @@ impl Connection<'_> {
             wire::CMD_CACHE => {
                 visit.may_read()?;
                 visit.disk().prefetch(offset, length);
-                Ok(())
+                Ok(None)
             }
-            _ => visit.flush(),
+            _ => visit.flush().map(|()| None),
         }
     }
 
@@ -274,7 +291,7 @@ impl Connection<'_> {
 
     pub(super) fn open_ticket(&self) -> usize {
         let mut tickets = locked(&self.tickets);
-        let free = tickets.iter().position(|t| t.open == 0).unwrap_or(SLOTS);
+        let free = tickets.iter().position(|t| t.open == 0).unwrap_or(TICKETS - 1);
         tickets[free] = Ticket { open: 1, error: 0 };
         free
     }
@@ -292,6 +309,11 @@ impl Connection<'_> {
 
     pub(super) fn has_failed(&self, ticket: usize) -> bool {
         locked(&self.tickets)[ticket].error != 0
+    }
+
+    /// One piece less; the last one answers the whole write.
+    pub(super) fn reply_after_piece(&self, ticket: usize, request: &Request) -> io::Result<()> {
+        self.finish_piece(ticket, request).map_or(Ok(()), |error| self.reply(request, error))
     }
 
     /// One piece less; after the last one, what the whole write is to be answered with.

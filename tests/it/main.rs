@@ -22,6 +22,7 @@ mod json;
 mod migrations;
 mod orders;
 mod ownership;
+mod passed;
 mod relay;
 mod remains;
 mod torture;

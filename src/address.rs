@@ -33,7 +33,7 @@ pub enum Address {
 }
 
 /// Forms that the contract names and a later part builds.
-const LATER: [&str; 3] = ["fd:", "vsock://", "exec:"];
+const LATER: [&str; 2] = ["vsock://", "exec:"];
 
 /// Begins the name of a virtio port, which only `serve --control` takes.
 const PORT: &str = "virtio:";
@@ -51,6 +51,9 @@ impl Address {
             return Err("the address contains a control character".to_owned());
         }
         if let Some(path) = text.strip_prefix("unix://") {
+            if path.contains("?mode=") {
+                return Err(format!("'{text}': ?mode= is for the doors of serve and export"));
+            }
             return parse_unix(path);
         }
         if let Some(place) = text.strip_prefix("tcp://") {
@@ -61,6 +64,9 @@ impl Address {
                 "'{text}': a virtio port is a door of serve --control inside the machine; from outside it is the \
                  socket of its chardev: unix:///PATH"
             ));
+        }
+        if text.starts_with("fd:") {
+            return Err(format!("'{text}': a passed socket is for the doors of serve and export"));
         }
         if let Some(form) = LATER.into_iter().find(|form| text.starts_with(form)) {
             return Err(format!("'{text}': {form} addresses are not supported yet"));
@@ -279,7 +285,8 @@ mod tests {
             ("tcp://h:65536", "'tcp://h:65536': '65536' is not a port (0 to 65535)"),
             ("tcp://::1:5", "'tcp://::1:5': an IPv6 address stands in brackets: tcp://[IPV6]:PORT"),
             ("tcp://[::1]5", "'tcp://[::1]5': expected tcp://[IPV6]:PORT"),
-            ("fd:3", "'fd:3': fd: addresses are not supported yet"),
+            ("fd:3", "'fd:3': a passed socket is for the doors of serve and export"),
+            ("unix:///x?mode=0660", "'unix:///x?mode=0660': ?mode= is for the doors of serve and export"),
             ("vsock://2:5", "'vsock://2:5': vsock:// addresses are not supported yet"),
             ("exec:ssh B x", "'exec:ssh B x': exec: addresses are not supported yet"),
             (

@@ -12,6 +12,7 @@ use crate::error::{Exit, Problem};
 use crate::json;
 use crate::log;
 use crate::options::{ExportOptions, ServeOptions};
+use crate::passed::Passed;
 use options::{Matches, Spec};
 
 mod accept;
@@ -123,7 +124,9 @@ const LATER: [&str; 1] = ["keygen"];
 pub fn run(args: impl IntoIterator<Item = OsString>, entry: &Entry) -> Exit {
     let args: Vec<OsString> = args.into_iter().collect();
     let as_json = args.iter().any(|arg| arg == "--json");
-    let done = texts(args).and_then(|args| parse(&args)).and_then(|parsed| execute(parsed, entry));
+    let done = texts(args)
+        .and_then(|args| parse_with(&args, &Passed::from_environment()))
+        .and_then(|parsed| execute(parsed, entry));
     let problem = match done {
         Ok(exit) => return exit,
         Err(problem) => problem,
@@ -147,6 +150,11 @@ fn texts(args: Vec<OsString>) -> Result<Vec<String>, Problem> {
 /// # Errors
 /// The usage error; its operation is the subcommand, where there is one.
 pub fn parse(args: &[String]) -> Result<Parsed, Problem> {
+    parse_with(args, &Passed::default())
+}
+
+/// [`parse`], where a service manager has passed sockets on.
+fn parse_with(args: &[String], passed: &Passed) -> Result<Parsed, Problem> {
     let plain = |command| Ok(Parsed { json: false, log: None, command });
     let Some((name, rest)) = args.split_first() else {
         return Err(Problem::usage("command", "", "none given"));
@@ -166,7 +174,7 @@ pub fn parse(args: &[String]) -> Result<Parsed, Problem> {
     if rest.iter().any(|arg| arg == "--help" || arg == "-h") {
         return plain(Command::Help(spec.help()));
     }
-    let matches = spec.parse(rest)?;
+    let matches = spec.parse(rest, passed)?;
     if matches.flag("version") {
         return plain(Command::Version);
     }

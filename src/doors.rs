@@ -35,13 +35,13 @@ pub fn open(
                 Ok(Some(socket)) => Arc::new(socket),
                 Ok(None) => return,
                 Err(error) => {
-                    log::error!("{name} door: {}: {error}", listener.address());
+                    log::error!("{name} door: {}: {error}", listener.at());
                     return;
                 }
             };
             if inside.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS_MAX {
                 inside.fetch_sub(1, Ordering::AcqRel);
-                log::warn!("{name} door: {}: more than {CONNECTIONS_MAX} connections", listener.address());
+                log::warn!("{name} door: {}: more than {CONNECTIONS_MAX} connections", listener.at());
                 continue;
             }
             let leave = Leave(Arc::clone(&inside));
@@ -52,7 +52,7 @@ pub fn open(
                 drop(leave);
             });
             if let Err(error) = started {
-                log::warn!("{name} door: {}: no thread for a connection: {error}", listener.address());
+                log::warn!("{name} door: {}: no thread for a connection: {error}", listener.at());
             }
         }
     })?;

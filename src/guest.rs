@@ -12,6 +12,7 @@ use crate::address::Address;
 use crate::attach::Attachments;
 use crate::disk::{Access, Disk, OpenError, server_of};
 use crate::domain::{self, Source};
+use crate::door_at::DoorAt;
 use crate::error::{Problem, reason};
 use crate::export::{Export, Gate};
 use crate::migrate::destination::Destination;
@@ -318,12 +319,9 @@ impl Guest {
     }
 }
 
-/// Reads the journal, and clears away the files that were being made when the process that wrote it died: nothing has
-/// come into them (see [`Journal`]'s file). It happens in RECEIVING of that attempt, and before the images are opened:
-/// a file that has no size yet could not be.
 /// What a VMM driver tells of the guest to whoever it calls (docs/hooks.md).
 fn facts(options: &ServeOptions) -> [(&'static str, String); 4] {
-    let addresses = |doors: &[Address]| doors.iter().map(Address::to_string).collect::<Vec<_>>().join(" ");
+    let addresses = |doors: &[DoorAt]| doors.iter().map(DoorAt::to_string).collect::<Vec<_>>().join(" ");
     let served = options.disks.iter().filter(|disk| matches!(disk.source, domain::Source::File { .. }));
     [
         ("BLOCKFERRY_GUEST", options.guest.clone()),
@@ -333,6 +331,9 @@ fn facts(options: &ServeOptions) -> [(&'static str, String); 4] {
     ]
 }
 
+/// Reads the journal, and clears away the files that were being made when the process that wrote it died: nothing has
+/// come into them (see [`Journal`]'s file). It happens in RECEIVING of that attempt, and before the images are opened:
+/// a file that has no size yet could not be.
 fn load_journal(store: &mut Store, found: &Found) {
     let record = match found {
         Found::Record(content) => Some(&content.record),

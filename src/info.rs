@@ -77,7 +77,8 @@ pub fn ask(uri: &NbdUri, insecure_plaintext: bool, each: &mut dyn FnMut(&Shown))
         };
         if let Some(text) = &mut described.text {
             // A server's essay must fit a line.
-            text.truncate(text.floor_char_boundary(INFO_TEXT_MAX));
+            let end = (0..=INFO_TEXT_MAX.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
+            text.truncate(end.unwrap_or_default());
         }
         let mut contexts = Vec::new();
         let mut take = |context: &str| contexts.push(context.to_owned());

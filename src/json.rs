@@ -5,7 +5,6 @@
 
 use serde::Serialize;
 
-use crate::address::Address;
 use crate::control::wire::{Convergence, Done, Kept, Ownership, Progress, Recovered, Status, Verify};
 use crate::copy::{Copied, CopyOptions};
 use crate::error::{Exit, Problem};
@@ -46,9 +45,9 @@ struct ReadyLine<'a> {
 /// The ready line of `serve` and `export`.
 #[must_use]
 pub fn ready(ready: &Ready<'_>) -> String {
-    let nbd: Vec<String> = ready.nbd.iter().map(Address::to_string).collect();
+    let nbd: Vec<String> = ready.nbd.iter().map(ToString::to_string).collect();
     let nbd: Vec<&str> = nbd.iter().map(String::as_str).collect();
-    let listen = ready.listen.map(Address::to_string);
+    let listen = ready.listen.map(ToString::to_string);
     line(&ReadyLine {
         r#type: "ready",
         name: ready.name,
@@ -560,12 +559,13 @@ pub fn done(guest: &str, done: &Done) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::address::Address;
     use crate::control::wire::{AttachedStatus, DiskProgress, DiskStatus, Gate, Migration, Owner, Phase, State, text};
     use crate::domain::Stays;
 
     #[test]
     fn every_line_has_its_fields_in_order() {
-        let nbd = [Address::Unix("/run/n".into())];
+        let nbd = [Address::Unix("/run/n".into()).into()];
         let announced = Ready {
             name: "g1",
             record: Some((State::Incoming, 1, 2)),

@@ -341,6 +341,14 @@ pub const UNIX_PATH_MAX: usize = 107;
 pub const URI_MAX: usize = 3 * EXPORT_NAME_MAX + 3 * ADDRESS_MAX;
 /// Longest description of another server's export that is shown, in bytes; longer ones are cut.
 pub const INFO_TEXT_MAX: usize = 1024;
+/// Mode of a door's socket at its widest: what stands for reading, writing and running, and nothing special.
+pub const SOCKET_MODE_MAX: u32 = 0o777;
+/// Number of the first socket that a service manager passes on.
+pub const PASSED_FIRST: u32 = 3;
+/// Sockets that a service manager may pass on to one process.
+pub const PASSED_MAX: u32 = 32;
+/// Highest number of a descriptor that is passed on; more than a process has by default.
+pub const FD_MAX: u32 = 65535;
 /// Connections that wait at a door until they are accepted.
 pub const LISTEN_BACKLOG: i32 = 128;
 /// Longest wait for another process that is binding a socket in the same directory.

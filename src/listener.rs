@@ -1,25 +1,31 @@
 //! A listening socket: what a door waits at.
 //!
 //! Binding a Unix socket removes what a dead process left at that path and refuses where a living one answers. The
-//! socket can be connected to by its owner only, from the first moment on. A blocked [`Listener::accept`] ends when
-//! another thread calls [`Listener::stop`].
+//! socket can be connected to by its owner only, or by whom the wished mode allows, from the first moment on. A blocked
+//! [`Listener::accept`] ends when another thread calls [`Listener::stop`].
+//!
+//! A socket that was passed on belongs to whoever passed it as well: it is never shut down, its path is never removed,
+//! and its flags stay as they are.
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{Error, ErrorKind, Result};
 use std::net::TcpListener;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
 
-use rustix::fs::{FlockOperation, Mode, flock};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::fs::{FileType, FlockOperation, Mode, OFlags, flock};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::address::{Address, resolve};
+use crate::door_at::DoorAt;
+use crate::inherited::{self, Taken};
 use crate::limits::{ACCEPT_PAUSE, BIND_LOCK_TIMEOUT, CONNECT_TIMEOUT, LISTEN_BACKLOG, RETRY_PAUSE};
 use crate::socket::Socket;
 
@@ -30,7 +36,10 @@ const DIRECTORY_MODE: u32 = 0o700;
 #[derive(Debug)]
 pub struct Listener {
     fd: OwnedFd,
+    at: DoorAt,
     address: Address,
+    /// Wakes an accept on a socket that was passed on.
+    wake: Option<OwnedFd>,
     stopped: AtomicBool,
     made: Mutex<Option<Made>>,
 }
@@ -50,10 +59,53 @@ impl Listener {
     /// # Errors
     /// [`ErrorKind::AddrInUse`] when a living process listens there; else the system's error.
     pub fn bind(address: &Address) -> Result<Self> {
+        Self::bind_with(address, None)
+    }
+
+    fn bind_with(address: &Address, mode: Option<u32>) -> Result<Self> {
         match address {
-            Address::Unix(path) => bind_unix(path),
+            Address::Unix(path) => bind_unix(path, mode),
             Address::Tcp { host, port } => bind_tcp(host, *port),
         }
+    }
+
+    /// Opens a door: binds as [`Listener::bind`] does, or takes over what was passed on.
+    ///
+    /// # Errors
+    /// As [`Listener::bind`]; for what was passed on, why it cannot be listened on.
+    pub fn open(at: &DoorAt) -> Result<Self> {
+        match at {
+            DoorAt::Bound { address, mode } => Self::bind_with(address, *mode),
+            DoorAt::Inherited(number) => match inherited::take(*number).map_err(Error::other)? {
+                taken if taken.listens => Self::inherit(*number, taken),
+                _ => Err(Error::other("is connected, it does not listen; only export serves one connection")),
+            },
+        }
+    }
+
+    /// A door of a listening socket that was passed on.
+    ///
+    /// # Errors
+    /// It listens where nobody should, or the system's error.
+    pub fn inherit(number: u32, taken: Taken) -> Result<Self> {
+        let address = taken.address().map_err(Error::other)?;
+        taken.release_standard()?;
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let mut listener = Self::new(taken.fd, address);
+        listener.at = DoorAt::Inherited(number);
+        listener.wake = Some(wake);
+        Ok(listener)
+    }
+
+    fn new(fd: OwnedFd, address: Address) -> Self {
+        let at = DoorAt::from(address.clone());
+        Self { fd, at, address, wake: None, stopped: AtomicBool::new(false), made: Mutex::default() }
+    }
+
+    /// The door as the ready line names it.
+    #[must_use]
+    pub fn at(&self) -> &DoorAt {
+        &self.at
     }
 
     /// Where this listens, with the port that it really has.
@@ -69,6 +121,10 @@ impl Listener {
     /// The system's error: this listener is of no more use.
     pub fn accept(&self) -> Result<Option<Socket>> {
         loop {
+            self.wait_inherited()?;
+            if self.stopped.load(Ordering::Acquire) {
+                return Ok(None);
+            }
             let accepted = rustix::net::accept_with(&self.fd, SocketFlags::CLOEXEC);
             if self.stopped.load(Ordering::Acquire) {
                 return Ok(None);
@@ -85,10 +141,25 @@ impl Listener {
         }
     }
 
+    /// Waits until there is a connection on a socket that was passed on, or this is stopped. It may be one that does
+    /// not block, and it cannot be shut down to end a wait.
+    fn wait_inherited(&self) -> Result<()> {
+        let Some(wake) = &self.wake else { return Ok(()) };
+        let mut ready = [PollFd::new(&self.fd, PollFlags::IN), PollFd::new(wake, PollFlags::IN)];
+        match poll(&mut ready, None) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Ends every present and later [`Listener::accept`], and removes the Unix socket. Safe to repeat.
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
         self.remove_socket();
+        if let Some(wake) = &self.wake {
+            let _ = rustix::io::write(wake, &1u64.to_ne_bytes());
+            return;
+        }
         // On Linux this wakes a blocked accept, of TCP and of Unix sockets.
         let _ = rustix::net::shutdown(&self.fd, Shutdown::Both);
     }
@@ -133,10 +204,10 @@ fn bind_tcp(host: &str, port: u16) -> Result<Listener> {
     })?;
     let port = listener.local_addr()?.port();
     let address = Address::Tcp { host: host.to_owned(), port };
-    Ok(Listener { fd: OwnedFd::from(listener), address, stopped: AtomicBool::new(false), made: Mutex::default() })
+    Ok(Listener::new(OwnedFd::from(listener), address))
 }
 
-fn bind_unix(path: &Path) -> Result<Listener> {
+fn bind_unix(path: &Path, mode: Option<u32>) -> Result<Listener> {
     let directory = path.parent().unwrap_or(Path::new("/"));
     DirBuilder::new().recursive(true).mode(DIRECTORY_MODE).create(directory)?;
     // Two processes that start at once must not take each other's fresh socket for a stale one.
@@ -150,9 +221,24 @@ fn bind_unix(path: &Path) -> Result<Listener> {
     let made = Made { path: path.to_owned(), device: meta.dev(), inode: meta.ino() };
     let address = Address::Unix(path.to_owned());
     // From here on dropping removes the file.
-    let listener = Listener { fd, address, stopped: AtomicBool::new(false), made: Mutex::new(Some(made)) };
+    let mut listener = Listener::new(fd, address);
+    listener.made = Mutex::new(Some(made));
+    if let Some(mode) = mode {
+        set_mode(path, mode)?;
+    }
     rustix::net::listen(&listener.fd, LISTEN_BACKLOG)?;
     Ok(listener)
+}
+
+/// Lets others connect once the socket listens, which it does not yet. Not through a link, should the directory be
+/// another's.
+fn set_mode(path: &Path, mode: u32) -> Result<()> {
+    let file = rustix::fs::open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    if FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode) != FileType::Socket {
+        return Err(Error::new(ErrorKind::AlreadyExists, "is no longer the socket that was made"));
+    }
+    // A descriptor of this kind cannot be changed itself, and chmod cannot be told to follow nothing before Linux 6.6.
+    fs::set_permissions(format!("/proc/self/fd/{}", file.as_raw_fd()), fs::Permissions::from_mode(mode))
 }
 
 /// Locks a directory against other processes that bind in it, until the result is dropped.
@@ -197,7 +283,6 @@ fn in_use() -> Error {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::UnixListener;
     use std::sync::Arc;
     use std::time::Duration;
@@ -283,6 +368,64 @@ mod tests {
         assert_eq!(mode(&dir.path().join("made/for")), 0o700);
         drop(listener);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_wished_mode_does_not_depend_on_the_umask() {
+        let (_dir, path, address) = scratch("door.sock");
+        for wished in [0o660, 0o666, 0o600, 0o622] {
+            let at = DoorAt::Bound { address: address.clone(), mode: Some(wished) };
+            let listener = Listener::open(&at).expect("binds");
+            assert_eq!(fs::metadata(&path).expect("exists").permissions().mode() & 0o7777, wished);
+            listener.address().connect(WAIT).expect("connects");
+        }
+    }
+
+    #[test]
+    fn a_link_in_the_sockets_place_is_not_followed() {
+        let (dir, path, _address) = scratch("door.sock");
+        let other = dir.path().join("other");
+        fs::write(&other, "").expect("writes");
+        fs::set_permissions(&other, fs::Permissions::from_mode(0o600)).expect("sets");
+        std::os::unix::fs::symlink(&other, &path).expect("links");
+        assert_eq!(set_mode(&path, 0o666).expect_err("a link").to_string(), "is no longer the socket that was made");
+        assert_eq!(fs::metadata(&other).expect("exists").permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_passed_socket_is_used_and_left_as_it_was() {
+        let (_dir, path, _address) = scratch("passed.sock");
+        let theirs = UnixListener::bind(&path).expect("binds");
+        for nonblocking in [false, true] {
+            theirs.set_nonblocking(nonblocking).expect("sets");
+            let number = theirs.as_raw_fd().try_into().expect("not negative");
+            let listener = Arc::new(Listener::open(&DoorAt::Inherited(number)).expect("taken"));
+            assert_eq!(listener.at().to_string(), format!("fd:{number}"));
+            let waiting = thread::spawn({
+                let listener = Arc::clone(&listener);
+                move || {
+                    listener.accept().expect("accepts").expect("not stopped");
+                    listener.accept().expect("ends without an error").is_none()
+                }
+            });
+            listener.address().connect(WAIT).expect("connects");
+            thread::sleep(RETRY_PAUSE);
+            listener.stop();
+            assert!(waiting.join().expect("no panic"));
+            drop(listener);
+            // Its owner goes on with it.
+            theirs.set_nonblocking(false).expect("sets");
+            let _client = Address::Unix(path.clone()).connect(WAIT).expect("connects");
+            theirs.accept().expect("accepts");
+        }
+    }
+
+    #[test]
+    fn a_passed_connection_is_no_listener() {
+        let (a, _b) = std::os::unix::net::UnixStream::pair().expect("a pair");
+        let at = DoorAt::Inherited(a.as_raw_fd().try_into().expect("not negative"));
+        let error = Listener::open(&at).expect_err("connected");
+        assert_eq!(error.to_string(), "is connected, it does not listen; only export serves one connection");
     }
 
     #[test]

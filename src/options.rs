@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::address::Address;
 use crate::disk::{Cache, server_of};
 use crate::domain::{Disk, Source};
+use crate::door_at::{DoorAt, given_twice};
 use crate::error::Problem;
 use crate::vmm::Vmm;
 
@@ -22,11 +22,11 @@ pub struct ServeOptions {
     /// The record may be kept where a restart of the host loses it.
     pub volatile_state: bool,
     /// The guest doors, at least one.
-    pub nbd: Vec<Address>,
+    pub nbd: Vec<DoorAt>,
     /// The migration door.
-    pub listen: Option<Address>,
+    pub listen: Option<DoorAt>,
     /// The control doors that are sockets.
-    pub control: Vec<Address>,
+    pub control: Vec<DoorAt>,
     /// The control doors that are virtio ports, by name, each once; with the sockets at least one.
     pub control_ports: Vec<String>,
     /// What moves the guest's memory and devices.
@@ -57,12 +57,16 @@ impl ServeOptions {
         }
     }
 
-    /// Checks what only the host can answer: whether every TCP door stays on it, or may leave it.
+    /// Checks what only the host can answer: whether every TCP door stays on it, or may leave it,
+    /// and what was passed on is a socket.
     ///
     /// # Errors
     /// A refusal.
     pub fn check(&self) -> Result<(), Problem> {
         let doors = self.nbd.iter().chain(&self.listen).chain(&self.control);
+        if let Some(door) = given_twice(doors.clone()) {
+            return Err(Problem::usage("serve", door, "is given twice"));
+        }
         doors.into_iter().try_for_each(|door| door.check_plaintext("serve", self.insecure_plaintext))?;
         let files = self.disks.iter().filter_map(|disk| match &disk.source {
             Source::File { path, .. } => Some(path.as_path()),
@@ -78,7 +82,7 @@ pub struct ExportOptions {
     /// What to serve, at least one, names all different.
     pub files: Vec<ExportFile>,
     /// Where, at least one.
-    pub nbd: Vec<Address>,
+    pub nbd: Vec<DoorAt>,
     /// Clients cannot write.
     pub read_only: bool,
     /// How the host's page cache is used.
@@ -111,11 +115,15 @@ pub enum Lifetime {
 }
 
 impl ExportOptions {
-    /// Checks what only the host can answer: whether every TCP door stays on it, or may leave it.
+    /// Checks what only the host can answer: whether every TCP door stays on it, or may leave it,
+    /// and what was passed on is a socket.
     ///
     /// # Errors
     /// A refusal.
     pub fn check(&self) -> Result<(), Problem> {
+        if let Some(door) = given_twice(self.nbd.iter()) {
+            return Err(Problem::usage("export", door, "is given twice"));
+        }
         self.nbd.iter().try_for_each(|door| door.check_plaintext("export", self.insecure_plaintext))?;
         check_servers("export", self.files.iter().map(|file| file.path.as_path()), self.insecure_plaintext)
     }

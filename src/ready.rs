@@ -7,8 +7,8 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
-use crate::address::Address;
 use crate::control::wire::State;
+use crate::door_at::DoorAt;
 use crate::error::OneLine;
 use crate::json;
 
@@ -24,9 +24,9 @@ pub struct Ready<'a> {
     /// State, term and generation; `None` for an export, which has no record and no migration door.
     pub record: Option<(State, u64, u64)>,
     /// The guest doors; `nbd=` stands once for each.
-    pub nbd: &'a [Address],
+    pub nbd: &'a [DoorAt],
     /// The migration door.
-    pub listen: Option<&'a Address>,
+    pub listen: Option<&'a DoorAt>,
     /// What to type next; empty: nothing.
     pub next: &'a str,
 }
@@ -59,15 +59,20 @@ pub fn announce(ready: &Ready<'_>, as_json: bool) {
     if let Err(e) = stdout.write_all(line.as_bytes()).and_then(|()| stdout.flush()) {
         log::warn!("ready: stdout: {e}");
     }
+    notify();
+}
+
+/// Tells whoever waits for it that this process is ready; prints nothing.
+pub fn notify() {
     if let Some(name) = std::env::var_os(VARIABLE).filter(|name| !name.is_empty())
-        && let Err(e) = notify(&name)
+        && let Err(e) = send(&name)
     {
         log::warn!("ready: {}: {e}", name.display());
     }
 }
 
 /// Sends `READY=1` to a datagram socket; a name that begins with `@` is an abstract one.
-fn notify(name: &OsStr) -> Result<()> {
+fn send(name: &OsStr) -> Result<()> {
     let address = match name.as_bytes().strip_prefix(b"@") {
         Some(name) => SocketAddr::from_abstract_name(name)?,
         None => SocketAddr::from_pathname(name)?,
@@ -79,15 +84,16 @@ fn notify(name: &OsStr) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::address::Address;
 
-    fn a_ready<'a>(nbd: &'a [Address]) -> Ready<'a> {
+    fn a_ready<'a>(nbd: &'a [DoorAt]) -> Ready<'a> {
         Ready { name: "g1", record: Some((State::Owner, 1, 7)), nbd, listen: None, next: "" }
     }
 
     #[test]
     fn the_ready_line_is_the_contracts() {
-        let nbd = [Address::Unix("/run/a".into()), Address::Tcp { host: "::1".to_owned(), port: 7 }];
-        let listen = Address::Tcp { host: "10.0.0.1".to_owned(), port: 49152 };
+        let nbd = [Address::Unix("/run/a".into()), Address::Tcp { host: "::1".to_owned(), port: 7 }].map(DoorAt::from);
+        let listen = DoorAt::from(Address::Tcp { host: "10.0.0.1".to_owned(), port: 49152 });
         let line = Ready { listen: Some(&listen), ..a_ready(&nbd[..1]) }.to_string();
         assert_eq!(line, "blockferry: g1: ready: owner order=1.7 nbd=unix:///run/a listen=tcp://10.0.0.1:49152");
         let line = Ready { next: "blockferry claim g1", ..a_ready(&nbd) }.to_string();
@@ -105,7 +111,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("notify");
         let hears = |socket: UnixDatagram, name: &OsStr| {
-            notify(name).expect("sends");
+            send(name).expect("sends");
             let mut got = [0; 32];
             let length = socket.recv(&mut got).expect("receives");
             assert_eq!(&got[..length], b"READY=1");
@@ -114,6 +120,6 @@ mod tests {
         let name = format!("blockferry-test-{}", std::process::id());
         let address = SocketAddr::from_abstract_name(&name).expect("a name");
         hears(UnixDatagram::bind_addr(&address).expect("binds"), OsStr::new(&format!("@{name}")));
-        assert!(notify(OsStr::new("/nowhere/at/all")).is_err());
+        assert!(send(OsStr::new("/nowhere/at/all")).is_err());
     }
 }

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::address::Address;
 use crate::attach::{Device, NotAttached};
 use crate::control::port_door;
 use crate::control::server::{Desk, News, Server};
@@ -20,10 +19,12 @@ use crate::control::wire::{
 };
 use crate::disk::{Access, Disk};
 use crate::domain::Source;
+use crate::door_at::DoorAt;
 use crate::doors::{self, GuestDirectory};
 use crate::error::{Problem, reason};
 use crate::export::{Door, Export, Gate};
 use crate::guest::Guest;
+use crate::inherited;
 use crate::limits::{CONNECTION_STACK, HANG_UP_POLL, LANE_SILENCE_MAX, RELAYED_MAX, RESTART_LOOK, RESTART_PATIENCE};
 use crate::listener::Listener;
 use crate::migrate::destination::{self, MigrationDirectory};
@@ -59,13 +60,13 @@ pub fn serve(options: ServeOptions) -> Result<(), Problem> {
     let desk = ControlDesk::new(&guest);
     let server = Server::new(&desk);
     let status = desk.status();
-    let doors: Vec<Address> = nbd.iter().map(|listener| listener.address().clone()).collect();
+    let doors: Vec<DoorAt> = nbd.iter().map(|listener| listener.at().clone()).collect();
     ready::announce(
         &Ready {
             name: &guest.name,
             record: Some((status.state, status.term, status.generation)),
             nbd: &doors,
-            listen: listen.as_ref().map(|listener| listener.address()),
+            listen: listen.as_ref().map(|listener| listener.at()),
             next: &status.hint,
         },
         options.json,
@@ -74,7 +75,7 @@ pub fn serve(options: ServeOptions) -> Result<(), Problem> {
     std::thread::scope(|scope| {
         for listener in &control {
             let (server, ended) = (&server, ended.clone());
-            scope.spawn(move || ended.send((listener.address().clone(), server.run(listener))));
+            scope.spawn(move || ended.send((listener.at().clone(), server.run(listener))));
         }
         // They run until the process ends, or one of them cannot go on: then nobody could say what is to be done.
         let failed = end.recv();
@@ -86,20 +87,20 @@ pub fn serve(options: ServeOptions) -> Result<(), Problem> {
     })
 }
 
-fn bind_all(what: &'static str, addresses: &[Address]) -> Result<Vec<Arc<Listener>>, Problem> {
-    addresses.iter().map(|address| bind(what, address)).collect()
+fn bind_all(what: &'static str, doors: &[DoorAt]) -> Result<Vec<Arc<Listener>>, Problem> {
+    doors.iter().map(|door| bind(what, door)).collect()
 }
 
 /// Binds a door. A process that was killed a moment ago may still hold it, as long as the kernel is not done with it.
-fn bind(what: &'static str, address: &Address) -> Result<Arc<Listener>, Problem> {
+fn bind(what: &'static str, at: &DoorAt) -> Result<Arc<Listener>, Problem> {
     let deadline = Instant::now() + RESTART_PATIENCE;
     loop {
-        match Listener::bind(address) {
+        match Listener::open(at) {
             Ok(listener) => return Ok(Arc::new(listener)),
             Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < deadline => {
                 std::thread::sleep(RESTART_LOOK);
             }
-            Err(error) => return Err(Problem::fatal(what, address, reason(&error))),
+            Err(error) => return Err(Problem::fatal(what, at, reason(&error))),
         }
     }
 }
@@ -112,7 +113,7 @@ fn open_guest_door(guest: &Arc<Guest>, listener: &Arc<Listener>) -> Result<(), P
         let directory = GuestDirectory { exports: &exports, socket: &socket, fenced: &fenced };
         doors::serve_nbd("guest", &socket, &directory, |_| {});
     });
-    opened.map_err(|error| Problem::fatal("guest door", listener.address(), error))
+    opened.map_err(|error| Problem::fatal("guest door", listener.at(), error))
 }
 
 fn open_migration_door(guest: &Arc<Guest>, listener: &Arc<Listener>) -> Result<(), Problem> {
@@ -123,7 +124,7 @@ fn open_migration_door(guest: &Arc<Guest>, listener: &Arc<Listener>) -> Result<(
         let directory = MigrationDirectory { guest: &guest, socket: &socket };
         doors::serve_nbd("migration", &socket, &directory, |socket| destination::serve(&guest, socket, false));
     });
-    opened.map_err(|error| Problem::fatal("migration door", listener.address(), error))
+    opened.map_err(|error| Problem::fatal("migration door", listener.at(), error))
 }
 
 /// A port is looked for in the background: its driver may be loaded later.
@@ -141,7 +142,10 @@ fn open_control_port(guest: &Arc<Guest>, name: &str) -> Result<(), Problem> {
 /// # Errors
 /// The address is in use, or a file is not a disk.
 pub fn export(options: ExportOptions) -> Result<(), Problem> {
-    let listeners = bind_all("export", &options.nbd)?;
+    let entries: Vec<Entry> = options.nbd.iter().map(entry).collect::<Result<_, _>>()?;
+    if entries.len() > 1 && entries.iter().any(|entry| matches!(entry, Entry::Connection(_))) {
+        return Err(Problem::usage("export", "--nbd", "a connection that was passed is served alone"));
+    }
     let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
     let mut exports: Vec<Arc<Export>> = Vec::new();
     for file in &options.files {
@@ -154,21 +158,29 @@ pub fn export(options: ExportOptions) -> Result<(), Problem> {
         exports.push(Export::new(&file.name, Some(Arc::new(disk)), options.read_only, Gate::Serving));
     }
     let (left, gone) = std::sync::mpsc::channel();
-    for listener in &listeners {
+    let mut listeners = Vec::new();
+    for entry in entries {
+        let listener = match entry {
+            Entry::Listener(listener) => listener,
+            Entry::Connection(socket) => {
+                ready::notify();
+                serve_export(&exports, &socket);
+                return Ok(());
+            }
+        };
         let (exports, left) = (exports.clone(), left.clone());
-        doors::open("export", Arc::clone(listener), move |socket| {
-            let fenced = || "this export is fenced".to_owned();
-            let directory = GuestDirectory { exports: &exports, socket: &socket, fenced: &fenced };
+        listeners.push(Arc::clone(&listener));
+        doors::open("export", Arc::clone(&listener), move |socket| {
             let visits_before: usize = exports.iter().map(|export| export.visits()).sum();
-            doors::serve_nbd("export", &socket, &directory, |_| {});
+            serve_export(&exports, &socket);
             let visited = exports.iter().map(|export| export.visits()).sum::<usize>() > visits_before;
             if visited && exports.iter().all(|export| export.connections(Door::Guest) == 0) {
                 let _ = left.send(());
             }
         })
-        .map_err(|error| Problem::fatal("export", listener.address(), error))?;
+        .map_err(|error| Problem::fatal("export", listener.at(), error))?;
     }
-    let nbd: Vec<Address> = listeners.iter().map(|listener| listener.address().clone()).collect();
+    let nbd: Vec<DoorAt> = listeners.iter().map(|listener| listener.at().clone()).collect();
     ready::announce(&Ready { name: "export", record: None, nbd: &nbd, listen: None, next: "" }, options.json);
     loop {
         // The sender lives as long as the doors do.
@@ -178,6 +190,30 @@ pub fn export(options: ExportOptions) -> Result<(), Problem> {
             return Ok(());
         }
     }
+}
+
+/// A door of `export`: one that listens, or one connection that was passed on.
+enum Entry {
+    Listener(Arc<Listener>),
+    Connection(Arc<Socket>),
+}
+
+fn entry(at: &DoorAt) -> Result<Entry, Problem> {
+    let DoorAt::Inherited(number) = at else { return bind("export", at).map(Entry::Listener) };
+    let fault = |cause: &dyn std::fmt::Display| Problem::fatal("export", at, cause);
+    let taken = inherited::take(*number).map_err(|cause| fault(&cause))?;
+    let entry = if taken.listens {
+        Listener::inherit(*number, taken).map(Arc::new).map(Entry::Listener)
+    } else {
+        taken.into_connection().map(|fd| Entry::Connection(Arc::new(Socket::new(fd))))
+    };
+    entry.map_err(|error| fault(&reason(&error)))
+}
+
+fn serve_export(exports: &[Arc<Export>], socket: &Arc<Socket>) {
+    let fenced = || "this export is fenced".to_owned();
+    let directory = GuestDirectory { exports, socket, fenced: &fenced };
+    doors::serve_nbd("export", socket, &directory, |_| {});
 }
 
 /// What the control door talks to.

@@ -9,7 +9,9 @@ use crate::disk::Cache;
 use crate::domain::check_disk_name;
 use crate::error::Problem;
 use crate::limits::DISKS_MAX;
+
 use crate::options::{ExportFile, ExportOptions, Lifetime};
+use crate::passed::Name;
 
 /// NBD's own port, for this host only.
 const DEFAULT_NBD: &str = "127.0.0.1";
@@ -20,7 +22,12 @@ pub(super) const SPEC: Spec = Spec {
     arguments: "[NAME=]FILE... [--OPTION]...",
     about: "Serve files or block devices as a plain NBD server",
     options: &[
-        opt("nbd", Takes::Many("ADDR"), "where to listen, repeatable [tcp://127.0.0.1:10809]"),
+        opt(
+            "nbd",
+            Takes::Many("ADDR"),
+            "where to listen, repeatable: an address, or fd:N, a socket that was passed on\n\
+             [tcp://127.0.0.1:10809]",
+        ),
         opt("read-only", Takes::Nothing, "clients cannot write"),
         opt("cache", Takes::One("MODE"), "writeback, or none: past the page cache [writeback]"),
         opt("persistent", Takes::Nothing, "serve until ended from outside (default)"),
@@ -34,6 +41,10 @@ pub(super) const SPEC: Spec = Spec {
             a FILE with a '=' of its own is written with a slash before it: ./a=b.raw.\n\
             FILE may be the URI of another server's export: nbd://HOST[:PORT]/EXPORT or\n\
             nbd+unix:///EXPORT?socket=PATH.\n\
+            ADDR unix:///PATH?mode=0660 gives the socket that mode; else it is its owner's only.\n\
+            Sockets of systemd (LISTEN_FDS) are doors too, instead of the default.\n\
+            A passed socket that is connected, such as fd:0 of inetd, is the only client: no ready line is printed, and\n\
+            the process ends with that connection.\n\n\
             Prints one line when ready, and sends READY=1 to $NOTIFY_SOCKET:\n\
             \x20 blockferry: export: ready: nbd=ADDR\n\n\
             Examples:\n\
@@ -64,7 +75,7 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
     let here = || Address::Tcp { host: DEFAULT_NBD.to_owned(), port: NBD_PORT };
     Ok(Command::Export(ExportOptions {
         files,
-        nbd: matches.addresses("nbd", here)?,
+        nbd: matches.doors("nbd", matches.passed(Name::Nbd, &[Name::Nbd])?, here)?,
         read_only: matches.flag("read-only"),
         cache: matches.read("cache", Cache::parse)?.unwrap_or_default(),
         lifetime: if matches.flag("once") { Lifetime::Once } else { Lifetime::Persistent },

@@ -9,7 +9,9 @@ use std::str::FromStr;
 use getopts::{Fail, Options};
 
 use crate::address::Address;
+use crate::door_at::DoorAt;
 use crate::error::Problem;
+use crate::passed::{Name, Passed};
 
 /// What an option takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,7 +77,7 @@ impl Spec {
     }
 
     /// Parses what follows the subcommand's name.
-    pub(super) fn parse(&'static self, args: &[String]) -> Result<Matches, Problem> {
+    pub(super) fn parse(&'static self, args: &[String], passed: &Passed) -> Result<Matches, Problem> {
         let mut options = Options::new();
         for option in self.all_options() {
             // The contract has long options only; `-h` is what fingers type.
@@ -92,7 +94,7 @@ impl Spec {
                 return Err(self.usage(format!("--{}", option.name), "not built yet"));
             }
         }
-        Ok(Matches { spec: self, matches })
+        Ok(Matches { spec: self, matches, passed: passed.clone() })
     }
 
     fn wrong(&self, fail: Fail) -> Problem {
@@ -139,6 +141,7 @@ impl Spec {
 pub(super) struct Matches {
     spec: &'static Spec,
     matches: getopts::Matches,
+    passed: Passed,
 }
 
 impl Matches {
@@ -167,10 +170,21 @@ impl Matches {
         self.matches.opt_strs(name)
     }
 
-    /// The addresses of an option, or what stands for none.
-    pub(super) fn addresses(&self, name: &str, none: impl FnOnce() -> Address) -> Result<Vec<Address>, Problem> {
-        let given = self.read_all(name, Address::parse)?;
-        Ok(if given.is_empty() { vec![none()] } else { given })
+    /// The sockets that were passed on for one door, of a command that has the doors `known`.
+    pub(super) fn passed(&self, name: Name, known: &[Name]) -> Result<Vec<DoorAt>, Problem> {
+        self.passed.of(name, known).map_err(|cause| self.spec.usage("LISTEN_FDS", cause))
+    }
+
+    /// The doors `passed` on and those of an option, or what stands for none.
+    pub(super) fn doors(
+        &self,
+        name: &str,
+        passed: Vec<DoorAt>,
+        none: impl FnOnce() -> Address,
+    ) -> Result<Vec<DoorAt>, Problem> {
+        let mut doors = passed;
+        doors.extend(self.read_all(name, DoorAt::parse)?);
+        Ok(if doors.is_empty() { vec![none().into()] } else { doors })
     }
 
     /// A whole number within bounds.

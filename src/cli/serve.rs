@@ -6,11 +6,13 @@ use std::path::{Path, PathBuf};
 
 use super::options::{Matches, Spec, Takes, later, opt};
 use super::{Command, guest};
-use crate::address::{Address, parse_port};
+use crate::address::parse_port;
 use crate::domain::{Disk, check_disks, check_guest_name, xml};
+use crate::door_at::DoorAt;
 use crate::error::{Problem, reason};
 use crate::limits::DOMAIN_XML_MAX;
 use crate::options::ServeOptions;
+use crate::passed::Name;
 use crate::vmm::Vmm;
 
 pub(super) const SPEC: Spec = Spec {
@@ -60,7 +62,10 @@ pub(super) const SPEC: Spec = Spec {
         later("key", Takes::One("FILE")),
         later("peers", Takes::One("FILE")),
     ],
-    notes: "Prints one line when ready, and sends READY=1 to $NOTIFY_SOCKET:\n\
+    notes: "ADDR is also fd:N, a listening socket that was passed on, and unix:///PATH?mode=0660 gives the socket\n\
+            that mode; else it is its owner's only. Sockets of systemd (LISTEN_FDS) named nbd, migration and control\n\
+            are doors instead of that door's default.\n\n\
+            Prints one line when ready, and sends READY=1 to $NOTIFY_SOCKET:\n\
             \x20 blockferry: GUEST: ready: STATE order=TERM.GEN nbd=ADDR listen=ADDR\n\n\
             Examples:\n\
             \x20 blockferry serve g1 --disk vda,file=/d/g1.raw\n\
@@ -70,6 +75,9 @@ pub(super) const SPEC: Spec = Spec {
             \x20 blockferry serve g1 --domain-xml /etc/libvirt/qemu/g1.xml --listen tcp://127.0.0.1:49152\n\n\
             \x20 blockferry serve g1 --disk vda,file=/dev/vda --control virtio:org.blockferry.0\n",
 };
+
+/// The doors for which a service manager can pass sockets on.
+const NAMES: [Name; 3] = [Name::Nbd, Name::Migration, Name::Control];
 
 pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
     let [guest] = matches.arguments(["GUEST"])?;
@@ -88,8 +96,8 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
         domain_xml,
         state: guest::state_directory(matches, guest)?,
         volatile_state: matches.flag("volatile-state"),
-        nbd: matches.addresses("nbd", || guest::door(guest, "nbd"))?,
-        listen: matches.read("listen", Address::parse)?,
+        nbd: matches.doors("nbd", matches.passed(Name::Nbd, &NAMES)?, || guest::door(guest, "nbd"))?,
+        listen: migration_door(matches)?,
         control,
         control_ports,
         vmm: matches.read("vmm", Vmm::parse)?.unwrap_or_default(),
@@ -118,20 +126,30 @@ fn read_domain(path: &Path) -> Result<Vec<Disk>, String> {
     xml::disks(&text)
 }
 
+/// The migration door: the one that was passed on or the one that is given.
+fn migration_door(matches: &Matches) -> Result<Option<DoorAt>, Problem> {
+    let mut doors = matches.passed(Name::Migration, &NAMES)?;
+    doors.extend(matches.read("listen", DoorAt::parse)?);
+    if let [_, second, ..] = &doors[..] {
+        return Err(matches.error("listen", format_args!("{second} would be a second migration door: a guest has one")));
+    }
+    Ok(doors.pop())
+}
+
 /// The control doors: sockets and virtio ports.
-fn control_doors(matches: &Matches, guest: &str) -> Result<(Vec<Address>, Vec<String>), Problem> {
-    let (mut sockets, mut ports) = (Vec::new(), Vec::new());
+fn control_doors(matches: &Matches, guest: &str) -> Result<(Vec<DoorAt>, Vec<String>), Problem> {
+    let (mut sockets, mut ports) = (matches.passed(Name::Control, &NAMES)?, Vec::new());
     for text in matches.values("control") {
         match parse_port(&text).map_err(|cause| matches.error("control", cause))? {
             Some(name) if ports.contains(&name) => {
                 return Err(matches.error("control", format!("the port {name} is named twice")));
             }
             Some(name) => ports.push(name),
-            None => sockets.push(Address::parse(&text).map_err(|cause| matches.error("control", cause))?),
+            None => sockets.push(DoorAt::parse(&text).map_err(|cause| matches.error("control", cause))?),
         }
     }
     if sockets.is_empty() && ports.is_empty() {
-        sockets.push(guest::door(guest, "control"));
+        sockets.push(guest::door(guest, "control").into());
     }
     Ok((sockets, ports))
 }

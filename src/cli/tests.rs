@@ -15,6 +15,7 @@ use crate::control::wire::{
 };
 use crate::disk::Cache;
 use crate::domain::Disk;
+use crate::door_at::DoorAt;
 use crate::limits::{CONNECTIONS_PER_DISK_MAX, DOWNTIME_LIMIT_DEFAULT_MS};
 use crate::listener::Listener;
 use crate::options::{ExportFile, Lifetime};
@@ -62,9 +63,9 @@ fn serve_has_its_defaults() {
         domain_xml: None,
         state: PathBuf::from("/var/lib/blockferry/g1"),
         volatile_state: false,
-        nbd: vec![unix("/run/blockferry/g1/nbd.sock")],
+        nbd: vec![unix("/run/blockferry/g1/nbd.sock").into()],
         listen: None,
-        control: vec![unix("/run/blockferry/g1/control.sock")],
+        control: vec![unix("/run/blockferry/g1/control.sock").into()],
         control_ports: Vec::new(),
         vmm: Vmm::None,
         insecure_plaintext: false,
@@ -80,9 +81,9 @@ fn serve_takes_every_option() {
                 --vmm qmp:/run/g1.qmp --insecure-plaintext";
     let Command::Serve(options) = command(line) else { panic!("not serve") };
     assert_eq!(options.disks.len(), 2);
-    assert_eq!(options.nbd, [unix("/n1"), unix("/n2")]);
-    assert_eq!(options.control, [unix("/c1"), unix("/c2")]);
-    assert_eq!(options.listen, Some(Address::Tcp { host: "::".to_owned(), port: 0 }));
+    assert_eq!(options.nbd, [unix("/n1"), unix("/n2")].map(DoorAt::from));
+    assert_eq!(options.control, [unix("/c1"), unix("/c2")].map(DoorAt::from));
+    assert_eq!(options.listen, Some(Address::Tcp { host: "::".to_owned(), port: 0 }.into()));
     assert_eq!(options.state, PathBuf::from("/s"));
     assert_eq!(options.vmm, Vmm::Qmp("/run/g1.qmp".into()));
     assert!(options.volatile_state && options.insecure_plaintext);
@@ -98,7 +99,10 @@ fn a_control_door_may_be_a_port() {
     assert_eq!((options.control, options.control_ports), (Vec::new(), vec!["p0".to_owned()]));
     let line = "serve g1 --disk a --control virtio:p1 --control unix:///c --control virtio:p0";
     let Command::Serve(options) = command(line) else { panic!("not serve") };
-    assert_eq!((options.control, options.control_ports), (vec![unix("/c")], vec!["p1".to_owned(), "p0".to_owned()]));
+    assert_eq!(
+        (options.control, options.control_ports),
+        (vec![unix("/c").into()], vec!["p1".to_owned(), "p0".to_owned()])
+    );
 }
 
 /// Where a port makes no sense.
@@ -118,7 +122,7 @@ fn every_wrong_serve_says_what_is_wrong() {
         ("serve g1 --disk a,file=/x --disk b,file=/x", "serve: --disk: disks a and b have the same file /x".to_owned()),
         ("serve g1 --disk a,external,file=/x", "serve: --disk: disk a: 'external' and file= exclude each other".into()),
         ("serve g1 --disk a --listen tcp://b", "serve: --listen: 'tcp://b' lacks a port: tcp://HOST:PORT".to_owned()),
-        ("serve g1 --disk a --nbd fd:3", "serve: --nbd: 'fd:3': fd: addresses are not supported yet".to_owned()),
+        ("serve g1 --disk a --nbd fd:x", "serve: --nbd: 'fd:x': 'x' is not a descriptor (0 to 65535)".to_owned()),
         (
             "serve g1 --disk a --control virtio:x --control unix:///c --control virtio:x",
             "serve: --control: the port x is named twice".to_owned(),
@@ -317,7 +321,7 @@ fn export_parses_and_says_what_is_wrong() {
     let file = |name: &str, path: &str| ExportFile { name: name.to_owned(), path: PathBuf::from(path) };
     let expected = ExportOptions {
         files: vec![file("", "disk.raw")],
-        nbd: vec![Address::Tcp { host: "127.0.0.1".to_owned(), port: 10809 }],
+        nbd: vec![Address::Tcp { host: "127.0.0.1".to_owned(), port: 10809 }.into()],
         read_only: false,
         cache: Cache::Writeback,
         lifetime: Lifetime::Persistent,
@@ -630,4 +634,46 @@ fn a_process_that_dies_under_a_migration_is_not_known_from_here() {
     let problem = migrate::follow(&mut client, &mut display).expect_err("gone");
     assert_eq!(problem.exit, Exit::Unknown);
     assert!(desk.wait_for("cancel Some(42)") < WAIT);
+}
+
+/// Reads a command line where sockets were passed on.
+fn with_passed(line: &str, number: &str, names: Option<&str>) -> Result<Command, String> {
+    let args: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+    let parsed = parse_with(&args, &crate::passed::Passed::reading(number, names));
+    parsed.map(|parsed| parsed.command).map_err(|problem| {
+        assert_eq!(problem.exit, Exit::Usage);
+        problem.to_string()
+    })
+}
+
+#[test]
+fn sockets_that_were_passed_replace_the_defaults_and_add_to_what_is_given() {
+    let Ok(Command::Serve(options)) = with_passed("serve g1 --disk a", "3", Some("nbd:control:migration")) else {
+        panic!("not serve")
+    };
+    assert_eq!((options.nbd, options.control), (vec![DoorAt::Inherited(3)], vec![DoorAt::Inherited(4)]));
+    assert_eq!(options.listen, Some(DoorAt::Inherited(5)));
+    let Ok(Command::Serve(options)) = with_passed("serve g1 --disk a --nbd unix:///n", "1", None) else {
+        panic!("not serve")
+    };
+    assert_eq!(options.nbd, [DoorAt::Inherited(3), unix("/n").into()]);
+    assert_eq!(options.control, [unix("/run/blockferry/g1/control.sock").into()]);
+    let Ok(Command::Export(options)) = with_passed("export x.raw", "1", None) else { panic!("not export") };
+    assert_eq!(options.nbd, [DoorAt::Inherited(3)]);
+    assert!(with_passed("status g1", "1", Some("wrong")).is_ok(), "a command without doors does not look");
+}
+
+#[test]
+fn sockets_that_no_door_is_for_are_refused() {
+    for (line, names, text) in [
+        ("export x.raw", "control", "export: LISTEN_FDS: fd:3 is named control: this command has no such door"),
+        ("serve g1 --disk a", "x", "serve: LISTEN_FDS: LISTEN_FDNAMES: 'x' is not a door: nbd, migration or control"),
+        (
+            "serve g1 --disk a --listen unix:///l",
+            "migration",
+            "serve: --listen: unix:///l would be a second migration door: a guest has one",
+        ),
+    ] {
+        assert_eq!(with_passed(line, "1", Some(names)), Err(format!("blockferry: {text}")));
+    }
 }

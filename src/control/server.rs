@@ -134,7 +134,7 @@ impl<'d> Server<'d> {
                 let spawned =
                     thread::Builder::new().name("control".to_owned()).spawn_scoped(scope, move || self.attend(socket));
                 if let Err(e) = spawned {
-                    log::warn!("control: {}: no thread for a connection: {e}", listener.address());
+                    log::warn!("control: {}: no thread for a connection: {e}", listener.at());
                 }
             };
             for socket in open.lock().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade) {

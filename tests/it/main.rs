@@ -27,6 +27,7 @@ mod json;
 mod migrations;
 mod orders;
 mod ownership;
+mod passed;
 mod plain;
 mod relay;
 mod remains;

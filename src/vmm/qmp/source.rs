@@ -63,10 +63,9 @@ impl Leaving {
         let began = self.qmp.execute("migrate", &uri(&path), soon(deadline));
         let came = began.and_then(|_| accept(&listener, soon(deadline)));
         let _ = std::fs::remove_file(&path);
-        came.map_err(|cause| {
+        came.inspect_err(|_| {
             // Nobody takes the state: a migration that was begun is not left to itself.
             let _ = self.qmp.execute("migrate_cancel", "", soon(deadline));
-            cause
         })
     }
 

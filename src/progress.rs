@@ -259,7 +259,8 @@ fn done_line(guest: &str, done: &Done) -> String {
     let verified = done.receipt.as_ref().map(|receipt| format!(", {}", receipt_words(receipt, 16))).unwrap_or_default();
     let note = if done.message.is_empty() { String::new() } else { format!(" ({})", OneLine(&done.message)) };
     format!(
-        "{}: migrated to {}: sent {}{} and {} of zeroes{equal} in {} pass{}, {}{switchover}{pause}{state}{verified}{note}",
+        "{}: migrated to {}: sent {}{} and {} of zeroes{equal} in {} pass{}, \
+         {}{switchover}{pause}{state}{verified}{note}",
         OneLine(guest),
         OneLine(&done.destination),
         size(done.sent_bytes),

@@ -1,8 +1,8 @@
 //! NBD URIs: where a server listens, and which of its exports is meant.
 //!
 //! `nbd://HOST[:PORT]/EXPORT` and `nbd+unix:///EXPORT?socket=PATH`, with percent-encoding. Whoever takes a disk, or a
-//! server to ask, from the command line parses one here. Nothing is resolved or dialled: that is [`Address`]'s work, and
-//! so is the refusal of TCP beyond this host. A relative socket path is made absolute when it is read.
+//! server to ask, from the command line parses one here. Nothing is resolved or dialled: that is [`Address`]'s work,
+//! and so is the refusal of TCP beyond this host. A relative socket path is made absolute when it is read.
 //!
 //! NBD URI specification (doc/uri.md of the NBD project), RFC 3986.
 

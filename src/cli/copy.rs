@@ -18,10 +18,10 @@ pub(super) const SPEC: Spec = Spec {
     about: "Copy a disk that nobody writes to: a file, a block device or an NBD server's export on either side",
     options: &[opt("verify", Takes::Nothing, "read both sides again and compare them (BLAKE3)"), PLAINTEXT],
     notes: "SOURCE and DESTINATION are a PATH, nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH.\n\
-            A file that is missing is made, as large as the source and as thin; one that is there must be as large, and\n\
-            is overwritten, as is a device or an export, which may be larger. Everything is durable before it ends with 0.\n\
-            Exit codes: 0 copied; 1 refused, nothing has changed; 2 the command line is wrong; 3 failed on the way: the\n\
-            destination is incomplete (a file that was made for it is removed).\n\n\
+            A file that is missing is made, as large as the source and as thin; one that is there must be as large,\n\
+            and is overwritten, as is a device or an export, which may be larger. Everything is durable before it\n\
+            ends with 0. Exit codes: 0 copied; 1 refused, nothing has changed; 2 the command line is wrong; 3 failed\n\
+            on the way: the destination is incomplete (a file that was made for it is removed).\n\n\
             Examples:\n\
             \x20 blockferry copy /d/g1.raw nbd://localhost/vda --verify\n\
             \x20 blockferry copy 'nbd+unix:///vda?socket=/run/x.sock' /d/g1.raw\n\

@@ -43,8 +43,8 @@ pub(super) const SPEC: Spec = Spec {
             nbd+unix:///EXPORT?socket=PATH.\n\
             ADDR unix:///PATH?mode=0660 gives the socket that mode; else it is its owner's only.\n\
             Sockets of systemd (LISTEN_FDS) are doors too, instead of the default.\n\
-            A passed socket that is connected, such as fd:0 of inetd, is the only client: no ready line is printed, and\n\
-            the process ends with that connection.\n\n\
+            A passed socket that is connected, such as fd:0 of inetd, is the only client: no ready line is printed,\n\
+            and the process ends with that connection.\n\n\
             Prints one line when ready, and sends READY=1 to $NOTIFY_SOCKET:\n\
             \x20 blockferry: export: ready: nbd=ADDR\n\n\
             Examples:\n\

@@ -17,8 +17,8 @@ pub(super) fn general() -> String {
     let _ = writeln!(text, "  {:10}The version", "version");
     let _ = writeln!(text, "\nNot built yet: {}.\n", LATER.join(", "));
     text.push_str(
-        "ADDR is unix:///PATH or tcp://HOST:PORT (IPv6 in brackets). A door of serve and export is also fd:N, a socket\n\
-         that was passed on, and unix:///PATH?mode=0660 gives its socket that mode.\n\
+        "ADDR is unix:///PATH or tcp://HOST:PORT (IPv6 in brackets). A door of serve and export is also fd:N, a\n\
+         socket that was passed on, and unix:///PATH?mode=0660 gives its socket that mode.\n\
          SIZE is bytes, or a whole number of K, M, G or T (powers of 1024).\n\
          Every command takes --json, --log LEVEL, --help and --version.\n\n\
          Exit codes:\n\

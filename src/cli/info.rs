@@ -25,9 +25,9 @@ pub(super) const SPEC: Spec = Spec {
     arguments: "URI [--OPTION]...",
     about: "Show what an NBD server says about its exports",
     options: &[PLAINTEXT],
-    notes: "URI is nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH. Without EXPORT every export is shown that\n\
-            the server lists; where it lists none, its default export. Block sizes that the server does not tell are\n\
-            those that blockferry assumes.\n\n\
+    notes: "URI is nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH. Without EXPORT every export is shown\n\
+            that the server lists; where it lists none, its default export. Block sizes that the server does not tell\n\
+            are those that blockferry assumes.\n\n\
             Examples:\n\
             \x20 blockferry info nbd://localhost\n\
             \x20 blockferry info 'nbd+unix:///vda?socket=/run/blockferry/g1/nbd.sock' --json\n",

@@ -17,7 +17,7 @@
 //!
 //! | on the destination | when | what it must have done when it returns |
 //! |---|---|---|
-//! | [`Vmm::check_arriving`] | PREPARE | looked whether a VMM waits there, if it can be there already; changed nothing |
+//! | [`Vmm::check_arriving`] | PREPARE | looked whether a VMM waits, if it can be there already; changed nothing |
 //! | [`Vmm::arriving`] | the state is to come | found that a VMM waits for a guest, and had it listen |
 //! | [`Arriving::loaded`] | the state has come | seen the state loaded *whole* and the VMM paused (M11) |
 //! | [`Arriving::run`] | this host owns, the guest door is open | let the guest run, if it ran before |
@@ -26,7 +26,7 @@
 //! # What must be true
 //!
 //! - After [`Going::Gone`] the VMM on the source writes nothing any more and never runs by itself: only then are the
-//!   gates closed (D6). [`Going::Stopped`] says less: the guest stands, the VMM may still flush, and the gates stay open.
+//!   gates closed (D6). [`Going::Stopped`] says less: the guest stands, the VMM may still flush, the gates stay open.
 //! - A driver never decides who owns. It lets a guest run at two points: [`Leaving::resume`], called only after the
 //!   attempt has been ended durably (M3), and [`Arriving::run`], called only when OWNER is durable (M5).
 //! - Every call ends by its deadline, whatever the VMM does. What failed is said in one line: the object is the VMM.

@@ -275,7 +275,7 @@ fn the_link_is_lost_when_both_are_done() {
     }
 }
 
-/// M2, M3: the destination is sealed and the source does not hear it: the attempt ends, and only then the guest goes on.
+/// M2, M3: the destination is sealed, the source does not hear it: the attempt ends, and only then the guest goes on.
 #[test]
 fn sealed_is_not_heard() {
     let Some(mut scene) = Scene::new(11) else { return };

@@ -110,7 +110,8 @@ mod tests {
 
     use super::*;
 
-    const EVENT: &str = r#"{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "MIGRATION", "data": {"x": ["}", {"status": 1}], "status": "pre-switchover"}}"#;
+    const EVENT: &str = "{\"timestamp\": {\"seconds\": 1, \"microseconds\": 2}, \"event\": \"MIGRATION\", \
+                         \"data\": {\"x\": [\"}\", {\"status\": 1}], \"status\": \"pre-switchover\"}}";
 
     #[test]
     fn values_are_found_by_their_path() {

@@ -44,9 +44,11 @@ fn speaks<T: Send + 'static>(
 #[test]
 fn answers_and_events_are_told_apart() {
     let (_folder, path, monitor) = monitor(&[
-        "{\"event\": \"STOP\"}\r\n{\"event\": \"NIC_RX_FILTER_CHANGED\"}\r\n{\"return\": {\"running\": false, \"status\": \"paused\"}}",
+        "{\"event\": \"STOP\"}\r\n{\"event\": \"NIC_RX_FILTER_CHANGED\"}\r\n\
+         {\"return\": {\"running\": false, \"status\": \"paused\"}}",
         "{\"error\": {\"class\": \"GenericError\", \"desc\": \"Migration is not finalized yet\"}}",
-        "{\"return\": {\"status\": \"failed\", \"error-desc\": \"no \\\"space\\\"\"}}\n{\"event\": \"MIGRATION\", \"data\": {\"status\": \"pre-switchover\"}}",
+        "{\"return\": {\"status\": \"failed\", \"error-desc\": \"no \\\"space\\\"\"}}\n\
+         {\"event\": \"MIGRATION\", \"data\": {\"status\": \"pre-switchover\"}}",
     ]);
     let mut qmp = Qmp::connect(&path, later()).expect("connected");
     let state = qmp.run_state(later()).expect("a state");

@@ -1,4 +1,4 @@
-//! What may fail while a guest's state moves: before GIVEN the guest always runs on at the source, nothing of it runs at
+//! What may fail while a guest's state moves: before GIVEN the guest always runs on at the source, none of it runs at
 //! the destination, and a later migration works.
 
 use super::{Pair, Qemu, peer};

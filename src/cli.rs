@@ -17,9 +17,11 @@ use options::{Matches, Spec};
 
 mod accept;
 pub mod attach;
+mod copy;
 pub mod export;
 pub mod guest;
 mod help;
+pub mod info;
 pub mod migrate;
 mod options;
 pub mod recover;
@@ -30,6 +32,7 @@ mod tests;
 
 pub use attach::{AttachOptions, DetachOptions};
 pub use guest::{ClaimOptions, GuestDoor, SetOptions};
+pub use info::InfoOptions;
 pub use migrate::MigrateOptions;
 pub use recover::{RecoverOptions, WhoOwnsOptions};
 
@@ -64,6 +67,10 @@ pub enum Command {
     Serve(ServeOptions),
     /// Serve files as a plain NBD server.
     Export(ExportOptions),
+    /// Say what an NBD server has.
+    Info(InfoOptions),
+    /// Copy a disk.
+    Copy(crate::copy::CopyOptions),
     /// The first record.
     Claim(ClaimOptions),
     /// Move the guest.
@@ -92,7 +99,7 @@ pub enum Command {
 type Subcommand = (&'static Spec, fn(&Matches) -> Result<Command, Problem>);
 
 /// The subcommands that are built, in the order of the help.
-const COMMANDS: [Subcommand; 13] = [
+const COMMANDS: [Subcommand; 15] = [
     (&serve::SPEC, serve::parse),
     (&guest::CLAIM, guest::parse_claim),
     (&migrate::SPEC, migrate::parse),
@@ -106,10 +113,12 @@ const COMMANDS: [Subcommand; 13] = [
     (&attach::ATTACH, attach::parse_attach),
     (&attach::DETACH, attach::parse_detach),
     (&export::SPEC, export::parse),
+    (&copy::SPEC, copy::parse),
+    (&info::SPEC, info::parse),
 ];
 
 /// Subcommands of the contract that a later part builds.
-const LATER: [&str; 3] = ["copy", "info", "keygen"];
+const LATER: [&str; 1] = ["keygen"];
 
 /// Runs the program with the arguments after its name.
 pub fn run(args: impl IntoIterator<Item = OsString>, entry: &Entry) -> Exit {
@@ -203,6 +212,8 @@ fn execute(parsed: Parsed, entry: &Entry) -> Result<Exit, Problem> {
         Command::Cancel(door) => print(&guest::cancel(&door, json)?),
         Command::Status(door) => print(&guest::status(&door, json)?),
         Command::Set(options) => print(&guest::set(&options, json)?),
+        Command::Copy(options) => copy::run(&options, json, std::io::stderr().is_terminal(), print)?,
+        Command::Info(options) => info::run(&options, json, print)?,
         Command::Accept(door) => accept::run(&door)?,
         Command::Attach(options) => print(&attach::attach(&options, json)?),
         Command::Detach(options) => print(&attach::detach(&options, json)?),

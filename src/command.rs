@@ -2,7 +2,8 @@
 //!
 //! Its standard input and output are one socket pair, whose other end is used like any connection. No shell is needed,
 //! because hosts often have none: [`words`] splits the text, and the first word is looked for in `PATH`.
-//! `migrate/dial.rs` runs it, again and again if need be; the command ends with its connection: the end of its input is its sign, and
+//! `migrate/dial.rs` runs it, again and again if need be; the command ends with its connection: the end of its input
+//! is its sign, and
 //! whoever does not heed that is terminated, and then killed, and in any case waited for.
 //!
 //! What it says on standard error goes to the log, line by line; the last line and the exit status become part of the
@@ -19,6 +20,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 
 use crate::limits::{COMMAND_GRACE, COMMAND_LINE_MAX, COMMAND_WORDS_MAX, WORKER_STACK};
+use crate::passed;
 use crate::socket::Socket;
 
 /// A running command, or one that has ended. Dropping it makes it end.
@@ -105,12 +107,10 @@ fn spawn(words: &[String]) -> Result<(Socket, Command)> {
     let (ours, theirs) = UnixStream::pair()?;
     let [input, output] = [theirs.try_clone()?, theirs].map(OwnedFd::from);
     let (program, arguments) = words.split_first().ok_or(std::io::ErrorKind::InvalidInput)?;
-    let mut child = std::process::Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::from(input))
-        .stdout(Stdio::from(output))
-        .stderr(Stdio::piped())
-        .spawn()?;
+    let mut command = std::process::Command::new(program);
+    passed::withhold(&mut command);
+    let mut child =
+        command.args(arguments).stdin(Stdio::from(input)).stdout(Stdio::from(output)).stderr(Stdio::piped()).spawn()?;
     let shared = Arc::new(Shared::default());
     shared.lock().pid = Some(Pid::from_child(&child));
     let command = Command { name: program.clone(), shared: Arc::clone(&shared) };

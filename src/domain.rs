@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::disk::Cache;
+use crate::disk::{Cache, server_of};
 use crate::limits::{DISK_NAME_MAX, DISKS_MAX, GIB, GUEST_NAME_MAX, KIB, MIB, SECTOR};
 
 /// One disk of the guest.
@@ -31,9 +31,9 @@ pub struct Disk {
 /// Where a disk's bytes are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
-    /// A file or a block device that blockferry opens.
+    /// A file, a block device, or a server's export that blockferry opens.
     File {
-        /// Its path.
+        /// Its path, or the URI of the export.
         path: PathBuf,
         /// The size in bytes of the file that is created where none is; a multiple of 512.
         size: Option<u64>,
@@ -160,6 +160,12 @@ impl Given {
     fn finish(self, name: &str) -> Result<Disk, String> {
         if self.file.is_none() && (self.size.is_some() || self.cache.is_some()) {
             return Err(format!("disk {name}: size= and cache= need file=PATH"));
+        }
+        if let Some(path) = &self.file
+            && server_of(path).map_err(|cause| format!("disk {name}: file: {cause}"))?.is_some()
+            && self.cache.is_some()
+        {
+            return Err(format!("disk {name}: cache= is for files and block devices"));
         }
         let source = match (self.file, self.external) {
             (Some(_), true) => return Err(format!("disk {name}: 'external' and file= exclude each other")),

@@ -10,8 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::address::Address;
 use crate::attach::Attachments;
-use crate::disk::{Access, Disk, OpenError};
+use crate::disk::{Access, Disk, OpenError, server_of};
 use crate::domain::{self, Source};
+use crate::door_at::DoorAt;
 use crate::error::{Problem, reason};
 use crate::export::{Export, Gate};
 use crate::migrate::destination::Destination;
@@ -104,7 +105,7 @@ impl Guest {
             instance,
             boot: boot_id(),
             migration_address,
-            vmm: options.vmm.clone(),
+            vmm: options.vmm.clone().with_facts(facts(options)),
             insecure_plaintext: options.insecure_plaintext,
             destination: Destination::default(),
             source: Sending::default(),
@@ -321,6 +322,21 @@ impl Guest {
 /// Reads the journal, and clears away the files that were being made when the process that wrote it died: nothing has
 /// come into them (see [`Journal`]'s file). It happens in RECEIVING of that attempt, and before the images are opened:
 /// a file that has no size yet could not be.
+/// What a VMM driver tells of the guest to whoever it calls (docs/hooks.md).
+fn facts(options: &ServeOptions) -> [(&'static str, String); 4] {
+    // Of a door that was passed on, its real address: the number says nothing to another process.
+    let addresses = |doors: &[DoorAt]| {
+        doors.iter().filter_map(DoorAt::dialled).map(|door| door.to_string()).collect::<Vec<_>>().join(" ")
+    };
+    let served = options.disks.iter().filter(|disk| matches!(disk.source, domain::Source::File { .. }));
+    [
+        ("BLOCKFERRY_GUEST", options.guest.clone()),
+        ("BLOCKFERRY_DISKS", served.map(|disk| disk.name.as_str()).collect::<Vec<_>>().join(" ")),
+        ("BLOCKFERRY_NBD", addresses(&options.nbd)),
+        ("BLOCKFERRY_CONTROL", addresses(&options.control)),
+    ]
+}
+
 fn load_journal(store: &mut Store, found: &Found) {
     let record = match found {
         Found::Record(content) => Some(&content.record),
@@ -429,6 +445,7 @@ fn open_disks(specs: &[domain::Disk], found: &Found, created: &mut Vec<PathBuf>)
         if let (Found::Record(content), Source::File { path, .. }) = (found, &spec.source)
             && needs_images(&content.record.state)
             && content.images.names(&spec.name)
+            && matches!(server_of(path), Ok(None))
             && !path.exists()
         {
             let cause = format!("no such file, and the record speaks of it: {}", content.record);
@@ -471,6 +488,13 @@ fn open_disk(
         (Err(OpenError::Missing), None) if !spec.read_only && !spec.shared && has_directory(path) => None,
         (Err(error), _) => return Err(refuse(&error)),
     };
+    if disk.as_ref().is_some_and(Disk::is_remote) && access == Access::ReadWrite {
+        log::info!(
+            "disk {}: {}: a server's export cannot be locked: nobody else may write to it",
+            spec.name,
+            path.display()
+        );
+    }
     Ok(Some(Export::new(&spec.name, disk.map(Arc::new), spec.read_only, Gate::Incoming)))
 }
 

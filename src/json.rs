@@ -6,7 +6,9 @@
 use serde::Serialize;
 
 use crate::control::wire::{Convergence, Done, Kept, Ownership, Progress, Recovered, Status, Verify};
+use crate::copy::{Copied, CopyOptions};
 use crate::error::{Exit, Problem};
+use crate::info::Shown;
 use crate::limits::JSON_LINE_MAX;
 use crate::ready::Ready;
 
@@ -84,6 +86,52 @@ struct AttachedLine<'a> {
 #[must_use]
 pub fn attached(operation: &str, guest: &str, disk: &str, device: &str) -> String {
     line(&AttachedLine { r#type: "ok", operation, guest, disk, device })
+}
+
+#[derive(Serialize)]
+struct ExportLine<'a> {
+    r#type: &'static str,
+    uri: &'a str,
+    export: &'a str,
+    size_bytes: u64,
+    description: Option<&'a str>,
+    read_only: bool,
+    structured_replies: bool,
+    can: &'a [&'a str],
+    minimum_block_bytes: u32,
+    preferred_block_bytes: u32,
+    maximum_payload_bytes: u32,
+}
+
+#[derive(Serialize)]
+struct ContextLine<'a> {
+    r#type: &'static str,
+    export: &'a str,
+    context: &'a str,
+}
+
+/// An export of an NBD server, and on lines of their own its metadata contexts.
+#[must_use]
+pub fn export(shown: &Shown) -> String {
+    let info = &shown.described.info;
+    let export = &shown.uri.export;
+    let mut lines = line(&ExportLine {
+        r#type: "export",
+        uri: &shown.uri.to_string(),
+        export,
+        size_bytes: info.size,
+        description: shown.described.text.as_deref().and_then(some),
+        read_only: shown.is_read_only(),
+        structured_replies: info.structured,
+        can: &shown.can(),
+        minimum_block_bytes: info.minimum_block,
+        preferred_block_bytes: info.preferred_block,
+        maximum_payload_bytes: info.maximum_payload,
+    });
+    for context in &shown.contexts {
+        lines.push_str(&line(&ContextLine { r#type: "context", export, context }));
+    }
+    lines
 }
 
 #[derive(Serialize)]
@@ -393,6 +441,56 @@ pub fn progress(guest: &str, progress: &Progress) -> String {
         transport: progress.transport.word(),
         transport_cause: Some(progress.transport_cause.as_str()).filter(|cause| !cause.is_empty()),
         state_bytes: progress.state_bytes,
+    })
+}
+
+#[derive(Serialize)]
+struct CopyProgressLine {
+    r#type: &'static str,
+    done_bytes: u64,
+    size_bytes: u64,
+    verifying: bool,
+    elapsed_ms: u64,
+}
+
+/// How far a copy is.
+#[must_use]
+pub fn copy_progress(progress: &crate::copy::Progress) -> String {
+    line(&CopyProgressLine {
+        r#type: "copy-progress",
+        done_bytes: progress.done_bytes,
+        size_bytes: progress.size_bytes,
+        verifying: progress.verifying,
+        elapsed_ms: u64::try_from(progress.elapsed.as_millis()).unwrap_or(u64::MAX),
+    })
+}
+
+#[derive(Serialize)]
+struct CopiedLine<'a> {
+    r#type: &'static str,
+    source: &'a str,
+    destination: &'a str,
+    size_bytes: u64,
+    data_bytes: u64,
+    zero_bytes: u64,
+    total_ms: u64,
+    durable: bool,
+    root: Option<&'a str>,
+}
+
+/// What a copy has done.
+#[must_use]
+pub fn copied(options: &CopyOptions, copied: &Copied) -> String {
+    line(&CopiedLine {
+        r#type: "copied",
+        source: &options.source.to_string(),
+        destination: &options.destination.to_string(),
+        size_bytes: copied.size_bytes,
+        data_bytes: copied.data_bytes,
+        zero_bytes: copied.zero_bytes,
+        total_ms: u64::try_from(copied.took.as_millis()).unwrap_or(u64::MAX),
+        durable: !copied.unflushed,
+        root: copied.root.map(|root| hex(&root)).as_deref(),
     })
 }
 

@@ -325,6 +325,10 @@ pub const PASSED_FIRST: u32 = 3;
 pub const PASSED_MAX: u32 = 32;
 /// Highest number of a descriptor that is passed on; more than a process has by default.
 pub const FD_MAX: u32 = 65535;
+/// Longest NBD URI, in bytes: an export's name of the greatest length, all of it percent-encoded, and an address.
+pub const URI_MAX: usize = 3 * EXPORT_NAME_MAX + 3 * ADDRESS_MAX;
+/// Longest description of another server's export that is shown, in bytes; longer ones are cut.
+pub const INFO_TEXT_MAX: usize = 1024;
 /// Connections that wait at a door until they are accepted.
 pub const LISTEN_BACKLOG: i32 = 128;
 /// Longest wait for another process that is binding a socket in the same directory.
@@ -412,6 +416,13 @@ const _: () = assert!(ADDRESS_MAX > UNIX_PATH_MAX + "unix://".len(), "every Unix
 const _: () = assert!(PORT_LOOK.as_millis() * 2 < HELLO_REPEAT.as_millis(), "a repeated hello finds the port open");
 const _: () = assert!(HELLO_REPEAT.as_secs() * 5 <= HELLO_TIMEOUT.as_secs(), "a hello is repeated several times");
 const _: () = assert!(HANG_UP_POLL.as_millis() <= 200, "a client that goes away is noticed within 200 ms");
+// ---- servers as disks and destinations ---------------------------------------------------------------------------
+
+/// Connections to the server behind one disk: as many requests are under way at once.
+pub const BACKEND_CONNECTIONS_MAX: usize = 8;
+/// Bytes that a server is asked about at once when it is asked for extents: what it says of more would be thrown away.
+pub const BACKEND_STATUS: u64 = 128 * MIB as u64;
+
 // ---- phases ------------------------------------------------------------------------------------------------------
 
 /// Longest frame of the phase protocol without its length, in bytes; the largest message of each kind fits (a test
@@ -521,6 +532,19 @@ pub const INIT_GRACE: (Duration, Duration) = (Duration::from_secs(3), Duration::
 /// Longest sync before the machine ends: a disk that hangs does not keep it on.
 pub const INIT_SYNC_MAX: Duration = Duration::from_secs(10);
 
+// ---- copying -----------------------------------------------------------------------------------------------------
+
+/// Bytes of one request of a copy.
+pub const COPY_PIECE: usize = 256 * KIB;
+/// Requests to an export that is read, on one connection.
+pub const COPY_SLOTS: usize = 16;
+/// Threads of a copy, each with connections of its own where the servers allow it.
+pub const COPY_LANES: usize = 2;
+/// Bytes of a disk whose extents are asked for at once.
+pub const COPY_WINDOW: u64 = 256 * MIB as u64;
+/// Bytes that are read at once to be compared.
+pub const COPY_VERIFY_READ: usize = MIB;
+
 // ---- VMM drivers -------------------------------------------------------------------------------------------------
 
 /// Longest line of QEMU's monitor, in bytes.
@@ -553,9 +577,20 @@ pub const VMM_LAST_WORD: Duration = Duration::from_millis(500);
 pub const VMM_RUN_MAX: Duration = Duration::from_secs(10);
 /// How long a VMM may take to end before "unsealed" is said.
 pub const VMM_END_MAX: Duration = Duration::from_secs(3);
+/// How long a hook's `stop` may take until its VMM is silent.
+pub const HOOK_STOP_MAX: Duration = Duration::from_secs(10);
+/// How long a hook's `state-out` and `state-in` may take; less where the state stands still ([`STATE_STALL_MAX`]).
+pub const HOOK_STATE_MAX: Duration = Duration::from_secs(600);
+/// How often a hook that runs is looked at.
+pub const HOOK_LOOK: Duration = Duration::from_millis(1);
+/// How long the last words of a hook that failed are waited for.
+pub const HOOK_LAST_LINE: Duration = Duration::from_millis(200);
+/// Longest line of a hook that is kept in one piece, in bytes.
+pub const HOOK_LINE_MAX: u64 = 1024;
 /// How often a state that waits for its budget looks whether its guest stands.
 pub const STATE_LOOK: Duration = Duration::from_millis(10);
 /// Bytes of a guest's state on their way in one direction, in each process.
 pub const STATE_BUFFER: usize = 256 * KIB;
 
+const _: () = assert!(HOOK_STOP_MAX.as_secs() < STATE_STALL_MAX.as_secs(), "a hook that stops is no stalled state");
 const _: () = assert!(VMM_END_MAX.as_secs() < UNSEALED_PATIENCE.as_secs(), "unsealed is said while it is waited for");

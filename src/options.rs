@@ -1,9 +1,9 @@
 //! What the long-running commands were asked for: the command line writes it, `serve.rs` reads it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use crate::disk::Cache;
-use crate::domain::Disk;
+use crate::disk::{Cache, server_of};
+use crate::domain::{Disk, Source};
 use crate::door_at::{DoorAt, given_twice};
 use crate::error::Problem;
 use crate::vmm::Vmm;
@@ -67,7 +67,12 @@ impl ServeOptions {
         if let Some(door) = given_twice(doors.clone()) {
             return Err(Problem::usage("serve", door, "is given twice"));
         }
-        doors.into_iter().try_for_each(|door| door.check_plaintext("serve", self.insecure_plaintext))
+        doors.into_iter().try_for_each(|door| door.check_plaintext("serve", self.insecure_plaintext))?;
+        let files = self.disks.iter().filter_map(|disk| match &disk.source {
+            Source::File { path, .. } => Some(path.as_path()),
+            Source::External | Source::Empty => None,
+        });
+        check_servers("serve", files, self.insecure_plaintext)
     }
 }
 
@@ -119,6 +124,21 @@ impl ExportOptions {
         if let Some(door) = given_twice(self.nbd.iter()) {
             return Err(Problem::usage("export", door, "is given twice"));
         }
-        self.nbd.iter().try_for_each(|door| door.check_plaintext("export", self.insecure_plaintext))
+        self.nbd.iter().try_for_each(|door| door.check_plaintext("export", self.insecure_plaintext))?;
+        check_servers("export", self.files.iter().map(|file| file.path.as_path()), self.insecure_plaintext)
     }
+}
+
+/// Checks the servers among the disks: they are on this host too, or may be elsewhere.
+fn check_servers<'a>(
+    operation: &'static str,
+    files: impl Iterator<Item = &'a Path>,
+    insecure_plaintext: bool,
+) -> Result<(), Problem> {
+    for path in files {
+        if let Some(uri) = server_of(path).map_err(|cause| Problem::refused(operation, path.display(), cause))? {
+            uri.address.check_plaintext(operation, insecure_plaintext)?;
+        }
+    }
+    Ok(())
 }

@@ -153,6 +153,10 @@ pub struct Peer {
 
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host == Host::NONE {
+            // Nobody there knows of owners.
+            return write!(f, "the plain NBD server {}", self.address);
+        }
         write!(f, "host {:.8}", self.host)?;
         if self.address.is_empty() { Ok(()) } else { write!(f, " at {}", self.address) }
     }

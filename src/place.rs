@@ -9,6 +9,7 @@ use crate::address::Address;
 use crate::command::words;
 use crate::error::Problem;
 use crate::limits::PLACE_MAX;
+use crate::uri::{NbdUri, is_nbd};
 
 /// Where another host is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,6 +18,8 @@ pub enum Place {
     At(Address),
     /// `exec:COMMAND`: its input and output are one connection to the other host's migration door.
     Through(String),
+    /// A plain NBD server: nobody there knows the phases.
+    Plain(NbdUri),
 }
 
 /// Begins a command.
@@ -28,6 +31,15 @@ impl Place {
     /// # Errors
     /// The cause, for a usage error.
     pub fn parse(text: &str) -> Result<Self, String> {
+        if is_nbd(text) {
+            let uri = NbdUri::parse(text)?;
+            let printed = uri.to_string();
+            // It is remembered as it is printed.
+            if printed.len() > PLACE_MAX {
+                return Err(format!("'{text}': the URI is longer than {PLACE_MAX} bytes"));
+            }
+            return Ok(Self::Plain(uri));
+        }
         let Some(command) = text.strip_prefix(EXEC) else {
             return Address::parse(text).map(Self::At);
         };
@@ -46,6 +58,7 @@ impl Place {
     pub fn address(&self) -> Option<&Address> {
         match self {
             Self::At(address) => Some(address),
+            Self::Plain(uri) => Some(&uri.address),
             Self::Through(_) => None,
         }
     }
@@ -64,6 +77,7 @@ impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::At(address) => address.fmt(f),
+            Self::Plain(uri) => uri.fmt(f),
             Self::Through(command) => write!(f, "{EXEC}{command}"),
         }
     }
@@ -75,7 +89,9 @@ mod tests {
 
     #[test]
     fn places_print_as_they_parse() {
-        for text in ["tcp://b:49152", "unix:///run/x.sock", "exec:ssh B blockferry accept g1", "exec:a 'b c'"] {
+        for text in
+            ["tcp://b:49152", "unix:///run/x.sock", "nbd://b:1/vda", "exec:ssh B blockferry accept g1", "exec:a 'b c'"]
+        {
             assert_eq!(Place::parse(text).map(|place| place.to_string()), Ok(text.to_owned()));
         }
         let command = Place::parse("exec:ssh B x").expect("a command");

@@ -43,6 +43,8 @@ pub(super) const SPEC: Spec = Spec {
             Sockets of systemd (LISTEN_FDS) are doors too, instead of the default.\n\
             A passed socket that is connected, such as fd:0 of inetd, is the only client: no ready line is printed, and\n\
             the process ends with that connection.\n\n\
+            FILE may be the URI of another server's export: nbd://HOST[:PORT]/EXPORT or\n\
+            nbd+unix:///EXPORT?socket=PATH.\n\
             Prints one line when ready, and sends READY=1 to $NOTIFY_SOCKET:\n\
             \x20 blockferry: export: ready: nbd=ADDR\n\n\
             Examples:\n\

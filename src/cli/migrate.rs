@@ -14,6 +14,7 @@ use crate::json;
 use crate::limits::{CONNECTIONS_PER_DISK_MAX, DISKS_MAX, DOWNTIME_LIMIT_DEFAULT_MS, DOWNTIME_LIMIT_MAX_MS};
 use crate::place::Place;
 use crate::progress::{Display, Form};
+use crate::uri::is_nbd;
 
 /// What `migrate` was asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,6 +45,8 @@ pub struct MigrateOptions {
     pub keep_partial: bool,
     /// How the disks are to travel.
     pub transport: Transport,
+    /// Disks that stay need not be within the destination's reach.
+    pub heedless: bool,
 }
 
 pub(super) const SPEC: Spec = Spec {
@@ -82,28 +85,39 @@ pub(super) const SPEC: Spec = Spec {
             "what both sides hash and compare before the hand-over: what was\n\
              written, full (everything) or none [written]",
         ),
+        opt("unsafe", Takes::Nothing, "move even if the destination does not reach a disk that stays"),
+        opt(
+            "plain",
+            Takes::Nothing,
+            "DEST is a plain NBD server, nbd://HOST[:PORT]/[EXPORT] or\n\
+             nbd+unix:///[EXPORT]?socket=PATH: weaker promises, see the notes",
+        ),
         CONTROL,
         PLAINTEXT,
-        later("unsafe", Takes::Nothing),
-        later("plain", Takes::Nothing),
         later("tls-dir", Takes::One("DIR")),
         later("key", Takes::One("FILE")),
         later("peers", Takes::One("FILE")),
     ],
     notes: "DEST is the --listen address of `blockferry serve GUEST` on the other host, or exec:COMMAND: a command\n\
             (words with quotes, no shell) whose stdin and stdout lead to `blockferry accept GUEST` there.\n\
+            With --plain DEST is somebody's NBD server (qemu-nbd with a qcow2 image, nbdkit). An EXPORT takes the one\n\
+            disk that moves; without one, one disk goes to the default export and several to the exports of their\n\
+            names. Nothing there keeps a record or a second writer away, and a lost connection ends the migration.\n\
             Runs in the foreground; when it goes away (Ctrl-C) the migration ends and this host goes on, until\n\
             ownership is being given away.\n\n\
             Examples:\n\
             \x20 blockferry migrate g1 tcp://B:49152 --insecure-plaintext\n\
             \x20 blockferry migrate g1 'exec:ssh B blockferry accept g1'\n\
+            \x20 blockferry migrate g1 --plain 'nbd+unix:///vda?socket=/run/q.sock' --verify none\n\
             \x20 blockferry migrate g1 tcp://127.0.0.1:49152 --migrate-disks vda,vdb --bandwidth 100M --hold\n",
 };
 
 pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
     let [guest, destination] = matches.arguments(["GUEST", "DEST"])?;
-    if destination.starts_with("nbd://") || destination.starts_with("nbd+unix://") {
-        return Err(SPEC.usage("DEST", format!("'{destination}': plain NBD destinations are not built yet")));
+    let plain = matches.flag("plain");
+    if plain != is_nbd(destination) {
+        let cause = if plain { "--plain goes to an NBD URI" } else { "a plain NBD server: see --plain" };
+        return Err(SPEC.usage("DEST", format!("'{destination}': {cause}")));
     }
     let destination = Place::parse(destination).map_err(|cause| SPEC.usage("DEST", cause))?;
     if matches!(destination, Place::At(Address::Tcp { port: 0, .. })) {
@@ -113,6 +127,14 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
     let transport = matches.read("transport", parse_transport)?.unwrap_or_default();
     if transport == Transport::Nbd && destination.address().is_none() {
         return Err(SPEC.usage("--transport nbd", format!("'{destination}' is one connection: no NBD beside it")));
+    }
+    let senseless = [
+        ("transport", transport == Transport::Stream, "a plain NBD server takes no stream"),
+        ("keep-partial", matches.flag("keep-partial"), "nothing at a plain NBD server is ever removed"),
+        ("unsafe", matches.flag("unsafe"), "nobody at a plain NBD server looks for disks that stay"),
+    ];
+    if let Some((option, _, cause)) = senseless.iter().find(|(_, given, _)| plain && *given) {
+        return Err(matches.error(option, cause));
     }
     let [all, inc, overwrite] = ["copy-storage-all", "copy-storage-inc", "overwrite"].map(|name| matches.flag(name));
     if inc && (all || overwrite) {
@@ -136,6 +158,7 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
         detach: matches.flag("detach"),
         keep_partial: matches.flag("keep-partial"),
         transport,
+        heedless: matches.flag("unsafe"),
     }))
 }
 
@@ -182,6 +205,7 @@ impl MigrateOptions {
             verify: self.verify,
             keep_partial: self.keep_partial,
             transport: self.transport,
+            heedless: self.heedless,
         }
     }
 }
@@ -190,6 +214,12 @@ pub(super) fn run(options: &MigrateOptions, as_json: bool, terminal: bool) -> Re
     options.destination.check_plaintext("migrate", options.door.insecure_plaintext)?;
     let guest = &options.door.guest;
     let mut client = options.door.connect("migrate")?;
+    if let (Place::Plain(uri), false) = (&options.destination, as_json) {
+        print(&format!(
+            "{guest}: {uri} is a plain NBD server: it keeps no record and no second writer away, and a lost connection \
+             ends the migration\n"
+        ));
+    }
     client.tell(&Request::Migrate(options.request()))?;
     if options.detach {
         let text = if as_json { json::ok("migrate", guest) } else { format!("{guest}: started\n") };

@@ -27,6 +27,8 @@ pub(super) const SPEC: Spec = Spec {
              NAME,file=PATH[,size=SIZE][,ro][,shared][,cache=writeback|none]\n\
              \x20 a file or block device; a missing file is created with size=, or when\n\
              \x20 a migration brings it\n\
+             NAME,file=nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH\n\
+             \x20 a server's export, such as a qcow2 image behind qemu-nbd; not locked\n\
              NAME,external[,ro][,shared]\n\
              \x20 opened by the VMM itself; known, never copied\n\
              NAME\n\
@@ -50,9 +52,10 @@ pub(super) const SPEC: Spec = Spec {
         opt("volatile-state", Takes::Nothing, "DIR may be on a tmpfs: then a power cut loses who owns the guest"),
         opt(
             "vmm",
-            Takes::One("none|qmp:PATH"),
+            Takes::One("none|qmp:PATH|hook:PROGRAM"),
             "what moves the guest's memory and devices: none, the caller does; qmp:PATH,\n\
-             QEMU by a monitor of its own at this socket, on both hosts (docs/vmm.md) [none]",
+             QEMU by a monitor of its own at this socket, on both hosts (docs/vmm.md);\n\
+             hook:PROGRAM, any VMM by a program called at named points (docs/hooks.md) [none]",
         ),
         opt("insecure-plaintext", Takes::Nothing, "allow TCP beyond this host without keys"),
         later("tls-dir", Takes::One("DIR")),

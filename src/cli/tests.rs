@@ -134,7 +134,10 @@ fn every_wrong_serve_says_what_is_wrong() {
         ("serve g1 --disk a --listen virtio:x", format!("serve: --listen: 'virtio:x': {A_PORT}")),
         ("serve g1 --disk a --state=", "serve: --state: the path is empty".to_owned()),
         ("serve g1 --disk a --vmm qmp:q", "serve: --vmm: 'qmp:q': the path is not absolute".to_owned()),
-        ("serve g1 --disk a --vmm xen", "serve: --vmm: 'xen' is not known; use none or qmp:PATH".to_owned()),
+        (
+            "serve g1 --disk a --vmm xen",
+            "serve: --vmm: 'xen' is not known; use none, qmp:PATH or hook:PROGRAM".to_owned(),
+        ),
         ("serve g1 --disk a --domain-xml f", "serve: --domain-xml: it stands instead of --disk".to_owned()),
         ("serve g1 --domain-xml f --domain-xml f", "serve: --domain-xml: given twice".to_owned()),
         ("serve g1 --disk a --tls-dir d", "serve: --tls-dir: not built yet".to_owned()),
@@ -153,6 +156,7 @@ fn every_wrong_serve_says_what_is_wrong() {
 fn migrate_has_its_defaults_and_accepts_what_is_today() {
     let expected = MigrateOptions {
         keep_partial: false,
+        heedless: false,
         door: door("g1"),
         destination: Place::At(Address::Tcp { host: "b".to_owned(), port: 49152 }),
         overwrite: false,
@@ -228,8 +232,7 @@ fn every_wrong_migrate_says_what_is_wrong() {
             "--copy-storage-all --copy-storage-inc",
             "--copy-storage-inc: cannot be combined with --copy-storage-all".to_owned(),
         ),
-        ("--unsafe", "--unsafe: not built yet".to_owned()),
-        ("--plain", "--plain: not built yet".to_owned()),
+        ("--plain", "DEST: 'tcp://b:1': --plain goes to an NBD URI".to_owned()),
         ("--tls-dir d", "--tls-dir: not built yet".to_owned()),
         ("--key f", "--key: not built yet".to_owned()),
         ("--peers f", "--peers: not built yet".to_owned()),
@@ -251,7 +254,7 @@ fn every_wrong_migrate_says_what_is_wrong() {
     wrong("migrate g1", "migrate: DEST: missing");
     wrong("migrate g1 tcp://b:0", "migrate: DEST: 'tcp://b:0': port 0 can be listened on only");
     wrong("migrate g1 b:1", "migrate: DEST: 'b:1' is not an address: unix:///PATH or tcp://HOST:PORT");
-    wrong("migrate g1 nbd://b/x", "migrate: DEST: 'nbd://b/x': plain NBD destinations are not built yet");
+    wrong("migrate g1 nbd://b/x", "migrate: DEST: 'nbd://b/x': a plain NBD server: see --plain");
     wrong("migrate g1 exec:", "migrate: DEST: 'exec:': the command names no program");
     wrong(
         "migrate g1 exec:cat --transport nbd",

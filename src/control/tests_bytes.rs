@@ -62,6 +62,7 @@ fn a_migrate_request() -> MigrateRequest {
         keep_partial: true,
         verify: Verify::Full,
         transport: Transport::Stream,
+        heedless: true,
     }
 }
 

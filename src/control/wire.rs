@@ -136,6 +136,8 @@ pub struct MigrateRequest {
     pub verify: Verify,
     /// How the disks are to travel.
     pub transport: Transport,
+    /// Disks that stay need not be within the destination's reach.
+    pub heedless: bool,
 }
 
 /// How the disks travel.

@@ -16,6 +16,13 @@ fn new_disk(dir: &tempfile::TempDir, mib: usize) -> (PathBuf, Disk) {
     (path, disk)
 }
 
+fn image_of(disk: &Disk) -> &super::Image {
+    match &disk.0 {
+        super::Kind::Image(image) => image,
+        super::Kind::Remote(_) => panic!("a server"),
+    }
+}
+
 #[test]
 fn what_is_not_a_disk_is_named() {
     let dir = scratch();
@@ -89,7 +96,7 @@ fn written_out_zeroes_stop_where_they_should() {
     let dir = scratch();
     let (_, disk) = new_disk(&dir, 1);
     disk.write(&vec![7; MIB], 0, false).expect("written");
-    disk.write_out_zeroes(1000, 200_000).expect("zeroed");
+    image_of(&disk).write_out_zeroes(1000, 200_000).expect("zeroed");
     let mut back = vec![0; MIB];
     disk.read(&mut back, 0).expect("read");
     assert!(back[..1000].iter().chain(&back[201_000..]).all(|b| *b == 7));

@@ -51,6 +51,7 @@ fn connect(place: &Place, left: Duration) -> Result<(Arc<Socket>, Option<Command
             Ok(socket) => Ok((Arc::new(socket), None)),
             Err(error) => Err(NoLink { cause: reason(&error), is_absent: is_answer(error.kind()) }),
         },
+        Place::Plain(_) => Err("is a plain NBD server: there is nobody to ask".into()),
         Place::Through(command) => {
             let (socket, command) = Command::run(command)?;
             Ok((Arc::new(socket), Some(command)))

@@ -30,6 +30,7 @@ use crate::limits::{
 };
 use crate::mirror::{Counts, Lost, Mirror, NotReady, Plan};
 use crate::ownership::{Event, KeepError, Peer, Receipt, Record, Stamp};
+use crate::place::Place;
 use crate::standing::kept;
 use abort::{NotEnded, abort};
 use outage::{Outage, stop};
@@ -40,6 +41,7 @@ mod abort;
 mod finish;
 mod outage;
 mod perform;
+mod plain;
 mod prepare;
 mod shown;
 mod state;
@@ -97,6 +99,9 @@ impl From<NotYet> for Stop {
 
 /// Drives one migration to its end.
 pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
+    if let Place::Plain(uri) = &job.address {
+        return plain::run(guest, job, uri);
+    }
     let mut drive = match prepare(guest, job) {
         Ok(drive) => drive,
         Err(cause) => return ended(guest, job, Exit::Refused, &cause),

@@ -18,6 +18,7 @@ use crate::nbd::client::{Client, Wants};
 use crate::nbd::wire;
 use crate::socket::Socket;
 use crate::trunk::{Outlet, Trunk};
+use crate::uri::NbdUri;
 
 /// The lanes of all disks. Dropping it ends and joins them.
 #[derive(Debug, Default)]
@@ -76,6 +77,27 @@ pub(super) fn connect(
         let several = first.client.info().has(wire::FLAG_CAN_MULTI_CONN);
         all.push(first);
         for _ in 1..if several { connections } else { 1 } {
+            all.push(one()?);
+        }
+    }
+    Ok(all)
+}
+
+/// The same to a plain NBD server: what each disk goes to, its name and its size in bytes.
+///
+/// # Errors
+/// One line.
+pub(super) fn connect_plain(disks: &[(NbdUri, String, u64)], connections: u8) -> Result<Vec<Opened>, String> {
+    let mut all = Vec::new();
+    for (mirror, (uri, disk, size)) in disks.iter().enumerate() {
+        let one = || {
+            let (socket, client) = connect_one(&uri.address, disk, *size, &uri.export)?;
+            Ok::<_, String>(Opened { mirror, socket, client })
+        };
+        let first = one()?;
+        let several = first.client.info().connections(usize::from(connections));
+        all.push(first);
+        for _ in 1..several {
             all.push(one()?);
         }
     }

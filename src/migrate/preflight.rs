@@ -3,10 +3,12 @@
 use std::fmt::Display;
 use std::sync::Arc;
 
-use super::wire::{DiskOffer, Problem, cut};
+use super::wire::{DiskOffer, Problem, StayingDisk, cut};
 use crate::dirty::DirtyMap;
+use crate::domain;
 use crate::error::reason;
 use crate::export::Export;
+use crate::guest::Guest;
 use crate::limits::DISKS_MAX;
 
 /// What is offered to the destination.
@@ -40,6 +42,24 @@ fn offer(export: &Export) -> Result<DiskOffer, String> {
         data_bytes: disk.data_bytes().map_err(|error| fault(&reason(&error)))?,
         granularity_bytes: DirtyMap::granularity_for(disk.size()),
     })
+}
+
+/// The disks that stay: the destination is asked whether it reaches them by itself.
+///
+/// # Errors
+/// One line: what `chosen` says is not possible.
+pub(super) fn staying(
+    guest: &Guest,
+    chosen: &[impl AsRef<str>],
+) -> Result<heapless::Vec<StayingDisk, DISKS_MAX>, String> {
+    let specs: Vec<_> = guest.disks.iter().map(|disk| disk.spec.clone()).collect();
+    let fates = domain::moving(&specs, chosen)?;
+    let stays = guest.disks.iter().zip(fates).filter_map(|(disk, why)| {
+        let size_bytes = disk.export.as_ref().and_then(|export| export.disk()).map(|disk| disk.size());
+        why.map(|why| StayingDisk { name: cut(&disk.spec.name), why, size_bytes })
+    });
+    // No more than --disk takes.
+    Ok(stays.take(DISKS_MAX).collect())
 }
 
 /// One line with all that was found wrong.

@@ -62,6 +62,8 @@ enum Business {
     Rewrite,
     /// An attempt of a part of this process that is gone.
     End(Attempt),
+    /// What a plain NBD server would say if it could say anything.
+    Plain(Attempt),
     /// Something to be said to the peer.
     Say(Attempt),
     /// Something to be asked of the source.
@@ -72,7 +74,7 @@ impl Business {
     /// The longest pause between two tries.
     fn pause(self) -> Duration {
         match self {
-            Self::Rewrite | Self::End(_) => REWRITE_PAUSE,
+            Self::Rewrite | Self::End(_) | Self::Plain(_) => REWRITE_PAUSE,
             Self::Say(_) => RECONNECT_PAUSE.1,
             Self::Ask(_) => ASK_PERIOD,
         }
@@ -89,6 +91,11 @@ fn business(guest: &Guest) -> Option<Business> {
     match &record.state {
         State::Offered { offer: Offer::Live, .. } if !live => Some(Business::End(attempt)),
         State::Receiving { .. } if !guest.destination.receives() => Some(Business::End(attempt)),
+        State::Given { to, arrived: false, .. } | State::Offered { to, offer: Offer::Ended | Offer::Closed, .. }
+            if !live && to.host == Host::NONE =>
+        {
+            Some(Business::Plain(attempt))
+        }
         State::Given { arrived: false, .. } | State::Offered { offer: Offer::Ended | Offer::Closed, .. } if !live => {
             Some(Business::Say(attempt))
         }
@@ -150,8 +157,19 @@ fn attend(guest: &Guest, business: Business) -> Result<(), String> {
             let event = if receiving { Event::AbortReceiving { attempt } } else { Event::End { attempt } };
             guest.apply(&event).map(drop).map_err(|error| error.to_string())
         }
+        Business::Plain(_) => arrived_or_not(guest),
         Business::Say(_) | Business::Ask(_) => call(guest).map(drop).map_err(|trouble| trouble.to_string()),
     }
+}
+
+/// A plain NBD server is never sealed, and what was given to it was there before GIVEN: both sides of the exchange are
+/// known here (see `drive/plain.rs`).
+fn arrived_or_not(guest: &Guest) -> Result<(), String> {
+    let record = guest.record().map_err(|error| error.to_string())?.ok_or("there is no record")?;
+    let stamp = record.stamp().ok_or("there is nothing to say")?;
+    let given = matches!(record.state, State::Given { .. });
+    let event = if given { Event::Running(stamp) } else { Event::Unsealed(stamp) };
+    guest.apply(&event).map(drop).map_err(|error| error.to_string())
 }
 
 /// Whether GO or ABORT has to be said again, as far as is known.

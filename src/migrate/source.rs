@@ -82,8 +82,8 @@ impl Source {
             return Err(Problem::usage("migrate", &address, "a command is one connection: no NBD beside it"));
         }
         let exports = choose(guest, request).map_err(|cause| refuse(&cause))?;
-        // W5: only the VMM can be still, and only its user can make it so.
-        if let Some(user) = guest.attached.user().filter(|_| !request.hold) {
+        // W5: only the VMM can be still, and only its user can make it so, or a hook.
+        if let Some(user) = guest.attached.user().filter(|_| !request.hold && !guest.vmm.stills_devices()) {
             return Err(refuse(&format_args!("{user}: stop that before the hand-over: --hold, and then switch")));
         }
 

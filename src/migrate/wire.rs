@@ -20,6 +20,7 @@ pub use hello::{
     choose_version,
 };
 
+use crate::domain::Stays;
 use crate::limits::{CAUSE_MAX, DIGESTS_MAX, DISK_NAME_MAX, DISKS_MAX, FRAME_MAX, PROBLEMS_MAX};
 use crate::ownership::{Instance, Promise, Stamp, Summary};
 
@@ -70,6 +71,17 @@ pub struct DiskOffer {
     pub granularity_bytes: u64,
 }
 
+/// One disk that does not move: the destination must reach it by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StayingDisk {
+    /// Its name, the same on both sides.
+    pub name: DiskName,
+    /// Why it stays.
+    pub why: Stays,
+    /// Its size, where this side has it open.
+    pub size_bytes: Option<u64>,
+}
+
 /// Source to destination: the first message of an attempt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Prepare {
@@ -89,6 +101,10 @@ pub struct Prepare {
     pub keep_partial: bool,
     /// The guest's state will follow, by the VMM drivers of both sides (rule M11).
     pub state: bool,
+    /// The disks that stay where they are.
+    pub staying: heapless::Vec<StayingDisk, DISKS_MAX>,
+    /// The user wants to move even if the destination cannot reach one of those.
+    pub heedless: bool,
 }
 
 /// How far the guest's state is at the destination.

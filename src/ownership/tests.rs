@@ -351,6 +351,30 @@ fn m5_an_unsettled_offer_allows_no_other() {
     }
 }
 
+/// `migrate --plain`: nobody is at the other end, so the source settles its own offer, after a restart too.
+#[test]
+fn m5_an_offer_to_nobody_is_settled_by_the_source_alone() {
+    let to_nobody = Stamp { destination: Host::NONE, ..stamp(THIS) };
+    let plain = Peer { host: Host::NONE, address: Address::try_from("nbd://b/vda").expect("fits") };
+    let (live, _) = after(Some(&owner()), &Event::Offer { stamp: to_nobody, to: plain });
+    let (closed, _) = after(live.as_ref(), &Event::Restart);
+    assert_eq!(Door::of(A, closed.as_ref()), Door::Closed);
+    let (back, _) = after(closed.as_ref(), &Event::Unsealed(to_nobody));
+    assert_eq!(Door::of(A, back.as_ref()), Door::Serving { may_quiesce: false });
+    assert_eq!(refused(closed.as_ref(), &Event::Give { sealed: to_nobody }), Why::Ended, "M3");
+    let (gave, _) = after(live.as_ref(), &Event::Give { sealed: to_nobody });
+    assert_eq!(refused(gave.as_ref(), &Event::Unsealed(to_nobody)), Why::Given, "M3");
+    let (there, _) = after(gave.as_ref(), &Event::Running(to_nobody));
+    assert!(matches!(there.as_ref().map(|record| &record.state), Some(State::Given { arrived: true, .. })));
+    assert_eq!(
+        there.expect("given").to_string(),
+        "this host gave the guest to the plain NBD server nbd://b/vda, where it arrived"
+    );
+    // The way back is the operator's.
+    let (taken, _) = after(gave.as_ref(), &take(Heard::Silence));
+    assert_eq!(state_name(taken.as_ref()), "OWNER");
+}
+
 #[test]
 fn m6_an_owner_never_says_unsealed_of_the_attempt_that_made_it_one() {
     assert_eq!(after(Some(&arrived()), &Event::Abort(stamp(THIS))), (Some(arrived()), Answer::Record));

@@ -31,6 +31,7 @@
 //!   attempt has been ended durably (M3), and [`Arriving::run`], called only when OWNER is durable (M5).
 //! - Every call ends by its deadline, whatever the VMM does. What failed is said in one line: the object is the VMM.
 
+pub mod hook;
 pub mod qmp;
 
 use std::fmt;
@@ -48,6 +49,17 @@ pub enum Vmm {
     None,
     /// QEMU, by its monitor at this Unix socket.
     Qmp(PathBuf),
+    /// Any VMM, by a program that is called at the points above.
+    Hook(hook::Hook),
+}
+
+/// Which attempt a call is about, for drivers that tell somebody.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct About {
+    /// Its number, 32 hexadecimal digits; empty: not known.
+    pub attempt: String,
+    /// The other host: on the source its address, on the destination its machine's number; empty: not known.
+    pub peer: String,
 }
 
 impl fmt::Display for Vmm {
@@ -55,6 +67,7 @@ impl fmt::Display for Vmm {
         match self {
             Self::None => f.write_str("none"),
             Self::Qmp(path) => write!(f, "qmp:{}", path.display()),
+            Self::Hook(hook) => write!(f, "hook:{hook}"),
         }
     }
 }
@@ -77,6 +90,8 @@ pub enum Going {
 pub enum Leaving {
     /// QEMU.
     Qmp(qmp::source::Leaving),
+    /// A program.
+    Hook(hook::source::Leaving),
 }
 
 /// A VMM on the destination that waits for a guest, or has got it.
@@ -84,6 +99,8 @@ pub enum Leaving {
 pub enum Arriving {
     /// QEMU.
     Qmp(qmp::destination::Arriving),
+    /// A program.
+    Hook(hook::destination::Arriving),
 }
 
 impl Vmm {
@@ -99,9 +116,24 @@ impl Vmm {
         match text.split_once(':') {
             None if text == "none" => Ok(Self::None),
             Some(("qmp", rest)) => path(rest).map(Self::Qmp),
-            Some(("hook", _)) => Err(format!("'{text}' is not built yet; use none or qmp:PATH")),
-            _ => Err(format!("'{text}' is not known; use none or qmp:PATH")),
+            Some(("hook", rest)) => path(rest).map(|program| Self::Hook(hook::Hook::new(program))),
+            _ => Err(format!("'{text}' is not known; use none, qmp:PATH or hook:PROGRAM")),
         }
+    }
+
+    /// The same driver, which tells this of the guest to whoever it calls: variables and their values.
+    #[must_use]
+    pub fn with_facts(self, facts: impl IntoIterator<Item = (&'static str, String)>) -> Self {
+        match self {
+            Self::Hook(hook) => Self::Hook(hook.with_facts(facts)),
+            other => other,
+        }
+    }
+
+    /// Whether who uses the guest's attached devices is silent once the state has gone (W5).
+    #[must_use]
+    pub fn stills_devices(&self) -> bool {
+        matches!(self, Self::Hook(_))
     }
 
     /// Whether the guest's state moves with the disks.
@@ -114,10 +146,13 @@ impl Vmm {
     ///
     /// # Errors
     /// One line: it cannot be spoken with, or no guest is there that could leave.
-    pub fn leaving(&self, deadline: Instant) -> Result<Option<Leaving>, String> {
+    pub fn leaving(&self, about: &About, deadline: Instant) -> Result<Option<Leaving>, String> {
         match self {
             Self::None => Ok(None),
             Self::Qmp(path) => qmp::source::Leaving::find(path, deadline).map(|leaving| Some(Leaving::Qmp(leaving))),
+            Self::Hook(hook) => {
+                hook::source::Leaving::find(hook, about, deadline).map(|leaving| Some(Leaving::Hook(leaving)))
+            }
         }
     }
 
@@ -126,22 +161,26 @@ impl Vmm {
     ///
     /// # Errors
     /// One line: there is no VMM, or it does not wait for a guest.
-    pub fn check_arriving(&self, may_come: bool, deadline: Instant) -> Result<(), String> {
+    pub fn check_arriving(&self, about: &About, may_come: bool, deadline: Instant) -> Result<(), String> {
         match self {
             Self::None => Ok(()),
             Self::Qmp(path) => qmp::destination::check(path, may_come, deadline),
+            Self::Hook(hook) => hook::destination::check(hook, about, deadline),
         }
     }
 
     /// On the destination: has the VMM wait for the state, and returns it with the socket into which the state goes.
+    /// `ran`: the guest ran when it left.
     ///
     /// # Errors
     /// One line: there is no driver, no VMM, or it does not wait for a guest.
-    pub fn arriving(&self, deadline: Instant) -> Result<(Arriving, Arc<Socket>), String> {
+    pub fn arriving(&self, about: &About, ran: bool, deadline: Instant) -> Result<(Arriving, Arc<Socket>), String> {
         match self {
             Self::None => Err("no VMM driver here: --vmm none".to_owned()),
             Self::Qmp(path) => qmp::destination::Arriving::begin(path, deadline)
                 .map(|(arriving, socket)| (Arriving::Qmp(arriving), socket)),
+            Self::Hook(hook) => hook::destination::Arriving::begin(hook, about, ran)
+                .map(|(arriving, socket)| (Arriving::Hook(arriving), socket)),
         }
     }
 
@@ -150,10 +189,11 @@ impl Vmm {
     ///
     /// # Errors
     /// One line.
-    pub fn run_again(&self, deadline: Instant) -> Result<(), String> {
+    pub fn run_again(&self, about: &About, deadline: Instant) -> Result<(), String> {
         match self {
             Self::None => Ok(()),
             Self::Qmp(path) => qmp::destination::run_again(path, deadline),
+            Self::Hook(hook) => hook::destination::run_again(hook, about, deadline),
         }
     }
 
@@ -161,10 +201,11 @@ impl Vmm {
     ///
     /// # Errors
     /// One line, for the log. That there is no such VMM is none.
-    pub fn end_again(&self, deadline: Instant) -> Result<(), String> {
+    pub fn end_again(&self, about: &About, deadline: Instant) -> Result<(), String> {
         match self {
             Self::None => Ok(()),
             Self::Qmp(path) => qmp::destination::end_again(path, deadline),
+            Self::Hook(hook) => hook::destination::end_again(hook, about, deadline),
         }
     }
 }
@@ -175,6 +216,7 @@ impl Leaving {
     pub fn ran(&self) -> bool {
         match self {
             Self::Qmp(leaving) => leaving.ran(),
+            Self::Hook(leaving) => leaving.ran(),
         }
     }
 
@@ -186,6 +228,7 @@ impl Leaving {
     pub fn start(&mut self, downtime: Duration, deadline: Instant) -> Result<Arc<Socket>, String> {
         match self {
             Self::Qmp(leaving) => leaving.start(downtime, deadline),
+            Self::Hook(leaving) => leaving.start(),
         }
     }
 
@@ -196,6 +239,7 @@ impl Leaving {
     pub fn poll(&mut self, wait: Duration) -> Result<Going, String> {
         match self {
             Self::Qmp(leaving) => leaving.poll(wait),
+            Self::Hook(leaving) => leaving.poll(wait),
         }
     }
 
@@ -206,6 +250,7 @@ impl Leaving {
     pub fn go_on(&mut self, deadline: Instant) -> Result<(), String> {
         match self {
             Self::Qmp(leaving) => leaving.go_on(deadline),
+            Self::Hook(leaving) => leaving.go_on(),
         }
     }
 
@@ -217,6 +262,7 @@ impl Leaving {
     pub fn resume(&mut self, deadline: Instant) -> Result<(), String> {
         match self {
             Self::Qmp(leaving) => leaving.resume(deadline),
+            Self::Hook(leaving) => leaving.resume(deadline),
         }
     }
 
@@ -227,6 +273,7 @@ impl Leaving {
     pub fn end(&mut self, deadline: Instant) -> Result<(), String> {
         match self {
             Self::Qmp(leaving) => leaving.end(deadline),
+            Self::Hook(leaving) => leaving.end(deadline),
         }
     }
 }
@@ -239,6 +286,7 @@ impl Arriving {
     pub fn loaded(&mut self, wait: Duration) -> Result<bool, String> {
         match self {
             Self::Qmp(arriving) => arriving.loaded(wait),
+            Self::Hook(arriving) => arriving.loaded(wait),
         }
     }
 
@@ -249,6 +297,7 @@ impl Arriving {
     pub fn run(&mut self, deadline: Instant) -> Result<(), String> {
         match self {
             Self::Qmp(arriving) => arriving.run(deadline),
+            Self::Hook(arriving) => arriving.run(deadline),
         }
     }
 
@@ -259,6 +308,7 @@ impl Arriving {
     pub fn end(&mut self, deadline: Instant) -> Result<(), String> {
         match self {
             Self::Qmp(arriving) => arriving.end(deadline),
+            Self::Hook(arriving) => arriving.end(deadline),
         }
     }
 }
@@ -271,12 +321,14 @@ mod tests {
     fn drivers_are_told_apart() {
         assert_eq!(Vmm::parse("none"), Ok(Vmm::None));
         assert_eq!(Vmm::parse("qmp:/run/g1.qmp"), Ok(Vmm::Qmp("/run/g1.qmp".into())));
+        assert_eq!(Vmm::parse("hook:/etc/hook").expect("a path").to_string(), "hook:/etc/hook");
         assert_eq!(Vmm::parse("qmp:/a:b").expect("a path").to_string(), "qmp:/a:b");
         for (text, cause) in [
             ("qmp:g1.qmp", "'qmp:g1.qmp': the path is not absolute"),
+            ("hook:bin/hook", "'hook:bin/hook': the path is not absolute"),
             ("qmp:", "'qmp:': the path is not absolute"),
-            ("xen", "'xen' is not known; use none or qmp:PATH"),
-            ("none:", "'none:' is not known; use none or qmp:PATH"),
+            ("xen", "'xen' is not known; use none, qmp:PATH or hook:PROGRAM"),
+            ("none:", "'none:' is not known; use none, qmp:PATH or hook:PROGRAM"),
         ] {
             assert_eq!(Vmm::parse(text), Err(cause.to_owned()));
         }

@@ -55,10 +55,10 @@ def text(s): return number(len(s.encode())) + s.encode()
 def option(n): return b"\0" if n is None else b"\1" + number(n)
 def hello(session): return b"\0" + number(VERSION) + number(session)
 def migrate(to, bandwidth=0, downtime_ms=300, disks=(), overwrite=0, hold=0, connections=0, detach=0, plaintext=0,
-            incremental=0, keep_partial=0, verify=1, transport=0):
+            incremental=0, keep_partial=0, verify=1, transport=0, heedless=0):
     return (b"\3" + text(to) + bytes([overwrite]) + number(len(disks)) + b"".join(map(text, disks)) +
             number(bandwidth) + number(downtime_ms) +
-            bytes([hold, connections, detach, plaintext, incremental, keep_partial, verify, transport]))
+            bytes([hold, connections, detach, plaintext, incremental, keep_partial, verify, transport, heedless]))
 
 def read(data, kind):
     if kind == "b": return next(data)

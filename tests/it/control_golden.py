@@ -10,7 +10,7 @@ ASKED = {
     "status": b"\1",
     "claim": b"\2\0",
     "migrate": client.migrate("tcp://b:1", 300, 2, ["vda"], overwrite=1, connections=4, detach=1, plaintext=1,
-                              incremental=1, keep_partial=1, verify=2, transport=2),
+                              incremental=1, keep_partial=1, verify=2, transport=2, heedless=1),
     "cancel": b"\5" + client.text("no"),
     "set": b"\6" + client.option(100 << 20) + client.option(300),
     "set-no-limit": b"\6" + client.option(0) + client.option(None),
@@ -27,10 +27,10 @@ UNDERSTOOD = {
     "ok": ("ok", []),
     "refused": ("refused", [1, "claim", "g1", "there is a record"]),
     "status": ("status", ["g", "owner", 1, 2, 3, "p", "running", "h", [DISK], [{"name": "a", "device": "/dev/nbd0"}], KEPT]),
-    "progress": ("progress", [5, "passes", 6, ("guest-is-faster", 9, 8), 7, 10, 11, 1, [MOVING], 13, "c", "stream", "n"]),
-    "progress-first": ("progress", [5, "prepare", 0, "copying", None, 0, 0, 0, [], None, "", "auto", ""]),
-    "done": ("done", [1, 3, "x", "destination", "d", 4, 5, 6, 7, 8, 9, 10, RECEIPT]),
-    "done-aborted": ("done", [1, 3, "x", "here", "d", 4, 5, 6, 7, None, 9, 10, None]),
+    "progress": ("progress", [5, "passes", 6, ("guest-is-faster", 9, 8), 7, 10, 11, 1, [MOVING], 13, "c", "stream", "n", 14]),
+    "progress-first": ("progress", [5, "prepare", 0, "copying", None, 0, 0, 0, [], None, "", "auto", "", 0]),
+    "done": ("done", [1, 3, "x", "destination", "d", 4, 5, 6, 7, 8, 9, 10, RECEIPT, 15, 16]),
+    "done-aborted": ("done", [1, 3, "x", "here", "d", 4, 5, 6, 7, None, 9, 10, None, 15, 16]),
 }
 
 asked, understood, words = set(), set(), {kind: [] for kind in client.WORDS}

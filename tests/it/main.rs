@@ -1,11 +1,13 @@
 //! Integration tests: the program and its parts against real programs that nobody here wrote.
 
+mod backend;
 mod bad_clients;
 mod bad_input;
 #[path = "../common/chance.rs"]
 mod chance;
 mod client;
 mod control;
+mod copy;
 mod domain_xml;
 mod export_cli;
 mod exported;
@@ -13,8 +15,11 @@ mod extended;
 mod extents;
 mod footprint;
 mod foreign;
+mod foreign_guests;
+mod guests;
 mod handshake;
 mod harness;
+mod hooks;
 mod host;
 mod images;
 mod interop;
@@ -23,6 +28,7 @@ mod migrations;
 mod orders;
 mod ownership;
 mod passed;
+mod plain;
 mod relay;
 mod remains;
 mod torture;

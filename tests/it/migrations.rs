@@ -89,7 +89,7 @@ fn allocated(path: &Path) -> u64 {
 }
 
 /// Both files hold the same, byte for byte.
-fn assert_same(one: &Path, other: &Path) {
+pub(crate) fn assert_same(one: &Path, other: &Path) {
     let files = [one, other].map(|path| File::open(path).expect("an image"));
     let size = files[0].metadata().expect("its size").len();
     assert_eq!(size, files[1].metadata().expect("its size").len());
@@ -211,7 +211,16 @@ fn named_disks_move_and_the_others_do_not() {
     drop(Ledger::format(&at("a.vda"), 32 * MIB, 7, 50));
     let a = Host::owner(folder.path(), "a", &[&file("vda", &at("a.vda")), &file("vdb", &at("a.vdb"))]);
     let b = Host::start(folder.path(), "b", &[&file("vda", &at("b.vda")), &file("vdb", &at("b.vdb"))]);
-    a.migrate(&b.listen, &["--migrate-disks", "vdb"]).well();
+    // The guest would not find vda there: said before the start.
+    let refused = a.migrate(&b.listen, &["--migrate-disks", "vdb"]);
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    let cause = format!("disk vda: stays (not chosen) and {} does not exist at the destination", at("b.vda").display());
+    assert!(
+        refused.stderr.contains(&format!("refused by the destination: {cause}; nothing has changed")),
+        "{refused:?}"
+    );
+    assert!(!at("b.vdb").exists());
+    a.migrate(&b.listen, &["--migrate-disks", "vdb", "--unsafe"]).well();
     vdb.verify_file(&at("b.vdb")).assert_whole();
     assert!(!at("b.vda").exists(), "nobody asked for vda");
     exactly_one_takes("vdb", 0, &b, &a);

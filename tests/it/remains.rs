@@ -203,7 +203,7 @@ fn disks_of_one_file_system_need_its_room_together() {
     assert_eq!(refused.code, Some(1), "{refused:?}");
     assert!(refused.stderr.contains("refused by the destination: the disks vda, vdb need "), "{refused:?}");
     assert!(!there("vda").exists() && !there("vdb").exists());
-    a.migrate(&b.listen, &["--migrate-disks", "vda"]).well();
+    a.migrate(&b.listen, &["--migrate-disks", "vda", "--unsafe"]).well();
 }
 
 // ---- killed at every step ----------------------------------------------------------------------------------------

@@ -81,12 +81,12 @@ pub(crate) fn run(bench: &Bench, runs: usize) -> Result<Table> {
 
 /// Our way, to and fro.
 fn by_us(bench: &Bench, nursery: &Arc<Nursery>, runs: usize) -> Result<Moves> {
-    let mut pair = Pair::start(nursery, DISK_MIB << 20, false, &bench.log)?;
+    let mut pair = Pair::start(nursery, DISK_MIB << 20, true, &bench.log)?;
     let mut done = Vec::new();
     for _ in 0..runs {
         pair.here.writes_on(BEFORE)?;
-        let moved = pair.migrate_by_hand(&["--overwrite"])?;
-        let sent = number(&moved.done, "sent_bytes").unwrap_or(0);
+        let moved = pair.migrate(&["--overwrite"], false)?;
+        let sent = ["sent_bytes", "state_bytes"].map(|key| number(&moved.done, key).unwrap_or(0)).iter().sum();
         done.push(arrived(&mut pair.here, sent, moved.took.as_secs_f64())?);
     }
     Ok(Moves { writes: pair.here.report()?.writes, runs: done })

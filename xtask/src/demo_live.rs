@@ -24,17 +24,14 @@ pub(crate) fn run() -> Result<()> {
     let executable = build::static_executable()?.place;
     let scratch = Scratch::new("demo")?;
     let nursery = Nursery::open(&scratch, &executable)?;
-    let mut pair = Pair::start(&nursery, DISK, false, &util::fresh_log("demo")?)?;
+    let mut pair = Pair::start(&nursery, DISK, true, &util::fresh_log("demo")?)?;
     introduce(&mut pair)?;
     let mut wrong = Vec::new();
     for options in [&[][..], &["--copy-storage-inc"]] {
         pair.here.writes_on(BEFORE)?;
         let there = &pair.hosts[1 - pair.side].migration;
-        println!(
-            "\n$ blockferry migrate {} --hold, QEMU's own migration, blockferry switch {GUEST}",
-            [&[GUEST, there], options].concat().join(" ")
-        );
-        let moved = pair.migrate_by_hand(options)?;
+        println!("\n$ blockferry migrate {}", [&[GUEST, there], options].concat().join(" "));
+        let moved = pair.migrate(options, true)?;
         pair.here.writes_on(AFTER)?;
         show(&mut pair, &moved, &mut wrong)?;
     }
@@ -87,6 +84,8 @@ fn show(pair: &mut Pair, moved: &Moved, wrong: &mut Vec<String>) -> Result<()> {
     let said = |key| number(&moved.done, key).unwrap_or(0);
     row("total time", format!("{:.2} s", moved.took.as_secs_f64()), "from the order until it runs there");
     row("sent", size(said("sent_bytes")), format!("of the disk, in {} passes", said("passes")));
+    row("", size(said("state_bytes")), "of memory and devices");
+    row("stood still", ms(Duration::from_micros(said("pause_us"))), "the hosts' own account of the pause");
     row("already there", size(said("equal_bytes")), "and not sent");
     row("space on disk", size(pair.allocated(pair.side)?), format!("at {}: holes are holes", SIDES[pair.side]));
     heading("What moved, and who owns it now");

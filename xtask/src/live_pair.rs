@@ -7,7 +7,7 @@
 use crate::demo_host::{self, Host};
 use crate::live::{Backing, Body, Nursery};
 use crate::native;
-use crate::util::{Error, Result};
+use crate::util::{self, Error, Result};
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -79,7 +79,32 @@ impl Pair {
         Ok(Self { nursery, hosts, images, side: 0, here })
     }
 
-    /// Moves the guest to the other side, where no host drives a QEMU: the disks are held until the guest's memory and
+    /// Moves the guest to the other side, each host driving its own QEMU; `shown`: with the progress on this process's
+    /// stdout.
+    pub(crate) fn migrate(&mut self, options: &[&str], shown: bool) -> Result<Moved> {
+        let other = 1 - self.side;
+        self.here.tell("mark")?;
+        let early = self.early(other)?;
+        let arguments = [&[self.hosts[other].migration.as_str()], options].concat();
+        let mut command = self.hosts[self.side].command("migrate", &arguments);
+        let began = Instant::now();
+        let output = move || {
+            if shown {
+                return util::run("migrate", &mut command, MIGRATION, util::Output::Shown).map(drop);
+            }
+            let said = util::capture("migrate", &mut command, MIGRATION)?;
+            let wrong = || Error::new("migrate", said.status, &said.stderr);
+            if said.status.success() { Ok(()) } else { Err(wrong()) }
+        };
+        let order = thread::spawn(output);
+        let there = self.late(other, early, || !order.is_finished());
+        let ended = order.join().map_err(|_| Error::new("migrate", "the thread", "panicked"))?;
+        let took = began.elapsed();
+        ended?;
+        self.arrive(there?, took)
+    }
+
+    /// The same where no host drives a QEMU: the disks are held until the guest's memory and
     /// devices have moved by QEMU's own migration and it stands still on both sides; then they are handed over, and it
     /// goes on.
     pub(crate) fn migrate_by_hand(&mut self, options: &[&str]) -> Result<Moved> {
@@ -90,7 +115,7 @@ impl Pair {
         let held = [&[self.hosts[other].migration.as_str(), "--hold", "--detach"], options].concat();
         let source = &self.hosts[self.side];
         source.ask("migrate", &held)?;
-        let mut there = self.late(other, early)?;
+        let mut there = self.late(other, early, || true)?;
         self.wait_for(self.side, "converged", |status| status.contains("\"converged\":true"))?;
         native::memory_and_devices(&mut self.here, &mut there)?;
         source.ask("switch", &[])?;
@@ -114,12 +139,13 @@ impl Pair {
     }
 
     /// The QEMU that waits for the guest; started now, as soon as it can be, if it was not before.
-    fn late(&self, other: usize, early: Option<Body>) -> Result<Body> {
+    fn late(&self, other: usize, early: Option<Body>, goes_on: impl Fn() -> bool) -> Result<Body> {
         if let Some(early) = early {
             return Ok(early);
         }
         self.wait_for(other, "receiving", |status| {
-            demo_host::text(status, "state").is_some_and(|state| state != "given")
+            // An order that has failed is its own error.
+            !goes_on() || demo_host::text(status, "state").is_some_and(|state| state != "given")
         })?;
         body(&self.nursery, &self.hosts[other], SIDES[other], true)
     }

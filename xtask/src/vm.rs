@@ -7,9 +7,11 @@
 use crate::cpio::Entry;
 use crate::demo_host::Scratch;
 use crate::kernel::{self, Kernel};
+use crate::live::Nursery;
 use crate::util::{self, Error, QUESTION, Result};
 use crate::vm_machine::{Blueprint, Machine, QEMU};
 use crate::{build, initramfs, peers, vm_guest, vm_pair};
+use std::cell::OnceCell;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -23,7 +25,7 @@ const DISK: u64 = 16 << 20;
 type Test = fn(&Lab) -> Result<String>;
 
 /// The tests, the cheapest first.
-const TESTS: [(&str, Test); 12] = [
+const TESTS: [(&str, Test); 13] = [
     ("image_is_reproducible", image_is_reproducible),
     ("version_is_printed_and_the_machine_powers_off", version_is_printed),
     ("bad_command_line_is_one_line_and_powers_off", bad_command_line),
@@ -34,6 +36,7 @@ const TESTS: [(&str, Test); 12] = [
     ("mounted_disk_is_released_at_the_end", mounted_disk_is_released),
     ("server_that_fails_is_started_again", server_is_started_again),
     ("serve_comes_up_with_its_address", serve_comes_up),
+    ("guest_that_runs_is_moved_there_and_back", vm_guest::driven),
     ("guest_that_runs_is_moved_by_hand", vm_guest::by_hand),
     ("guest_moves_there_and_back_through_crash_outage_and_power_loss", vm_pair::run),
 ];
@@ -84,6 +87,8 @@ pub(crate) struct Lab {
     pub(crate) executable: PathBuf,
     /// The image as it ships.
     image: PathBuf,
+    /// What guests that run are made of, once one was wanted.
+    nursery: OnceCell<Arc<Nursery>>,
 }
 
 impl Lab {
@@ -92,7 +97,15 @@ impl Lab {
         let kernel = kernel::find(None)?;
         let image = scratch.path("blockferry.cpio");
         initramfs::write(&image, &initramfs::pack(executable, &kernel, &["manifest"], &[])?)?;
-        Ok(Self { scratch, kernel, executable: executable.to_owned(), image })
+        Ok(Self { scratch, kernel, executable: executable.to_owned(), image, nursery: OnceCell::new() })
+    }
+
+    /// What guests that run are made of.
+    pub(crate) fn nursery(&self) -> Result<&Arc<Nursery>> {
+        match self.nursery.get() {
+            Some(nursery) => Ok(nursery),
+            None => Nursery::open(&self.scratch, &self.executable).map(|made| self.nursery.get_or_init(|| made)),
+        }
     }
 
     /// A machine with this command line of the kernel.

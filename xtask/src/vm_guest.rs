@@ -5,7 +5,6 @@
 
 use crate::demo::ms;
 use crate::demo_host::number;
-use crate::live::Nursery;
 use crate::live_pair::{self, Moved, Pair, SIDES};
 use crate::util::{self, Error, Result};
 use crate::vm::{Lab, expect};
@@ -16,15 +15,19 @@ const DISK: u64 = 64 << 20;
 const BEFORE: u64 = 300;
 const AFTER: u64 = 300;
 
-/// There and back, the caller drives both QEMUs.
+/// There and back, each host drives its own QEMU (`--vmm qmp:`).
+pub(crate) fn driven(lab: &Lab) -> Result<String> {
+    there_and_back(lab, true, |pair| pair.migrate(&["--overwrite"], false))
+}
+
+/// There and back, the caller drives both QEMUs (`--vmm none`).
 pub(crate) fn by_hand(lab: &Lab) -> Result<String> {
-    let nursery = Nursery::open(&lab.scratch, &lab.executable)?;
-    let mut pair = Pair::start(&nursery, DISK, false, &util::fresh_log("vm-guest")?)?;
-    there_and_back(&mut pair, |pair| pair.migrate_by_hand(&["--overwrite"]))
+    there_and_back(lab, false, |pair| pair.migrate_by_hand(&["--overwrite"]))
 }
 
 /// Moves the guest to and fro, and looks at everything after each move.
-fn there_and_back(pair: &mut Pair, migrate: impl Fn(&mut Pair) -> Result<Moved>) -> Result<String> {
+fn there_and_back(lab: &Lab, driven: bool, migrate: impl Fn(&mut Pair) -> Result<Moved>) -> Result<String> {
+    let pair = &mut Pair::start(lab.nursery()?, DISK, driven, &util::fresh_log("vm-guest")?)?;
     expect("the guest's disks", &live_pair::disks_inside(DISK), &pair.here.tell("disks")?)?;
     let mut seen = Vec::new();
     for _ in 0..2 {

@@ -8,13 +8,13 @@ use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::disk::{Access, Cache, Content, Disk, Identity, OpenError, free_space_beside, place_beside};
+use crate::disk::{Access, Cache, Content, Disk, Identity, OpenError, absolute, free_space_beside, place_beside};
 use crate::domain::{Source, Stays};
 use crate::error::reason;
 use crate::export::Export;
 use crate::guest::{Guest, GuestDisk};
 use crate::limits::{FREE_MARGIN_MIN, FREE_MARGIN_PART, PROBLEMS_MAX};
-use crate::migrate::wire::{DiskOffer, Mode, Prepare, Problem, cut};
+use crate::migrate::wire::{DiskOffer, Mode, Prepare, Problem, StayingDisk, cut};
 use crate::ownership::{Entry, Journal};
 
 /// A disk that can be received.
@@ -129,6 +129,47 @@ pub(super) fn targets(
     targets
 }
 
+/// Looks whether this host reaches by itself what does not move. What it does not is a problem, or a line in the log
+/// when the user does not mind.
+pub(super) fn staying(guest: &Guest, offer: &Prepare, problems: &mut Problems) {
+    for disk in &offer.staying {
+        let moves = offer.disks.iter().any(|moving| moving.name == disk.name);
+        match reach(guest, disk) {
+            _ if moves => problems.add(&disk.name, &"is said to move and to stay"),
+            Ok(()) => {}
+            Err(cause) if offer.heedless => log::warn!("migration: disk {}: {cause}: --unsafe", disk.name),
+            Err(cause) => problems.add(&disk.name, &format_args!("stays ({}) and {cause}", disk.why)),
+        }
+    }
+}
+
+/// Whether the guest will find a disk here that does not come with it.
+fn reach(guest: &Guest, wanted: &StayingDisk) -> Result<(), String> {
+    // There is nothing in it to be reached.
+    if wanted.why == Stays::Empty {
+        return Ok(());
+    }
+    let disk = guest.disk(&wanted.name).ok_or("the destination has no disk of this name")?;
+    match (&disk.spec.source, &disk.export) {
+        // What the VMM opens only the VMM can look at.
+        (Source::External, _) => Ok(()),
+        (Source::Empty, _) => Err("has no source at the destination".to_owned()),
+        (Source::File { path, .. }, export) => {
+            let path = path.display();
+            // Removed or put there since the start: the process that will serve it has to have it open.
+            let image = export.as_ref().and_then(|export| export.disk());
+            let image = image.ok_or_else(|| format!("{path} does not exist at the destination"))?;
+            image.check().map_err(|cause| format!("{path} at the destination {cause}"))?;
+            match wanted.size_bytes {
+                Some(size) if size != image.size() => {
+                    Err(format!("has {} bytes at the destination and {size} at the source", image.size()))
+                }
+                _ => Ok(()),
+            }
+        }
+    }
+}
+
 struct Look<'a> {
     guest: &'a Guest,
     mode: Mode,
@@ -152,7 +193,7 @@ impl Look<'_> {
             wrong(&format_args!("is {why} at the destination"));
             return None;
         };
-        let place = match std::path::absolute(path).map(PathBuf::into_os_string).map(OsString::into_string) {
+        let place = match absolute(path).map(PathBuf::into_os_string).map(OsString::into_string) {
             Ok(Ok(place)) => place,
             _ => {
                 wrong(&format_args!("{} cannot be remembered", path.display()));

@@ -12,6 +12,7 @@ pub(super) use super::check::{Found, Problems, Target};
 use super::digest::Digests;
 use super::reception::{Reception, end_writers};
 use super::remains::{self, Fate};
+use super::state::about;
 use super::{Inner, Session, Stage, check, refused_writes};
 use crate::disk::{Disk, sync_directory_of};
 use crate::guest::Guest;
@@ -46,6 +47,7 @@ impl Inner {
             problems.add("", &cause);
         }
         let known = guest.journal().filter(|journal| journal.lineage == stamp.lineage);
+        check::staying(guest, offer, &mut problems);
         let targets = check::targets(guest, offer, known.as_ref(), may.is_ok(), &mut problems);
         if may.is_ok()
             && let Err(cause) = guest.write_ahead(&[&[event.clone(), Event::Abort(stamp)]])
@@ -141,7 +143,7 @@ fn check_vmm(guest: &Guest, offer: &Prepare) -> Result<(), String> {
         (true, true) => {
             // A VMM cannot have been started that needs a disk which is not there yet, or which is shut.
             let may_come = guest.exports().any(|export| export.disk().is_none() || export.gate().is_shut());
-            guest.vmm.check_arriving(may_come, Instant::now() + REPLY_TIMEOUT)
+            guest.vmm.check_arriving(&about(&offer.stamp), may_come, Instant::now() + REPLY_TIMEOUT)
         }
     }
 }

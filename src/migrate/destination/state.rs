@@ -17,7 +17,12 @@ use crate::migrate::link::Link;
 use crate::migrate::state::Relay;
 use crate::migrate::wire::{Message, Standing, cut};
 use crate::ownership::Stamp;
-use crate::vmm::Arriving;
+use crate::vmm::{About, Arriving};
+
+/// What a driver may tell of an attempt.
+pub(super) fn about(stamp: &Stamp) -> About {
+    About { attempt: stamp.attempt.to_string(), peer: stamp.source.to_string() }
+}
 
 /// How far the guest's state is in this process.
 #[derive(Debug, Default)]
@@ -70,7 +75,7 @@ impl Loading {
     /// # Errors
     /// One line: the connection ends, and the source has been told why.
     pub(super) fn take(&self, guest: &Guest, link: &mut Link, stamp: Stamp, ran: bool) -> Result<(), String> {
-        let begun = guest.vmm.arriving(Instant::now() + STATE_START_MAX);
+        let begun = guest.vmm.arriving(&about(&stamp), ran, Instant::now() + STATE_START_MAX);
         let (vmm, socket) = match begun {
             Ok(begun) => begun,
             Err(cause) => {
@@ -122,7 +127,7 @@ impl Loading {
                 loaded.vmm = None;
                 run
             }
-            None => guest.vmm.run_again(deadline),
+            None => guest.vmm.run_again(&About::default(), deadline),
         };
         match run {
             Ok(()) => log::info!("{}: the guest runs here", guest.name),
@@ -141,7 +146,7 @@ impl Loading {
                 }
                 loaded.vmm.as_mut().map_or(Ok(()), |vmm| vmm.end(deadline))
             }
-            None => guest.vmm.end_again(deadline),
+            None => guest.vmm.end_again(&about(stamp), deadline),
         };
         if let Err(cause) = ended {
             log::warn!("{}: {cause}", guest.name);

@@ -10,8 +10,9 @@ use std::time::Duration;
 use super::*;
 use crate::disk::{Cache, Disk};
 use crate::domain;
+use crate::domain::Stays;
 use crate::export::{Export, Fault, Patience, Visit, quiesce};
-use crate::migrate::wire::{DiskOffer, Mode, Prepare, Prepared, Token, Verify, export_name};
+use crate::migrate::wire::{DiskOffer, Mode, Prepare, Prepared, StayingDisk, Token, Verify, export_name};
 use crate::nbd::handshake::OpenError;
 use crate::options::ServeOptions;
 use crate::ownership::{Host, Lineage, Order, Word};
@@ -84,6 +85,8 @@ impl Bench {
             verify: Verify::None,
             keep_partial: false,
             state: false,
+            staying: heapless::Vec::new(),
+            heedless: false,
         }
     }
 
@@ -127,6 +130,51 @@ fn leave_when_ended(visit: Visit) -> thread::JoinHandle<()> {
             thread::yield_now();
         }
     })
+}
+
+#[test]
+fn every_disk_that_stays_is_looked_for_before_anything_is_touched() {
+    let dir = tempfile::tempdir().expect("a scratch directory");
+    let disks = ["vda,file=@", "vdb,external", "vdc", "vdd,file=@,ro", "vde,file=@,shared"];
+    for name in ["vdd", "vde"] {
+        drop(Disk::create(&dir.path().join(name), 1 << 20, Cache::Writeback).expect("created"));
+    }
+    let disk = |text: &&str| {
+        let name = text.split(',').next().expect("a name");
+        domain::Disk::parse(&text.replace('@', &dir.path().join(name).display().to_string())).expect("parsed")
+    };
+    let options = ServeOptions::in_directory(dir.path(), disks.iter().map(disk).collect(), true);
+    let bench = Bench { guest: Arc::new(Guest::open(&options, None).expect("opened")), dir };
+    let stays = |name: &str, why, size_bytes| StayingDisk { name: cut(name), why, size_bytes };
+    let ask = |staying: &[StayingDisk], heedless| {
+        let staying = staying.iter().cloned().collect();
+        bench.say(Message::Prepare(Prepare { staying, heedless, ..bench.offer(1, &[("vda", 1 << 20)]) }))
+    };
+    let missing = [
+        stays("vdb", Stays::External, None),
+        stays("vdc", Stays::Shared, Some(1 << 20)),
+        stays("vdd", Stays::ReadOnly, Some(1 << 21)),
+        stays("vde", Stays::NotChosen, Some(1 << 20)),
+        stays("vdf", Stays::External, None),
+        stays("sr0", Stays::Empty, None),
+        stays("vda", Stays::NotChosen, None),
+    ];
+    let Message::Refused { problems, .. } = ask(&missing, false) else { panic!("not refused") };
+    let said: Vec<_> = problems.iter().map(|problem| format!("{}: {}", problem.disk, problem.cause)).collect();
+    assert_eq!(
+        said,
+        [
+            "vdc: stays (shared) and has no source at the destination",
+            "vdd: stays (read-only) and has 1048576 bytes at the destination and 2097152 at the source",
+            "vdf: stays (external) and the destination has no disk of this name",
+            "vda: is said to move and to stay",
+        ]
+    );
+    assert!(!bench.dir.path().join("vda").exists(), "nothing is made for a PREPARE that is refused");
+    std::fs::File::options().write(true).open(bench.dir.path().join("vde")).and_then(|f| f.set_len(512)).expect("cut");
+    let Message::Refused { problems, .. } = ask(&missing[3..4], false) else { panic!("not refused") };
+    assert!(problems[0].cause.ends_with("its file has become shorter: 512 bytes of 1048576"), "{problems:?}");
+    assert!(matches!(ask(&missing[..6], true), Message::Prepared(_)), "--unsafe");
 }
 
 #[test]

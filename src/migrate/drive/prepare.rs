@@ -4,11 +4,13 @@
 
 use super::*;
 use crate::address::Address;
+use crate::vmm::About;
 
 /// Everything before the first byte: dials, says hello, has the destination check and open the disks. A failure here
 /// has changed nothing.
 pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'a>, String> {
-    let leaving = guest.vmm.leaving(Instant::now() + REPLY_TIMEOUT)?;
+    let about = About { attempt: job.attempt.to_string(), peer: job.address.to_string() };
+    let leaving = guest.vmm.leaving(&about, Instant::now() + REPLY_TIMEOUT)?;
     // Before the destination waits for an answer: it may take a while on a large disk.
     let disks = preflight::offers(&job.exports)?;
     let dialled = dial_aside(guest, &job.address, Instant::now() + DIAL_MAX);
@@ -41,6 +43,8 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
         },
         keep_partial: job.request.keep_partial,
         state: leaving.is_some(),
+        staying: preflight::staying(guest, &job.request.disks)?,
+        heedless: job.request.heedless,
     });
     let prepared = match ask_to_prepare(job, &mut link, &message, &stamp, &theirs) {
         Ok(prepared) => prepared,

@@ -29,6 +29,7 @@ fn samples(count: usize, length: usize) -> Vec<Message> {
     let cause: Cause = cut(&"c".repeat(length));
     let (instance, epoch) = (Instance([0x44; 16]), Epoch(u32::MAX));
     let offer = DiskOffer { name: disk.clone(), size_bytes: u64::MAX, data_bytes: 1 << 30, granularity_bytes: 4096 };
+    let staying = StayingDisk { name: disk.clone(), why: Stays::NotChosen, size_bytes: Some(u64::MAX) };
     let region = Region { disk: disk.clone(), offset_bytes: 4096, length_bytes: u64::MAX };
     let title = Title { lineage: stamp.lineage, order: stamp.order, word: stamp.word };
     let peer = Some(Peer { host: stamp.source, address: cut(&"a".repeat(length)) });
@@ -43,6 +44,8 @@ fn samples(count: usize, length: usize) -> Vec<Message> {
             verify: Verify::Full,
             keep_partial: true,
             state: true,
+            staying: many(&staying, count.min(DISKS_MAX)),
+            heedless: false,
         }),
         Message::Prepared(Prepared {
             stamp,
@@ -383,6 +386,8 @@ proptest! {
                 verify: Verify::Written,
                 keep_partial: numbers[0] % 2 == 1,
                 state: numbers[0] % 3 == 1,
+                staying: heapless::Vec::new(),
+                heedless: numbers[0] % 3 == 1,
             }),
             Message::Prepared(Prepared {
                 stamp,

@@ -1,0 +1,283 @@
+//! A disk that is an export of somebody's NBD server: behind it may be a qcow2 image, or whatever else is not raw.
+//!
+//! A [`Remote`] has a small pool of connections; a request takes one, and gives it back when it is answered. So several
+//! requests are in flight at once where the server says that a flush on one connection covers the others, and one after
+//! the other where it does not. `disk.rs` alone uses this file.
+//!
+//! **A connection that is lost.** A server that went may have taken with it what it had answered and not yet flushed,
+//! and whether a write without an answer will be done nobody knows; sending it again could undo what came after it. So
+//! a write whose connection is lost is an I/O error, and from the moment at which a connection is lost while anything
+//! is written and not flushed, every flush fails for good (D9). A read is asked again, once, over a new connection: it
+//! changes nothing. With nothing unflushed a restart of the server goes unnoticed.
+//!
+//! **No lock.** NBD has none. Nobody else may write to the export; that is the operator's care, and `serve` says so.
+
+use std::io::{Error, ErrorKind, Result};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+
+use super::{Access, Extent, OpenError};
+use crate::error::reason;
+use crate::limits::{BACKEND_CONNECTIONS_MAX, BACKEND_STATUS, CONNECT_TIMEOUT, LANE_SILENCE_MAX, SECTOR};
+pub use crate::nbd::client::ExportInfo;
+use crate::nbd::client::{Client, Lost, RequestError, Wants};
+use crate::nbd::wire;
+use crate::uri::NbdUri;
+
+/// An open export of a server.
+#[derive(Debug)]
+pub(super) struct Remote {
+    uri: NbdUri,
+    info: ExportInfo,
+    pool: Mutex<Pool>,
+    /// A connection has been given back, or is gone.
+    freed: Condvar,
+    /// Changes that begin or end within a minimum block of the server read what is around them first: alone.
+    odd: RwLock<()>,
+    flushing: Mutex<()>,
+    /// Changes begun, changes that have ended, and how many of them the last flush covers.
+    begun: AtomicU64,
+    ended: AtomicU64,
+    flushed: AtomicU64,
+    /// A connection was lost with something unflushed, or a flush has failed: nothing is durable any more (D9).
+    poisoned: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct Pool {
+    idle: Vec<Client>,
+    /// Open, idle or at work.
+    open: usize,
+}
+
+impl Remote {
+    /// Opens an export and asks what it can do.
+    pub(super) fn open(uri: &NbdUri, access: Access) -> std::result::Result<Self, OpenError> {
+        let client = dial(uri).map_err(|error| OpenError::Server(reason(&error)))?;
+        let info = *client.info();
+        let lacks = |what: &str| OpenError::Server(format!("the server {what}"));
+        if access != Access::ReadOnly && info.has(wire::FLAG_READ_ONLY) {
+            return Err(lacks("offers it read-only"));
+        }
+        if access != Access::ReadOnly && !info.has(wire::FLAG_SEND_FLUSH) {
+            return Err(lacks("cannot make anything durable: it does not offer FLUSH"));
+        }
+        if info.size == 0 || !info.size.is_multiple_of(SECTOR) {
+            return Err(OpenError::OddSize(info.size));
+        }
+        Ok(Self {
+            uri: uri.clone(),
+            info,
+            pool: Mutex::new(Pool { idle: vec![client], open: 1 }),
+            freed: Condvar::new(),
+            odd: RwLock::new(()),
+            flushing: Mutex::new(()),
+            begun: AtomicU64::new(0),
+            ended: AtomicU64::new(0),
+            flushed: AtomicU64::new(0),
+            poisoned: AtomicBool::new(false),
+        })
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.info.size
+    }
+
+    /// What the server says of it.
+    pub(super) fn info(&self) -> &ExportInfo {
+        &self.info
+    }
+
+    /// The export, by its name.
+    pub(super) fn uri(&self) -> &NbdUri {
+        &self.uri
+    }
+
+    pub(super) fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::Acquire)
+    }
+
+    pub(super) fn poison(&self) {
+        self.poisoned.store(true, Ordering::Release);
+    }
+
+    pub(super) fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        self.ask(&mut |client| client.read_exact(offset, buffer))
+    }
+
+    /// The extent at `offset`, at most up to `end` and one question long.
+    pub(super) fn extent(&self, offset: u64, end: u64) -> Result<Extent> {
+        let mut extent = Extent { offset, length: 0, hole: false };
+        let length = (end - offset).min(BACKEND_STATUS);
+        self.ask(&mut |client| {
+            (extent.length, extent.hole) = (0, false);
+            let mut over = false;
+            client.allocation(offset, length, &mut |length, flags| {
+                let hole = flags & u64::from(wire::STATE_ZERO) != 0;
+                if extent.length == 0 {
+                    extent.hole = hole;
+                }
+                over |= hole != extent.hole;
+                if !over {
+                    extent.length += length;
+                }
+            })
+        })?;
+        Ok(extent)
+    }
+
+    pub(super) fn write(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        self.change(offset, bytes.len() as u64, &mut |client| client.write_all(offset, bytes))
+    }
+
+    pub(super) fn write_zeroes(&self, offset: u64, length: u64, may_punch: bool) -> Result<()> {
+        self.change(offset, length, &mut |client| client.write_zeroes(offset, length, may_punch))
+    }
+
+    pub(super) fn trim(&self, offset: u64, length: u64) -> Result<()> {
+        match self.change(offset, length, &mut |client| client.trim(offset, length)) {
+            // That it cannot is no error.
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
+            done => done,
+        }
+    }
+
+    /// Makes durable what was answered before. One at a time: of two at once one could take the error (D9).
+    pub(super) fn flush(&self) -> Result<()> {
+        let _one = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.is_poisoned() {
+            return Err(Error::other("an earlier sync failed"));
+        }
+        let ended = self.ended.load(Ordering::Acquire);
+        let begun = self.begun.load(Ordering::Acquire);
+        let mut client = self.take()?;
+        let done = client.flush();
+        if done.is_err() {
+            self.poison();
+        }
+        self.give_back(client, matches!(done, Err(RequestError::Lost(_))));
+        done.map_err(|error| told(&error))?;
+        // What was under way is not covered.
+        if begun == ended {
+            self.flushed.fetch_max(begun, Ordering::AcqRel);
+        }
+        Ok(())
+    }
+
+    /// A question that changes nothing: asked again, once, where the connection is lost.
+    fn ask(&self, question: &mut dyn FnMut(&mut Client) -> std::result::Result<(), RequestError>) -> Result<()> {
+        let mut again = true;
+        loop {
+            let mut client = self.take()?;
+            let done = question(&mut client);
+            let lost = matches!(done, Err(RequestError::Lost(_)));
+            self.give_back(client, lost);
+            if !lost || !std::mem::take(&mut again) {
+                return done.map_err(|error| told(&error));
+            }
+        }
+    }
+
+    fn change(
+        &self,
+        offset: u64,
+        length: u64,
+        change: &mut dyn FnMut(&mut Client) -> std::result::Result<(), RequestError>,
+    ) -> Result<()> {
+        let block = u64::from(self.info.minimum_block);
+        let whole = offset.is_multiple_of(block) && length.is_multiple_of(block);
+        let (_shared, _alone) = if whole {
+            (Some(self.odd.read().unwrap_or_else(PoisonError::into_inner)), None)
+        } else {
+            (None, Some(self.odd.write().unwrap_or_else(PoisonError::into_inner)))
+        };
+        let mut client = self.take()?;
+        self.begun.fetch_add(1, Ordering::AcqRel);
+        let done = change(&mut client);
+        // Before it has ended: or the flush of another thread could cover it.
+        self.give_back(client, matches!(done, Err(RequestError::Lost(_))));
+        self.ended.fetch_add(1, Ordering::AcqRel);
+        done.map_err(|error| told(&error))
+    }
+
+    /// A connection that nobody uses: an idle one, a new one while there may be more, or the next that is given back.
+    /// Everybody who has one is bounded by the silence that a client bears.
+    fn take(&self) -> Result<Client> {
+        let most = if self.info.has(wire::FLAG_READ_ONLY) {
+            BACKEND_CONNECTIONS_MAX
+        } else {
+            self.info.connections(BACKEND_CONNECTIONS_MAX)
+        };
+        let mut pool = self.lock();
+        loop {
+            while let Some(client) = pool.idle.pop() {
+                if !client.has_hung_up() {
+                    return Ok(client);
+                }
+                pool.open -= 1;
+                self.lost();
+            }
+            if pool.open < most {
+                pool.open += 1;
+                drop(pool);
+                return self.dial_again().inspect_err(|_| {
+                    self.lock().open -= 1;
+                    self.freed.notify_one();
+                });
+            }
+            pool = self.freed.wait(pool).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn give_back(&self, client: Client, lost: bool) {
+        let mut pool = self.lock();
+        if lost {
+            pool.open -= 1;
+            self.lost();
+            log::warn!("{}: the connection is lost", self.uri);
+        } else {
+            pool.idle.push(client);
+        }
+        drop(pool);
+        self.freed.notify_one();
+    }
+
+    /// A connection is gone: with it perhaps what the server had not made durable.
+    fn lost(&self) {
+        if self.begun.load(Ordering::Acquire) != self.flushed.load(Ordering::Acquire) && !self.is_poisoned() {
+            log::error!("{}: the server went with writes that were not flushed: they may be lost", self.uri);
+            self.poison();
+        }
+    }
+
+    fn dial_again(&self) -> Result<Client> {
+        let client = dial(&self.uri)?;
+        let (is, was) = (client.info(), &self.info);
+        let same = is.size == was.size
+            && is.transmission_flags == was.transmission_flags
+            && is.minimum_block == was.minimum_block
+            && is.maximum_payload == was.maximum_payload;
+        if same { Ok(client) } else { Err(Error::other("the server offers another export than before")) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Pool> {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn dial(uri: &NbdUri) -> Result<Client> {
+    let socket = Arc::new(uri.address.connect(CONNECT_TIMEOUT)?);
+    let mut client = Client::connect(Arc::clone(&socket), &uri.export, Wants::READING).map_err(Error::other)?;
+    socket.set_keep_alive(LANE_SILENCE_MAX / 2);
+    client.set_silence_max(LANE_SILENCE_MAX);
+    Ok(client)
+}
+
+/// The server's errno, which are the numbers of Linux; a dead connection is an I/O error.
+fn told(error: &RequestError) -> Error {
+    match error {
+        RequestError::Server(_, error) => Error::from_raw_os_error(i32::try_from(error.errno).unwrap_or_default()),
+        RequestError::Lost(Lost { operation, cause }) => Error::other(format!("{operation}: {cause}")),
+        RequestError::Beyond(..) => Error::from(ErrorKind::InvalidInput),
+    }
+}

@@ -1,0 +1,99 @@
+//! What an NBD server says about its exports, for those who show it to a user: size, flags, block sizes, contexts.
+//!
+//! Questions only: an export is opened where its server knows no other way to describe it, and nothing is read or
+//! written then. Texts come as the server has them; whoever prints one escapes it.
+
+use std::sync::Arc;
+
+use crate::error::{Problem, reason};
+use crate::limits::{CONNECT_TIMEOUT, INFO_TEXT_MAX};
+use crate::nbd::client::{Client, Described, Questions, Wants};
+use crate::nbd::wire;
+use crate::socket::Socket;
+use crate::uri::NbdUri;
+
+/// One export, as it is shown.
+#[derive(Debug)]
+pub struct Shown {
+    /// Where it is, by the name that it was asked for.
+    pub uri: NbdUri,
+    /// What the server told.
+    pub described: Described,
+    /// Its metadata contexts.
+    pub contexts: Vec<String>,
+}
+
+/// The words for `wire::FLAG_...`.
+const CAN: [(u16, &str); 9] = [
+    (wire::FLAG_SEND_FLUSH, "flush"),
+    (wire::FLAG_SEND_FUA, "fua"),
+    (wire::FLAG_SEND_TRIM, "trim"),
+    (wire::FLAG_SEND_WRITE_ZEROES, "write-zeroes"),
+    (wire::FLAG_SEND_FAST_ZERO, "fast-zero"),
+    (wire::FLAG_CAN_MULTI_CONN, "multi-conn"),
+    (wire::FLAG_SEND_DF, "df"),
+    (wire::FLAG_SEND_CACHE, "cache"),
+    (wire::FLAG_ROTATIONAL, "rotational"),
+];
+
+impl Shown {
+    /// What the server can do, by [`CAN`]'s words.
+    #[must_use]
+    pub fn can(&self) -> Vec<&'static str> {
+        CAN.into_iter().filter(|&(flag, _)| self.described.info.has(flag)).map(|(_, word)| word).collect()
+    }
+
+    /// Whether writes are refused.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.described.info.has(wire::FLAG_READ_ONLY)
+    }
+}
+
+/// Calls `each` for the export that `uri` names, or for every export that the server lists where it names none; where
+/// the server lists none, for its default export.
+///
+/// # Errors
+/// The server cannot be reached or asked, or does not tell; what was shown before stands.
+pub fn ask(uri: &NbdUri, insecure_plaintext: bool, each: &mut dyn FnMut(&Shown)) -> Result<(), Problem> {
+    let refuse = |uri: &NbdUri, cause: &dyn std::fmt::Display| Problem::refused("info", uri, cause);
+    uri.address.check_plaintext("info", insecure_plaintext)?;
+    let socket = connect(uri)?;
+    let mut questions = Questions::begin(&socket).map_err(|error| refuse(uri, &error))?;
+    let mut names = vec![uri.export.clone()];
+    if uri.export.is_empty() {
+        let mut listed = Vec::new();
+        let mut list = |name: &str, _: &str| listed.push(name.to_owned());
+        questions.exports(&mut list).map_err(|error| refuse(uri, &error))?;
+        if !listed.is_empty() {
+            names = listed;
+        }
+    }
+    for name in names {
+        let here = uri.with_export(&name);
+        let mut described = match questions.describe(&name).map_err(|error| refuse(&here, &error))? {
+            Some(described) => described,
+            None => opened(&here)?,
+        };
+        if let Some(text) = &mut described.text {
+            // A server's essay must fit a line.
+            text.truncate(text.floor_char_boundary(INFO_TEXT_MAX));
+        }
+        let mut contexts = Vec::new();
+        let mut take = |context: &str| contexts.push(context.to_owned());
+        questions.contexts(&name, &[], &mut take).map_err(|error| refuse(&here, &error))?;
+        each(&Shown { uri: here, described, contexts });
+    }
+    Ok(())
+}
+
+fn connect(uri: &NbdUri) -> Result<Socket, Problem> {
+    uri.address.connect(CONNECT_TIMEOUT).map_err(|error| Problem::refused("info", uri, reason(&error)))
+}
+
+/// What a server tells that must be asked to open the export.
+fn opened(uri: &NbdUri) -> Result<Described, Problem> {
+    let client = Client::connect(Arc::new(connect(uri)?), &uri.export, Wants::READING)
+        .map_err(|error| Problem::refused("info", uri, error))?;
+    Ok(Described { info: *client.info(), name: None, text: None })
+}

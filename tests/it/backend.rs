@@ -1,0 +1,159 @@
+//! A disk that is an export of somebody's NBD server: `file=nbd+unix://...` behind `serve`, and behind `export`.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use blockferry::nbd::client::{Client, Wants};
+
+use crate::exported::Exported;
+use crate::harness::{Program, output, peer, scratch};
+use crate::host::{Host, exactly_one_takes};
+use crate::json::Json;
+use crate::writer::Ledger;
+
+const MIB: u64 = 1 << 20;
+
+/// `qemu-nbd` with one image as export vda.
+pub(crate) struct Backend {
+    pub(crate) program: Program,
+    socket: PathBuf,
+}
+
+impl Backend {
+    pub(crate) fn start(image: &Path, format: &str, socket: &Path) -> Option<Self> {
+        let mut command = Command::new(peer("qemu-nbd")?);
+        // Several clients: it then says that a flush on one connection covers the others.
+        command.args(["--persistent", "--shared=8", "--export-name=vda", "--format", format, "--socket"]);
+        command.arg(socket).arg(image);
+        let mut program = Program::start(&mut command);
+        drop(program.connect_unix(socket));
+        Some(Self { program, socket: socket.to_owned() })
+    }
+
+    pub(crate) fn uri(&self) -> String {
+        format!("nbd+unix:///vda?socket={}", self.socket.display())
+    }
+}
+
+/// Runs `qemu-img`; it must succeed.
+pub(crate) fn qemu_img(arguments: &[&str]) {
+    let program = peer("qemu-img").expect("comes with qemu-nbd");
+    let done = output(Command::new(program).args(arguments));
+    assert!(done.status.success(), "qemu-img {arguments:?}: {done:?}");
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a path of this test")
+}
+
+/// An overlay on `base`, and a server with it.
+fn overlay(folder: &Path, base: &Path, name: &str) -> Option<Backend> {
+    let image = folder.join(format!("{name}.qcow2"));
+    peer("qemu-nbd")?;
+    qemu_img(&["create", "-q", "-f", "qcow2", "-b", text(base), "-F", "raw", text(&image)]);
+    Backend::start(&image, "qcow2", &folder.join(format!("{name}.sock")))
+}
+
+#[test]
+fn an_overlay_moves_to_another_one_on_the_same_base_and_only_what_differs_travels() {
+    let folder = scratch();
+    let at = |name: &str| folder.path().join(name);
+    drop(Ledger::format(&at("base.raw"), 64 * MIB, 3, 60));
+    let Some(of_a) = overlay(folder.path(), &at("base.raw"), "a") else { return };
+    let Some(of_b) = overlay(folder.path(), &at("base.raw"), "b") else { return };
+    let disk = |backend: &Backend| format!("vda,file={}", backend.uri());
+    let a = Host::owner(folder.path(), "a", &[&disk(&of_a)]);
+    let b = Host::start(folder.path(), "b", &[&disk(&of_b)]);
+    assert!(a.log().contains("a server's export cannot be locked"), "{}", a.log());
+    for offset in [0, 20 * MIB, 64 * MIB - 512] {
+        assert_eq!(a.try_write("vda", offset), Ok(()));
+    }
+    // Or qemu-img would look at what qemu-nbd has not put into the image yet.
+    a.open("vda").expect("served").flush().expect("flushed");
+    // What is there is not empty, and says so.
+    let refused = a.migrate(&b.listen, &[]);
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    assert!(refused.stderr.contains("is not empty (--overwrite"), "{refused:?}");
+    let moved = a.migrate(&b.listen, &["--copy-storage-inc", "--json"]).well();
+    let done = Json::parse(moved.lines().last().expect("its end"));
+    let (sent, equal) = (done.get("sent_bytes").number(), done.get("equal_bytes").number());
+    assert!(sent <= 4 * MIB && equal >= 60 * MIB, "{sent} sent, {equal} equal");
+    qemu_img(&["compare", "-q", "-U", text(&at("a.qcow2")), text(&at("b.qcow2"))]);
+    let held = at("b.qcow2").metadata().expect("an image").len();
+    assert!(held < 8 * MIB, "the overlay holds {held} bytes");
+    assert_eq!((a.state().as_str(), b.state().as_str()), ("given", "owner"));
+    exactly_one_takes("vda", 0, &b, &a);
+}
+
+#[test]
+fn a_raw_disk_moves_into_an_empty_qcow2_and_back() {
+    let folder = scratch();
+    let at = |name: &str| folder.path().join(name);
+    if peer("qemu-nbd").is_none() {
+        return;
+    }
+    let ledger = Ledger::format(&at("a.raw"), 32 * MIB, 4, 30);
+    qemu_img(&["create", "-q", "-f", "qcow2", text(&at("b.qcow2")), "32M"]);
+    let Some(backend) = Backend::start(&at("b.qcow2"), "qcow2", &at("b.sock")) else { return };
+    let a = Host::owner(folder.path(), "a", &[&format!("vda,file={}", at("a.raw").display())]);
+    let b = Host::start(folder.path(), "b", &[&format!("vda,file={}", backend.uri())]);
+    a.migrate(&b.listen, &["--verify", "full"]).well();
+    // The image itself is locked against qemu-img.
+    std::fs::copy(at("a.raw"), at("copy.raw")).expect("copied");
+    qemu_img(&["compare", "-q", "-U", "-f", "raw", "-F", "qcow2", text(&at("copy.raw")), text(&at("b.qcow2"))]);
+    ledger.verify_door(b.open("vda").expect("served")).assert_whole();
+    exactly_one_takes("vda", 0, &b, &a);
+    b.migrate(&a.listen, &["--copy-storage-inc"]).well();
+    exactly_one_takes("vda", 512, &a, &b);
+}
+
+#[test]
+fn a_server_that_dies_with_what_was_not_flushed_is_told_at_every_flush() {
+    let folder = scratch();
+    let at = |name: &str| folder.path().join(name);
+    std::fs::write(at("disk.raw"), vec![7; 1 << 20]).expect("written");
+    let Some(mut backend) = Backend::start(&at("disk.raw"), "raw", &at("s.sock")) else { return };
+    let exported = Exported::start([format!("vda={}", backend.uri())]);
+    let mut client = Client::connect(exported.connect(), "vda", Wants::default()).expect("served");
+    client.write_all(4096, &[1; 4096]).expect("written");
+    client.flush().expect("flushed");
+    // Nothing is unflushed: a restart of the server goes unnoticed.
+    backend.program.kill();
+    let mut backend = Backend::start(&at("disk.raw"), "raw", &at("s.sock")).expect("again");
+    let mut buffer = [0; 8192];
+    client.read_exact(0, &mut buffer).expect("read over a new connection");
+    assert_eq!((buffer[0], buffer[4096]), (7, 1));
+    client.write_all(0, &[2; 512]).expect("written");
+    backend.program.kill();
+    let refused = client.write_all(8192, &[3; 512]).expect_err("nobody is there");
+    assert!(refused.to_string().contains("EIO"), "{refused}");
+    let _again = Backend::start(&at("disk.raw"), "raw", &at("s.sock")).expect("again");
+    client.read_exact(0, &mut buffer).expect("it can be read");
+    let refused = client.flush().expect_err("what was not flushed may be lost");
+    assert!(refused.to_string().contains("EIO"), "{refused}");
+    client.flush().expect_err("for good");
+    assert!(exported.log().contains("the server went with writes that were not flushed"), "{}", exported.log());
+}
+
+#[test]
+fn a_server_that_cannot_be_a_disk_is_named() {
+    let folder = scratch();
+    let at = |name: &str| folder.path().join(name);
+    std::fs::write(at("disk.raw"), vec![7; 1 << 20]).expect("written");
+    let exported = Exported::start([text(&at("disk.raw")), "--read-only"]);
+    let export = |uri: &str| {
+        let door = format!("unix://{}", at("x.sock").display());
+        output(crate::harness::blockferry().args(["export", uri, "--nbd", &door]))
+    };
+    for (uri, cause) in [
+        (exported.unix(""), "the server offers it read-only"),
+        (format!("nbd+unix:///?socket={}", at("none").display()), "No such file or directory"),
+        ("nbd://192.0.2.1/x".to_owned(), "--insecure-plaintext allows it"),
+        ("nbds://127.0.0.1/x".to_owned(), "is not supported yet"),
+    ] {
+        let refused = export(&uri);
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert_eq!(refused.status.code(), Some(1), "{said}");
+        assert!(said.contains(cause) && said.lines().count() == 1, "{uri}: {said}");
+    }
+}

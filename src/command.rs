@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 
 use crate::limits::{COMMAND_GRACE, COMMAND_LINE_MAX, COMMAND_WORDS_MAX, WORKER_STACK};
+use crate::passed;
 use crate::socket::Socket;
 
 /// A running command, or one that has ended. Dropping it makes it end.
@@ -106,12 +107,10 @@ fn spawn(words: &[String]) -> Result<(Socket, Command)> {
     let (ours, theirs) = UnixStream::pair()?;
     let [input, output] = [theirs.try_clone()?, theirs].map(OwnedFd::from);
     let (program, arguments) = words.split_first().ok_or(std::io::ErrorKind::InvalidInput)?;
-    let mut child = std::process::Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::from(input))
-        .stdout(Stdio::from(output))
-        .stderr(Stdio::piped())
-        .spawn()?;
+    let mut command = std::process::Command::new(program);
+    passed::withhold(&mut command);
+    let mut child =
+        command.args(arguments).stdin(Stdio::from(input)).stdout(Stdio::from(output)).stderr(Stdio::piped()).spawn()?;
     let shared = Arc::new(Shared::default());
     shared.lock().pid = Some(Pid::from_child(&child));
     let command = Command { name: program.clone(), shared: Arc::clone(&shared) };

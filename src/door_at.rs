@@ -58,9 +58,20 @@ impl DoorAt {
             Self::Bound { address, .. } => address.check_plaintext(operation, insecure_plaintext),
             Self::Inherited(number) => {
                 let refused = |cause: String| Problem::refused(operation, self, cause);
-                let address = inherited::take(*number).and_then(|taken| taken.address()).map_err(refused)?;
+                let address = place(*number).map_err(refused)?;
                 address.check_plaintext(operation, insecure_plaintext)
             }
+        }
+    }
+}
+
+impl DoorAt {
+    /// Where a client on this host dials it, if it can.
+    #[must_use]
+    pub fn dialled(&self) -> Option<Address> {
+        match self {
+            Self::Bound { address, .. } => Some(address.clone()),
+            Self::Inherited(number) => place(*number).ok(),
         }
     }
 }
@@ -78,6 +89,10 @@ impl fmt::Display for DoorAt {
             Self::Inherited(number) => write!(f, "fd:{number}"),
         }
     }
+}
+
+fn place(number: u32) -> Result<Address, String> {
+    inherited::take(number).and_then(|taken| taken.address())
 }
 
 /// The first of these descriptors that stands among them twice: two doors cannot share one.

@@ -321,7 +321,10 @@ impl Guest {
 
 /// What a VMM driver tells of the guest to whoever it calls (docs/hooks.md).
 fn facts(options: &ServeOptions) -> [(&'static str, String); 4] {
-    let addresses = |doors: &[DoorAt]| doors.iter().map(DoorAt::to_string).collect::<Vec<_>>().join(" ");
+    // Of a door that was passed on, its real address: the number says nothing to another process.
+    let addresses = |doors: &[DoorAt]| {
+        doors.iter().filter_map(DoorAt::dialled).map(|door| door.to_string()).collect::<Vec<_>>().join(" ")
+    };
     let served = options.disks.iter().filter(|disk| matches!(disk.source, domain::Source::File { .. }));
     [
         ("BLOCKFERRY_GUEST", options.guest.clone()),

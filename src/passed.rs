@@ -1,10 +1,10 @@
 //! Sockets that a service manager has passed on: `LISTEN_FDS`, `LISTEN_PID`, `LISTEN_FDNAMES`.
 //!
 //! The command line asks with [`Passed::from_environment`] once and gives each door its own; the sockets themselves are
-//! looked at as any `fd:N` is. The variables are for the process whose number `LISTEN_PID` is: they mean nothing to
-//! whoever else reads them, and so to no program that is started from here.
+//! looked at as any `fd:N` is. [`withhold`] keeps the variables from programs that are started from here.
 
 use std::ffi::OsString;
+use std::process::Command;
 
 use crate::door_at::DoorAt;
 use crate::limits::{PASSED_FIRST, PASSED_MAX};
@@ -26,6 +26,8 @@ pub enum Name {
     /// A control door: `control`.
     Control,
 }
+
+const VARIABLES: [&str; 3] = ["LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"];
 
 /// The name of a connection that systemd accepted itself.
 const ACCEPTED: &str = "connection";
@@ -90,6 +92,13 @@ impl Passed {
     }
 }
 
+/// Keeps the three variables from a program that is to be started.
+pub fn withhold(command: &mut Command) {
+    VARIABLES.iter().for_each(|name| {
+        command.env_remove(name);
+    });
+}
+
 /// Reads the three variables; of another process they mean nothing.
 fn read(number: &str, pid: &str, names: Option<&str>, own: u32) -> Result<Vec<(Name, DoorAt)>, String> {
     let plain = |text: &str| -> Option<u32> {
@@ -135,6 +144,14 @@ mod tests {
         for names in [None, Some(""), Some("unknown:connection")] {
             assert_eq!(Passed::reading("2", names).of(Name::Nbd, &ALL), Ok([3, 4].map(DoorAt::Inherited).to_vec()));
         }
+    }
+
+    #[test]
+    fn programs_that_are_started_do_not_see_the_variables() {
+        let mut command = Command::new("env");
+        command.env_clear().envs(VARIABLES.map(|name| (name, "1"))).env("OTHER", "2");
+        withhold(&mut command);
+        assert_eq!(command.output().expect("runs").stdout, b"OTHER=2\n");
     }
 
     #[test]

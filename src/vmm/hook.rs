@@ -25,6 +25,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use super::About;
 use crate::error::reason;
 use crate::limits::{HOOK_LAST_LINE, HOOK_LINE_MAX, HOOK_LOOK, WORKER_STACK};
+use crate::passed;
 
 /// The exit code with which `ready` says that the guest is there and paused by its user.
 const PAUSED: i32 = 3;
@@ -104,6 +105,7 @@ impl Hook {
             None => Stdio::from(stderr.try_clone().map_err(fault)?),
         };
         let mut command = Command::new(&self.program);
+        passed::withhold(&mut command);
         command.arg(call.point.word()).stdin(call.input.map_or_else(Stdio::null, Stdio::from));
         command.stdout(stdout).stderr(stderr).process_group(0);
         command.env("BLOCKFERRY_SIDE", call.side).env("BLOCKFERRY_PEER", &call.about.peer);

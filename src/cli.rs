@@ -16,6 +16,7 @@ use options::{Matches, Spec};
 
 mod accept;
 pub mod attach;
+mod copy;
 pub mod export;
 pub mod guest;
 mod help;
@@ -67,6 +68,8 @@ pub enum Command {
     Export(ExportOptions),
     /// Say what an NBD server has.
     Info(InfoOptions),
+    /// Copy a disk.
+    Copy(crate::copy::CopyOptions),
     /// The first record.
     Claim(ClaimOptions),
     /// Move the guest.
@@ -95,7 +98,7 @@ pub enum Command {
 type Subcommand = (&'static Spec, fn(&Matches) -> Result<Command, Problem>);
 
 /// The subcommands that are built, in the order of the help.
-const COMMANDS: [Subcommand; 14] = [
+const COMMANDS: [Subcommand; 15] = [
     (&serve::SPEC, serve::parse),
     (&guest::CLAIM, guest::parse_claim),
     (&migrate::SPEC, migrate::parse),
@@ -109,11 +112,12 @@ const COMMANDS: [Subcommand; 14] = [
     (&attach::ATTACH, attach::parse_attach),
     (&attach::DETACH, attach::parse_detach),
     (&export::SPEC, export::parse),
+    (&copy::SPEC, copy::parse),
     (&info::SPEC, info::parse),
 ];
 
 /// Subcommands of the contract that a later part builds.
-const LATER: [&str; 2] = ["copy", "keygen"];
+const LATER: [&str; 1] = ["keygen"];
 
 /// Runs the program with the arguments after its name.
 pub fn run(args: impl IntoIterator<Item = OsString>, entry: &Entry) -> Exit {
@@ -200,6 +204,7 @@ fn execute(parsed: Parsed, entry: &Entry) -> Result<Exit, Problem> {
         Command::Cancel(door) => print(&guest::cancel(&door, json)?),
         Command::Status(door) => print(&guest::status(&door, json)?),
         Command::Set(options) => print(&guest::set(&options, json)?),
+        Command::Copy(options) => copy::run(&options, json, std::io::stderr().is_terminal(), print)?,
         Command::Info(options) => info::run(&options, json, print)?,
         Command::Accept(door) => accept::run(&door)?,
         Command::Attach(options) => print(&attach::attach(&options, json)?),

@@ -2,7 +2,8 @@
 //!
 //! Its standard input and output are one socket pair, whose other end is used like any connection. No shell is needed,
 //! because hosts often have none: [`words`] splits the text, and the first word is looked for in `PATH`.
-//! `migrate/dial.rs` runs it, again and again if need be; the command ends with its connection: the end of its input is its sign, and
+//! `migrate/dial.rs` runs it, again and again if need be; the command ends with its connection: the end of its input
+//! is its sign, and
 //! whoever does not heed that is terminated, and then killed, and in any case waited for.
 //!
 //! What it says on standard error goes to the log, line by line; the last line and the exit status become part of the

@@ -13,12 +13,12 @@ use std::io::{Error, ErrorKind, Result};
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
-pub use crate::nbd::client::ExportInfo;
 use image::Image;
 pub use image::{
     Access, AlignedBuffer, Cache, Content, Extent, Identity, Lasting, OpenError, free_space_beside, is_zero,
     place_beside, sync_directory_of,
 };
+pub use remote::ExportInfo;
 use remote::Remote;
 
 use crate::error::reason;

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::address::Address;
 use crate::control::wire::{Convergence, Done, Kept, Ownership, Progress, Recovered, Status, Verify};
+use crate::copy::{Copied, CopyOptions};
 use crate::error::{Exit, Problem};
 use crate::info::Shown;
 use crate::limits::JSON_LINE_MAX;
@@ -452,6 +453,56 @@ pub fn progress(guest: &str, progress: &Progress) -> String {
         synchronous: progress
             .synchronous
             .map(|since| SinceRates { dirty_rate_bytes: since.dirty_rate_bytes, rate_bytes: since.rate_bytes }),
+    })
+}
+
+#[derive(Serialize)]
+struct CopyProgressLine {
+    r#type: &'static str,
+    done_bytes: u64,
+    size_bytes: u64,
+    verifying: bool,
+    elapsed_ms: u64,
+}
+
+/// How far a copy is.
+#[must_use]
+pub fn copy_progress(progress: &crate::copy::Progress) -> String {
+    line(&CopyProgressLine {
+        r#type: "copy-progress",
+        done_bytes: progress.done_bytes,
+        size_bytes: progress.size_bytes,
+        verifying: progress.verifying,
+        elapsed_ms: u64::try_from(progress.elapsed.as_millis()).unwrap_or(u64::MAX),
+    })
+}
+
+#[derive(Serialize)]
+struct CopiedLine<'a> {
+    r#type: &'static str,
+    source: &'a str,
+    destination: &'a str,
+    size_bytes: u64,
+    data_bytes: u64,
+    zero_bytes: u64,
+    total_ms: u64,
+    durable: bool,
+    root: Option<&'a str>,
+}
+
+/// What a copy has done.
+#[must_use]
+pub fn copied(options: &CopyOptions, copied: &Copied) -> String {
+    line(&CopiedLine {
+        r#type: "copied",
+        source: &options.source.to_string(),
+        destination: &options.destination.to_string(),
+        size_bytes: copied.size_bytes,
+        data_bytes: copied.data_bytes,
+        zero_bytes: copied.zero_bytes,
+        total_ms: u64::try_from(copied.took.as_millis()).unwrap_or(u64::MAX),
+        durable: !copied.unflushed,
+        root: copied.root.map(|root| hex(&root)).as_deref(),
     })
 }
 

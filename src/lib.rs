@@ -9,6 +9,7 @@ pub mod cause;
 pub mod cli;
 pub mod command;
 pub mod control;
+pub mod copy;
 pub mod digest;
 pub mod dirty;
 pub mod disk;

@@ -546,6 +546,19 @@ pub const INIT_GRACE: (Duration, Duration) = (Duration::from_secs(3), Duration::
 /// Longest sync before the machine ends: a disk that hangs does not keep it on.
 pub const INIT_SYNC_MAX: Duration = Duration::from_secs(10);
 
+// ---- copying -----------------------------------------------------------------------------------------------------
+
+/// Bytes of one request of a copy.
+pub const COPY_PIECE: usize = 256 * KIB;
+/// Requests to an export that is read, on one connection.
+pub const COPY_SLOTS: usize = 16;
+/// Threads of a copy, each with connections of its own where the servers allow it.
+pub const COPY_LANES: usize = 2;
+/// Bytes of a disk whose extents are asked for at once.
+pub const COPY_WINDOW: u64 = 256 * MIB as u64;
+/// Bytes that are read at once to be compared.
+pub const COPY_VERIFY_READ: usize = MIB;
+
 // ---- VMM drivers -------------------------------------------------------------------------------------------------
 
 /// Longest line of QEMU's monitor, in bytes.

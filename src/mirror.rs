@@ -27,7 +27,7 @@ mod checks;
 mod lane;
 #[cfg(test)]
 mod model;
-mod runs;
+pub(crate) mod runs;
 mod sink;
 #[cfg(test)]
 mod tests;

@@ -22,7 +22,8 @@ pub enum End {
     Socket,
 }
 
-/// Relays until one of the two ends, and says which. What has come from the socket `before` goes first. The other direction's thread may still be waiting then: whoever
+/// Relays until one of the two ends, and says which. What has come from the socket `before` goes first. The other
+/// direction's thread may still be waiting then: whoever
 /// calls this ends its process, or closes the descriptors.
 ///
 /// # Errors

@@ -1,6 +1,6 @@
 //! One byte stream that carries everything of a migration: phases, digests, blocks, and their acknowledgements.
 //!
-//! The stream path (see `docs/protocol.md`): where the two hosts have one connection and cannot open more, the blocks
+//! The stream path (see `docs/stream.md`): where the two hosts have one connection and cannot open more, the blocks
 //! travel inside the phase connection. A [`Trunk`] takes such a connection over, at either end. One thread reads it and
 //! sorts what comes; whoever sends takes turns, a whole frame each, and messages go before blocks. Reading never waits
 //! for sending, for a disk or for a reader that is slow, so that two ends which both send never wait for each other:

@@ -32,7 +32,8 @@ pub(super) const SPEC: Spec = Spec {
     ],
     notes: "A single FILE without a name is the default export, whose name is empty. NAME= ends at the first '=';\n\
             a FILE with a '=' of its own is written with a slash before it: ./a=b.raw.\n\
-            FILE may be the URI of another server's export: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH.\n\
+            FILE may be the URI of another server's export: nbd://HOST[:PORT]/EXPORT or\n\
+            nbd+unix:///EXPORT?socket=PATH.\n\
             Prints one line when ready, and sends READY=1 to $NOTIFY_SOCKET:\n\
             \x20 blockferry: export: ready: nbd=ADDR\n\n\
             Examples:\n\

@@ -96,7 +96,8 @@ pub(super) const SPEC: Spec = Spec {
         opt(
             "plain",
             Takes::Nothing,
-            "DEST is a plain NBD server, nbd://HOST[:PORT]/[EXPORT] or\nnbd+unix:///[EXPORT]?socket=PATH: weaker promises, see the notes",
+            "DEST is a plain NBD server, nbd://HOST[:PORT]/[EXPORT] or\n\
+             nbd+unix:///[EXPORT]?socket=PATH: weaker promises, see the notes",
         ),
         CONTROL,
         PLAINTEXT,

@@ -19,7 +19,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use super::{Access, Extent, OpenError};
 use crate::error::reason;
 use crate::limits::{BACKEND_CONNECTIONS_MAX, BACKEND_STATUS, CONNECT_TIMEOUT, LANE_SILENCE_MAX, SECTOR};
-use crate::nbd::client::{Client, ExportInfo, Lost, RequestError, Wants};
+pub use crate::nbd::client::ExportInfo;
+use crate::nbd::client::{Client, Lost, RequestError, Wants};
 use crate::nbd::wire;
 use crate::uri::NbdUri;
 

@@ -5,22 +5,22 @@ use crate::limits::{REGION_REQUESTS_MAX, ZERO_RUN_MIN, ZERO_STEP};
 
 /// A run of a region that is all zero, or is not.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Run {
-    pub(super) start: usize,
-    pub(super) length: usize,
-    pub(super) zero: bool,
+pub(crate) struct Run {
+    pub(crate) start: usize,
+    pub(crate) length: usize,
+    pub(crate) zero: bool,
 }
 
 /// Splits a region's bytes into runs: zeroes from [`ZERO_RUN_MIN`] on by themselves, the rest as data, and never more
 /// than [`REGION_REQUESTS_MAX`].
-pub(super) struct Runs<'a> {
+pub(crate) struct Runs<'a> {
     bytes: &'a [u8],
     at: usize,
     made: usize,
 }
 
 impl<'a> Runs<'a> {
-    pub(super) fn new(bytes: &'a [u8]) -> Self {
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
         Self { bytes, at: 0, made: 0 }
     }
 

@@ -5,6 +5,6 @@ mod client_ask;
 mod client_calls;
 mod client_handshake;
 pub mod handshake;
-mod replies;
+pub(crate) mod replies;
 pub mod server;
 pub mod wire;

@@ -223,7 +223,7 @@ fn blockferry_has_the_file_that_qemu_nbd_wants() {
 fn a_wrong_command_line_is_one_line_and_a_hint() {
     is_misused(&[], "command: none given", "help");
     is_misused(&["exprot"], "command: exprot: there is no such command", "help");
-    is_misused(&["copy", "a", "b"], "command: copy: not built yet", "help");
+    is_misused(&["keygen", "a"], "command: keygen: not built yet", "help");
     is_misused(&["--frobnicate"], "command: --frobnicate: there is no such command", "help");
 
     let many: Vec<String> = (0..=DISKS_MAX).map(|i| format!("d{i}=/disk")).collect();

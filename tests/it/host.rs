@@ -138,6 +138,12 @@ impl Host {
         Self::launch((command, vec![executable()]), folder, name, "g1", &disks, &[])
     }
 
+    /// The same with any options that say which disks there are, and what else.
+    #[must_use]
+    pub(crate) fn lasting_with(command: Command, folder: &Path, name: &'static str, options: &[&str]) -> Self {
+        Self::launch((command, vec![executable()]), folder, name, "g1", options, &[])
+    }
+
     /// The same with another executable: a program and what stands before its arguments.
     #[must_use]
     pub(crate) fn start_run_by(

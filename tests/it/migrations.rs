@@ -90,7 +90,7 @@ fn allocated(path: &Path) -> u64 {
 }
 
 /// Both files hold the same, byte for byte.
-fn assert_same(one: &Path, other: &Path) {
+pub(crate) fn assert_same(one: &Path, other: &Path) {
     let files = [one, other].map(|path| File::open(path).expect("an image"));
     let size = files[0].metadata().expect("its size").len();
     assert_eq!(size, files[1].metadata().expect("its size").len());

@@ -32,6 +32,9 @@ pub(crate) mod message {
     pub(crate) const RUNNING: u8 = 8;
     pub(crate) const ABORT: u8 = 9;
     pub(crate) const UNSEALED: u8 = 10;
+    pub(crate) const STATE: u8 = 21;
+    pub(crate) const STATE_READY: u8 = 22;
+    pub(crate) const STATE_QUESTION: u8 = 23;
     /// No message: the first bytes of a data connection.
     pub(crate) const DATA: u8 = u8::MAX;
 }
@@ -545,6 +548,8 @@ struct PhaseReader {
     data: bool,
     /// Half a message.
     rest: Vec<u8>,
+    /// The guest's state follows: bytes that are nobody's messages.
+    raw: bool,
 }
 
 impl PhaseReader {
@@ -558,6 +563,9 @@ impl PhaseReader {
     fn split(&mut self, bytes: &[u8]) -> Vec<Unit> {
         let mut units = Vec::new();
         let mut bytes = bytes;
+        if self.raw {
+            return vec![Unit { bytes: bytes.to_vec(), message: None }];
+        }
         if !self.phases {
             if self.data {
                 return vec![Unit { bytes: bytes.to_vec(), message: None }];
@@ -584,6 +592,11 @@ impl PhaseReader {
             }
             let message = (kind == 0).then_some(self.rest[4]);
             units.push(Unit { bytes: self.rest.drain(..end).collect(), message });
+            if matches!(message, Some(message::STATE | message::STATE_READY)) {
+                self.raw = true;
+                units.push(Unit { bytes: std::mem::take(&mut self.rest), message: None });
+                break;
+            }
         }
         units
     }

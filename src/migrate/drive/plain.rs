@@ -6,9 +6,9 @@
 //! - **No fence (D4).** A connection that is lost ends the migration: its copies may still be written there.
 //! - **No record there.** Nobody can be sealed, so nobody but this host can ever own by this attempt. OFFERED, GIVEN and
 //!   "arrived" are written here alone, with no host ([`Host::NONE`]) at the server's URI as the peer. That the guest is
-//!   there is true with GIVEN, which follows the answer to the last FLUSH; that nobody is sealed is true at any time. So
-//!   this host says "unsealed" and "running" to itself, after a restart too (`settle.rs`). Whoever runs the guest from
-//!   the server next says so with `claim`, once; here the way back is `recover --take-ownership`.
+//!   there is true with GIVEN, which follows the answer to the last FLUSH; that nobody is sealed is true at any time.
+//!   So this host says "unsealed" and "running" to itself, after a restart too (`settle.rs`). Whoever runs the guest
+//!   from the server next says so with `claim`, once; here the way back is `recover --take-ownership`.
 //! - **Nothing is kept from writing there.** That nobody else uses the export is the operator's care.
 //! - **Digests are made here**, of what this disk and the server's export read as: what is verified has crossed the way
 //!   twice. It needs a second connection that sees what the others have written, which not each server offers.

@@ -192,16 +192,34 @@ impl Drive<'_> {
     /// One line: the guest does not run there.
     pub(super) fn see_it_run(&mut self) -> Result<(), String> {
         let Some(mut state) = self.state.take() else { return Ok(()) };
-        let runs =
-            if state.vmm.ran() { self.ask_until(Standing::Running, Instant::now() + VMM_RUN_MAX) } else { Ok(()) };
+        let runs = if state.vmm.ran() { self.ask_whether_it_runs() } else { Ok(()) };
         state.pause = state.stands.filter(|_| runs.is_ok() && state.vmm.ran()).map(|since| since.elapsed());
         if let Err(cause) = state.vmm.end(Instant::now() + VMM_RUN_MAX) {
             log::warn!("migration: {cause}");
         }
         self.state = Some(state);
-        runs.map_err(|stop| match stop {
-            Stop::Abort(cause) | Stop::Unknown(cause) => cause,
-        })
+        runs
+    }
+
+    /// Asks until it runs there, over a new connection if need be.
+    fn ask_whether_it_runs(&mut self) -> Result<(), String> {
+        let deadline = Instant::now() + VMM_RUN_MAX;
+        loop {
+            let cause = match self.ask_until(Standing::Running, deadline) {
+                Ok(()) => return Ok(()),
+                Err(Stop::Abort(cause) | Stop::Unknown(cause)) => cause,
+            };
+            if !self.link_lost || Instant::now() >= deadline {
+                return Err(format!("whether the guest runs there is not known: {cause}"));
+            }
+            match dial(self.guest, &self.job.address, Role::Source, deadline) {
+                Ok((link, _)) => (self.link, self.link_lost, self.owed) = (link, false, None),
+                Err(no_link) => {
+                    log::info!("migration: {no_link}");
+                    std::thread::sleep(RECONNECT_PAUSE.1.min(deadline.saturating_duration_since(Instant::now())));
+                }
+            }
+        }
     }
 
     /// As [`Drive::look`], while the guest stands: nothing is mended.

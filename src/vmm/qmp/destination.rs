@@ -24,7 +24,9 @@ pub struct Arriving {
 
 /// Looks whether a QEMU waits there.
 pub(in crate::vmm) fn check(path: &Path, may_come: bool, deadline: Instant) -> Result<(), String> {
-    match Qmp::connect(path, deadline) {
+    // One that waits for its disks does not speak yet, and keeps nobody waiting.
+    let patience = if may_come { deadline.min(Instant::now() + QMP_START_LOOK) } else { deadline };
+    match Qmp::connect(path, patience) {
         Ok(mut qmp) => check_waiting(&mut qmp, deadline).map(drop),
         Err(_) if may_come => Ok(()),
         Err(cause) => Err(cause),

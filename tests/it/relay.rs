@@ -116,6 +116,8 @@ struct Shared {
 struct State {
     closed: bool,
     refuse: bool,
+    /// Connections that are let through, from the first on.
+    most: Option<usize>,
     silent: bool,
     bytes_a_second: Option<u64>,
     delay: Duration,
@@ -210,6 +212,11 @@ impl Relay {
     /// Lets nobody new through.
     pub(crate) fn refuse(&self) {
         self.change(|state| state.refuse = true);
+    }
+
+    /// Lets so many through, and nobody after them.
+    pub(crate) fn refuse_after(&self, most: usize) {
+        self.change(|state| state.most = Some(most));
     }
 
     /// Stops to pass anything, without a sign to either side; connections are still accepted.
@@ -368,7 +375,7 @@ fn accept(shared: &Arc<Shared>, listener: &TcpListener) {
         if state.closed {
             return;
         }
-        if state.refuse {
+        if state.refuse || state.most.is_some_and(|most| state.connections.len() >= most) {
             continue;
         }
         let Ok(destination) = TcpStream::connect(*shared.target.lock().expect("no panic")) else { continue };

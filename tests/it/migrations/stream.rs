@@ -70,12 +70,9 @@ fn relayed_door(host: &Host, most: usize) -> String {
 fn narrow_door(host: &Host, most: usize) -> String {
     let relay = Relay::to(&host.listen);
     let address = relay.address.clone();
-    thread::spawn(move || {
-        until_within(PATIENCE, "a connection", || (relay.accepted() >= most).then_some(()));
-        relay.refuse();
-        // It stays as long as the test.
-        std::mem::forget(relay);
-    });
+    relay.refuse_after(most);
+    // It stays as long as the test.
+    std::mem::forget(relay);
     address
 }
 

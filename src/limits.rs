@@ -583,6 +583,10 @@ pub const QMP_LOOK: Duration = Duration::from_millis(2);
 pub const QMP_START_LOOK: Duration = Duration::from_millis(100);
 /// What QEMU is told of its bandwidth, in bytes a second: the budget of the migration holds it back.
 pub const QMP_BANDWIDTH: u64 = 16 * GIB;
+/// The downtime that QEMU is allowed at first: it leaves as much of the memory as it can move in that time.
+pub const QMP_DOWNTIME_FIRST: Duration = Duration::from_millis(20);
+/// How long QEMU may try with that until it is allowed the whole downtime.
+pub const QMP_PATIENCE: Duration = Duration::from_secs(3);
 /// How long the state may take to begin to move: both VMMs are asked, and a connection is made.
 pub const STATE_START_MAX: Duration = Duration::from_secs(20);
 /// How long a guest may stand whose state is gone, until the destination has loaded it.

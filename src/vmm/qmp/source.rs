@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::{Event, Qmp, Status, soon, state_path, uri};
 use crate::error::reason;
-use crate::limits::{QMP_BANDWIDTH, QMP_LOOK, QMP_TIMEOUT};
+use crate::limits::{QMP_BANDWIDTH, QMP_DOWNTIME_FIRST, QMP_LOOK, QMP_PATIENCE, QMP_TIMEOUT};
 use crate::socket::{self, Socket};
 use crate::vmm::Going;
 
@@ -23,6 +23,8 @@ pub struct Leaving {
     /// The guest ran when it was found: only then does it ever run again by our word.
     ran: bool,
     going: Going,
+    /// The downtime that QEMU is told when it does not come to its end with less: since when, and how much.
+    patience: Option<(Instant, Duration)>,
 }
 
 impl Leaving {
@@ -36,7 +38,7 @@ impl Leaving {
         if !state.running && state.word != "paused" {
             return Err(qmp.fault(format_args!("the guest is '{}', neither running nor paused", state.word)));
         }
-        Ok(Self { qmp, path: path.to_owned(), ran: state.running, going: Going::Active })
+        Ok(Self { qmp, path: path.to_owned(), ran: state.running, going: Going::Active, patience: None })
     }
 
     pub(in crate::vmm) fn ran(&self) -> bool {
@@ -51,9 +53,10 @@ impl Leaving {
         }
         self.ran = state.running;
         self.qmp.set_capabilities(false, soon(deadline))?;
-        // The pace is that of the migration's budget, which holds the socket back.
-        let pace = format!("{{\"max-bandwidth\":{QMP_BANDWIDTH},\"downtime-limit\":{}}}", downtime.as_millis());
-        self.qmp.execute("migrate-set-parameters", &pace, soon(deadline))?;
+        // The pace is that of the migration's budget, which holds the socket back. What QEMU may leave for the time
+        // when the guest stands it does leave: so it is little at first.
+        self.allow(downtime.min(QMP_DOWNTIME_FIRST), soon(deadline))?;
+        self.patience = (downtime > QMP_DOWNTIME_FIRST).then(|| (Instant::now() + QMP_PATIENCE, downtime));
         let path = state_path(&self.path)?;
         let fault =
             |error: std::io::Error| format!("listen for the guest's state: {}: {}", path.display(), reason(&error));
@@ -69,7 +72,18 @@ impl Leaving {
         })
     }
 
+    /// Says how long the guest may stand.
+    fn allow(&mut self, downtime: Duration, deadline: Instant) -> Result<(), String> {
+        let pace = format!("{{\"max-bandwidth\":{QMP_BANDWIDTH},\"downtime-limit\":{}}}", downtime.as_millis());
+        self.qmp.execute("migrate-set-parameters", &pace, deadline).map(drop)
+    }
+
     pub(in crate::vmm) fn poll(&mut self, wait: Duration) -> Result<Going, String> {
+        if let Some((_, downtime)) =
+            self.patience.take_if(|(until, _)| self.going == Going::Active && Instant::now() >= *until)
+        {
+            self.allow(downtime, Instant::now() + QMP_TIMEOUT)?;
+        }
         let deadline = Instant::now() + wait;
         loop {
             let before = self.going;

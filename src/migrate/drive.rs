@@ -34,11 +34,13 @@ use crate::ownership::{Event, KeepError, Peer, Receipt, Record, Stamp};
 use crate::place::Place;
 use crate::standing::kept;
 use abort::{NotEnded, abort};
+use course::{Course, Proof};
 use outage::{Outage, stop};
 use prepare::prepare;
 use state::State;
 
 mod abort;
+mod course;
 mod finish;
 mod outage;
 mod perform;
@@ -109,7 +111,7 @@ pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
     };
     let result = drive.perform().and_then(|()| drive.move_state()).and_then(|()| drive.finish());
     let counts = drive.counts();
-    let handed = result.is_ok().then(|| drive.receipt(&counts));
+    let handed = result.is_ok().then(|| drive.proof.receipt(job, &drive.stamp, &drive.peer, &counts));
     let moved = drive.state.as_ref().map_or((None, None), |state| (state.bytes(), state.pause()));
     let mut done = match result {
         Ok(Handed::Over(switchover)) => {
@@ -186,12 +188,10 @@ struct Drive<'a> {
     lanes: Lanes,
     /// Those who ask for digests.
     checkers: Checkers,
-    /// One digest for each disk, once the guest is quiesced and everything is verified.
-    roots: heapless::Vec<Digest, DISKS_MAX>,
-    /// Bytes that they cover.
-    verified_bytes: u64,
-    /// Verification passes of each disk when the bulk pass was over.
-    walks: heapless::Vec<u64, DISKS_MAX>,
+    /// What is verified, once the guest is quiesced and everything is.
+    proof: Proof,
+    /// How far the copy is.
+    course: Course,
     /// Regions whose copies may still be in a buffer of the destination: in flight until it is fenced (D4).
     unknown: Vec<Lost>,
     /// The lanes are ended and not open again.
@@ -208,9 +208,8 @@ struct Drive<'a> {
     state: Option<State>,
     /// Room is made for the records to come.
     written_ahead: bool,
-    /// When it was last asked whether it is there, and for a flush.
+    /// When it was last asked whether it is there.
     pinged: Instant,
-    flushed: Instant,
 }
 
 impl Drive<'_> {
@@ -311,11 +310,7 @@ impl Drive<'_> {
     }
 
     fn record(&self, event: &Event) -> Result<(), Stop> {
-        match self.guest.apply(event) {
-            Ok(_) => Ok(()),
-            Err(KeepError::Refused(refusal)) => Err(Stop::Abort(refusal.to_string())),
-            Err(error @ KeepError::Unknown(_)) => Err(Stop::Unknown(error.to_string())),
-        }
+        course::record(self.guest, event)
     }
 }
 

@@ -36,11 +36,7 @@ impl<'a> Drive<'a> {
         self.checkers.stop();
         // From here on the gates open only for an attempt that has ended.
         let given = self.seal().and_then(|()| {
-            // Nobody can have opened a gate meanwhile; were it so, a write would be missing at the destination.
-            let left: u64 = self.counts().iter().map(|counts| counts.outstanding.granules + counts.unverified).sum();
-            if left > 0 || !quiesced.holds() {
-                return Err("the guest has written after the final pass".into());
-            }
+            course::check_nothing_left(&quiesced, &self.counts())?;
             // W3: nor is anything left where it cannot be seen from here.
             self.prove(&held, Instant::now() + ATTACHED_PROOF_MAX)?;
             self.job.close_decision("the guest is given away")?;
@@ -81,17 +77,12 @@ impl<'a> Drive<'a> {
         })
     }
 
-    /// Makes room for the records to come: a full disk ends the attempt now, while the guest runs, and not when GIVEN
-    /// must be written.
+    /// Makes room for the records to come, once.
     pub(super) fn write_ahead(&mut self) -> Result<(), Stop> {
-        if !std::mem::replace(&mut self.written_ahead, true) {
-            let attempt = self.stamp.attempt;
-            let offer = Event::Offer { stamp: self.stamp, to: self.peer.clone() };
-            let give = [offer.clone(), Event::Give { sealed: self.stamp }, Event::Running(self.stamp)];
-            let end = [offer, Event::End { attempt }, Event::Unsealed(self.stamp)];
-            self.guest.write_ahead(&[&give, &end])?;
+        if std::mem::replace(&mut self.written_ahead, true) {
+            return Ok(());
         }
-        Ok(())
+        course::write_ahead(self.guest, self.stamp, &self.peer)
     }
 
     /// Quiesces the guest and copies what is left: when this returns, the destination has everything, flushed (D5), and
@@ -106,9 +97,7 @@ impl<'a> Drive<'a> {
         }
         self.show_phase(Phase::Final);
         let deadline = Instant::now() + QUIESCE_MAX;
-        let exports: Vec<_> = self.guest.exports().filter(|export| !export.is_read_only()).cloned().collect();
-        let quiesced = quiesce(&exports, deadline)
-            .map_err(|disk| NotYet::GoOn(format!("disk {disk}: requests in flight do not end")))?;
+        let quiesced = course::quiesce_guest(self.guest, deadline)?;
         self.mirrors.iter().for_each(|mirror| mirror.hurry(&quiesced));
         let ready = self.settle_mirrors(&quiesced, deadline);
         self.mirrors.iter().for_each(|mirror| mirror.relax());
@@ -161,22 +150,15 @@ impl<'a> Drive<'a> {
                 Err(NotReady::Failed(failure)) => return Err(NotYet::Stop(failure.text.into())),
             }
         }
-        self.roots.clear();
-        self.verified_bytes = 0;
-        for (root, bytes) in self.mirrors.iter().filter_map(|mirror| mirror.root()) {
-            // As many as there are disks.
-            let _ = self.roots.push(root);
-            self.verified_bytes += bytes;
-        }
-        let copied = |name: &str| self.mirrors.iter().any(|mirror| mirror.name() == name);
-        quiesced.flush(copied).map_err(|cause| NotYet::Stop(cause.into()))
+        self.proof = Proof::of(&self.mirrors);
+        course::flush_others(quiesced, &self.mirrors)
     }
 
     /// SEAL, said again over a new connection if need be, until SEALED.
     fn seal(&mut self) -> Result<(), Stop> {
         self.show_phase(Phase::Seal);
         let deadline = Instant::now() + SEAL_MAX;
-        let message = Message::Seal { stamp: self.stamp, digests: self.roots.clone() };
+        let message = Message::Seal { stamp: self.stamp, digests: self.proof.roots.clone() };
         let mut said = self.say(&message);
         let mut pause = None;
         while Instant::now() < deadline {

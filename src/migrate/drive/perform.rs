@@ -52,50 +52,18 @@ impl Drive<'_> {
         loop {
             self.look()?;
             let counts = self.counts();
-            self.meter.sample(&counts);
-            let limit = if self.job.is_switched() { QUIESCE_MAX / 2 } else { self.job.downtime_limit() };
-            let verdict = self.meter.verdict(&counts, limit);
-            let bulk_over = counts.iter().all(|c| c.passes > 1 || c.outstanding.granules == 0);
-            if bulk_over {
+            let now = self.course.assess(self.job, &self.mirrors, &mut self.meter, &counts);
+            if now.bulk_over {
                 let (copying, rates) = (self.meter.predicted_copying(&counts), self.meter.total());
-                self.synchrony.look(copying, limit, rates, Instant::now());
+                self.synchrony.look(copying, now.limit, rates, Instant::now());
             }
-            let converged = verdict == Verdict::Converged
-                && bulk_over
-                && counts.iter().all(|c| c.flushes > 0)
-                && self.has_caught_up(&counts);
-            self.show(&counts, verdict, converged);
-            if converged && (!self.job.request.hold || self.job.is_switched()) {
+            self.show(&counts, now.verdict, now.converged);
+            if now.may_switch(self.job) {
                 return Ok(());
             }
-            // Whatever the verdict: it counts the last flush, and one that was slow would never be measured again.
-            if bulk_over && self.flushed.elapsed() >= FLUSH_PERIOD {
-                self.flushed = Instant::now();
-                self.mirrors.iter().for_each(|mirror| mirror.ask_for_flush());
+            if now.bulk_over {
+                self.course.flush(&self.mirrors);
             }
         }
     }
-
-    /// Whether the verification has followed the bulk pass to its end: what is left of that is not to be hashed while
-    /// the guest waits, even if the allowed downtime would do. Only after the bulk pass. A walk always ends, so this
-    /// keeps nobody waiting for long.
-    fn has_caught_up(&mut self, counts: &[Counts]) -> bool {
-        if !self.mirrors.iter().any(|mirror| mirror.verifies()) {
-            return true;
-        }
-        if self.walks.is_empty() {
-            self.walks = counts.iter().map(|c| c.verify_walks).collect();
-            self.mirrors.iter().for_each(|mirror| mirror.verify_soon());
-        }
-        have_caught_up(counts, &self.walks)
-    }
-}
-
-/// Whether a walk that began after `walks` has verified each disk, and what is left can be verified now: while nobody
-/// asks for digests the gates would close for nothing.
-pub(super) fn have_caught_up(counts: &[Counts], walks: &[u64]) -> bool {
-    counts.iter().zip(walks).all(|(counts, before)| {
-        let walked = counts.verify_walks.saturating_sub(*before);
-        !counts.verifier_lost && (walked > 1 || walked == 1 && counts.unverified < SATURATED_MIN)
-    })
 }

@@ -17,7 +17,6 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
-use super::perform::have_caught_up;
 use super::*;
 use crate::digest::Hasher;
 use crate::dirty::DirtyMap;
@@ -49,17 +48,15 @@ struct Plain<'a> {
     lanes: Lanes,
     readers: Readers,
     meter: Meter,
-    roots: heapless::Vec<Digest, DISKS_MAX>,
-    verified_bytes: u64,
-    walks: heapless::Vec<u64, DISKS_MAX>,
-    flushed: Instant,
+    proof: Proof,
+    course: Course,
 }
 
 /// Drives one migration to its end.
 pub(super) fn run(guest: &Arc<Guest>, job: &Job, uri: &NbdUri) -> Done {
     let prepared = targets(guest, job, uri).and_then(|targets| {
         let opened = open_lanes(job, &targets)?;
-        Ok((targets, opened, stamp(guest, job)?))
+        Ok((targets, opened, course::stamp(guest, job, Host::NONE)?))
     });
     let (targets, opened, stamp) = match prepared {
         Ok(prepared) => prepared,
@@ -74,25 +71,12 @@ pub(super) fn run(guest: &Arc<Guest>, job: &Job, uri: &NbdUri) -> Done {
         lanes: Lanes::default(),
         readers: Readers::default(),
         meter: Meter::new(job.exports.len(), Duration::ZERO),
-        roots: heapless::Vec::new(),
-        verified_bytes: 0,
-        walks: heapless::Vec::new(),
-        flushed: Instant::now(),
+        proof: Proof::default(),
+        course: Course::new(),
     };
     let result = plain.perform(targets, opened).and_then(|()| plain.finish());
     let counts = plain.counts();
-    let receipt = Receipt {
-        attempt: stamp.attempt,
-        lineage: stamp.lineage,
-        order: stamp.order,
-        peer: plain.peer.clone(),
-        gave: true,
-        verified: verified(job.request.verify),
-        verified_bytes: plain.verified_bytes,
-        root: if plain.roots.is_empty() { [0; 32] } else { root_of_all(&plain.roots) },
-        sent_bytes: Some(counts.iter().map(|c| c.sent).sum()),
-        equal_bytes: Some(counts.iter().map(|c| c.equal).sum()),
-    };
+    let receipt = plain.proof.receipt(job, &stamp, &plain.peer, &counts);
     let mut done = match result {
         Ok(switchover) => {
             guest.keep_receipt(receipt.clone());
@@ -112,18 +96,6 @@ pub(super) fn run(guest: &Arc<Guest>, job: &Job, uri: &NbdUri) -> Done {
     done.passes = counts.iter().map(|c| c.passes).max().unwrap_or(0);
     done.equal_bytes = counts.iter().map(|c| c.equal).sum();
     done
-}
-
-fn stamp(guest: &Guest, job: &Job) -> Result<Stamp, String> {
-    let record = guest.record().map_err(|error| error.to_string())?.ok_or("this host owns nothing")?;
-    Ok(Stamp {
-        lineage: record.lineage,
-        word: record.word,
-        attempt: job.attempt,
-        source: guest.host,
-        destination: Host::NONE,
-        order: record.order.handed_over().ok_or("the order cannot rise further")?,
-    })
 }
 
 /// Looks at every disk that is to move, and at what it is to move into; all that is wrong is said at once.
@@ -236,45 +208,22 @@ impl Plain<'_> {
         loop {
             self.look()?;
             let counts = self.counts();
-            self.meter.sample(&counts);
-            let limit = if self.job.is_switched() { QUIESCE_MAX / 2 } else { self.job.downtime_limit() };
-            let verdict = self.meter.verdict(&counts, limit);
-            let bulk_over = counts.iter().all(|c| c.passes > 1 || c.outstanding.granules == 0);
-            let converged = verdict == Verdict::Converged
-                && bulk_over
-                && counts.iter().all(|c| c.flushes > 0)
-                && self.has_caught_up(&counts);
-            self.show(&counts, verdict, converged);
-            if converged && (!self.job.request.hold || self.job.is_switched()) {
+            let now = self.course.assess(self.job, &self.mirrors, &mut self.meter, &counts);
+            self.show(&counts, now.verdict, now.converged);
+            if now.may_switch(self.job) {
                 return Ok(());
             }
-            if bulk_over && self.flushed.elapsed() >= FLUSH_PERIOD {
-                self.flushed = Instant::now();
-                self.mirrors.iter().for_each(|mirror| mirror.ask_for_flush());
+            if now.bulk_over {
+                self.course.flush(&self.mirrors);
             }
         }
-    }
-
-    fn has_caught_up(&mut self, counts: &[Counts]) -> bool {
-        if !self.mirrors.iter().any(|mirror| mirror.verifies()) {
-            return true;
-        }
-        if self.walks.is_empty() {
-            self.walks = counts.iter().map(|c| c.verify_walks).collect();
-            self.mirrors.iter().for_each(|mirror| mirror.verify_soon());
-        }
-        have_caught_up(counts, &self.walks)
     }
 
     /// Hands over: OFFERED, quiesce, what is left, the last FLUSH answered, GIVEN. Returns how long the guest's writes
     /// waited until the server had everything.
     fn finish(&mut self) -> Result<Duration, Stop> {
-        let attempt = self.stamp.attempt;
-        let offer = Event::Offer { stamp: self.stamp, to: self.peer.clone() };
-        let give = [offer.clone(), Event::Give { sealed: self.stamp }, Event::Running(self.stamp)];
-        let end = [offer.clone(), Event::End { attempt }, Event::Unsealed(self.stamp)];
-        self.guest.write_ahead(&[&give, &end])?;
-        self.record(&offer)?;
+        course::write_ahead(self.guest, self.stamp, &self.peer)?;
+        self.record(&Event::Offer { stamp: self.stamp, to: self.peer.clone() })?;
         let mut tries = 0;
         let quiesced = loop {
             match self.final_pass() {
@@ -293,19 +242,15 @@ impl Plain<'_> {
         };
         self.mirrors.iter().for_each(|mirror| mirror.stop());
         self.readers.stop();
-        let left: u64 = self.counts().iter().map(|counts| counts.outstanding.granules + counts.unverified).sum();
-        let given = if left > 0 || !quiesced.holds() {
-            Err("the guest has written after the final pass".into())
-        } else {
-            self.job.close_decision("the guest is given away").map_err(Stop::from).and_then(|()| {
-                self.show_phase(Phase::Give);
-                self.record(&Event::Give { sealed: self.stamp })
-            })
-        };
+        let given = course::check_nothing_left(&quiesced, &self.counts()).and_then(|()| {
+            self.job.close_decision("the guest is given away")?;
+            self.show_phase(Phase::Give);
+            self.record(&Event::Give { sealed: self.stamp })
+        });
         if let Err(stop) = given {
             if let Stop::Abort(_) = stop {
                 // M3: it ends for good, and only then does the guest go on.
-                self.record(&Event::End { attempt })?;
+                self.record(&Event::End { attempt: self.stamp.attempt })?;
                 drop(quiesced);
             } else {
                 quiesced.fence();
@@ -326,9 +271,7 @@ impl Plain<'_> {
     fn final_pass(&mut self) -> Result<Quiesced, NotYet> {
         self.show_phase(Phase::Final);
         let deadline = Instant::now() + QUIESCE_MAX;
-        let exports: Vec<_> = self.guest.exports().filter(|export| !export.is_read_only()).cloned().collect();
-        let quiesced = quiesce(&exports, deadline)
-            .map_err(|disk| NotYet::GoOn(format!("disk {disk}: requests in flight do not end")))?;
+        let quiesced = course::quiesce_guest(self.guest, deadline)?;
         self.mirrors.iter().for_each(|mirror| mirror.hurry(&quiesced));
         let settled = self.settle_mirrors(&quiesced, deadline);
         self.mirrors.iter().for_each(|mirror| mirror.relax());
@@ -351,15 +294,8 @@ impl Plain<'_> {
                 Err(NotReady::Failed(failure)) => return Err(NotYet::Stop(failure.text.into())),
             }
         }
-        self.roots.clear();
-        self.verified_bytes = 0;
-        for (root, bytes) in self.mirrors.iter().filter_map(|mirror| mirror.root()) {
-            // As many as there are disks.
-            let _ = self.roots.push(root);
-            self.verified_bytes += bytes;
-        }
-        let copied = |name: &str| self.mirrors.iter().any(|mirror| mirror.name() == name);
-        quiesced.flush(copied).map_err(|cause| NotYet::Stop(cause.into()))
+        self.proof = Proof::of(&self.mirrors);
+        course::flush_others(quiesced, &self.mirrors)
     }
 
     /// Ends an attempt that is not given. Nobody is sealed there, so the offer is settled here and now (M5).
@@ -381,11 +317,7 @@ impl Plain<'_> {
     }
 
     fn record(&self, event: &Event) -> Result<(), Stop> {
-        match self.guest.apply(event) {
-            Ok(_) => Ok(()),
-            Err(KeepError::Refused(refusal)) => Err(Stop::Abort(refusal.to_string())),
-            Err(error @ KeepError::Unknown(_)) => Err(Stop::Unknown(error.to_string())),
-        }
+        course::record(self.guest, event)
     }
 
     fn counts(&self) -> Vec<Counts> {

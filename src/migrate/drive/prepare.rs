@@ -17,15 +17,7 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
     let (mut link, theirs) = wait_for(&dialled, TICK, || job.cancelled().map_or(Ok(()), Err))?
         .map_err(|no_link| format!("{}: {no_link}", job.address))?;
     let stream = choose_transport(job, &theirs)?.then(Arc::default);
-    let record = guest.record().map_err(|error| error.to_string())?.ok_or("this host owns nothing")?;
-    let stamp = Stamp {
-        lineage: record.lineage,
-        word: record.word,
-        attempt: job.attempt,
-        source: guest.host,
-        destination: theirs.host,
-        order: record.order.handed_over().ok_or("the order cannot rise further")?,
-    };
+    let stamp = course::stamp(guest, job, theirs.host)?;
     let message = Message::Prepare(Prepare {
         stamp,
         challenge: theirs.challenge,
@@ -76,9 +68,8 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
         mirrors: Vec::new(),
         lanes: Lanes::default(),
         checkers: Checkers::default(),
-        roots: heapless::Vec::new(),
-        verified_bytes: 0,
-        walks: heapless::Vec::new(),
+        proof: Proof::default(),
+        course: Course::new(),
         unknown: Vec::new(),
         down: false,
         link_lost: round_trip.is_err(),
@@ -89,7 +80,6 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
         state: leaving.map(State::new),
         written_ahead: false,
         pinged: Instant::now(),
-        flushed: Instant::now(),
     })
 }
 

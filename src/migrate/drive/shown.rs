@@ -1,24 +1,8 @@
-//! What is shown of a migration: progress while it runs, the receipt when it is over. Changes nothing.
+//! What is shown of a migration while it runs. Changes nothing.
 
 use super::*;
 
 impl Drive<'_> {
-    /// What was verified of what was handed over.
-    pub(super) fn receipt(&self, counts: &[Counts]) -> Receipt {
-        Receipt {
-            attempt: self.stamp.attempt,
-            lineage: self.stamp.lineage,
-            order: self.stamp.order,
-            peer: self.peer.clone(),
-            gave: true,
-            verified: verified(self.job.request.verify),
-            verified_bytes: self.verified_bytes,
-            root: if self.roots.is_empty() { [0; 32] } else { root_of_all(&self.roots) },
-            sent_bytes: Some(counts.iter().map(|c| c.sent).sum()),
-            equal_bytes: Some(counts.iter().map(|c| c.equal).sum()),
-        }
-    }
-
     pub(super) fn counts(&self) -> Vec<Counts> {
         self.mirrors.iter().map(|mirror| mirror.counts()).collect()
     }

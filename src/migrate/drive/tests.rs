@@ -1,6 +1,6 @@
 //! When a verification has followed the copy.
 
-use super::perform::have_caught_up;
+use super::course::have_caught_up;
 use super::*;
 use crate::disk::{Cache, Disk};
 use crate::export::{Export, Gate};

@@ -166,6 +166,12 @@ impl Qmp {
         }
     }
 
+    /// Whether the guest runs on KVM, and not in an emulator. Who does not say so is an emulator.
+    pub fn is_kvm(&mut self, deadline: Instant) -> bool {
+        let said = self.execute("query-kvm", "", deadline);
+        said.ok().and_then(|line| json::truth(&line, &["return", "enabled"])).unwrap_or(false)
+    }
+
     /// The migration's status, and why it failed.
     ///
     /// # Errors

@@ -54,9 +54,11 @@ impl Leaving {
         self.ran = state.running;
         self.qmp.set_capabilities(false, soon(deadline))?;
         // The pace is that of the migration's budget, which holds the socket back. What QEMU may leave for the time
-        // when the guest stands it does leave: so it is little at first.
-        self.allow(downtime.min(QMP_DOWNTIME_FIRST), soon(deadline))?;
-        self.patience = (downtime > QMP_DOWNTIME_FIRST).then(|| (Instant::now() + QMP_PATIENCE, downtime));
+        // when the guest stands it does leave: so it is little at first. Not under emulation: what a guest writes while
+        // its memory is looked through, QEMU may overlook there, and only what is left for the end is sure.
+        let first = if self.qmp.is_kvm(soon(deadline)) { downtime.min(QMP_DOWNTIME_FIRST) } else { downtime };
+        self.allow(first, soon(deadline))?;
+        self.patience = (downtime > first).then(|| (Instant::now() + QMP_PATIENCE, downtime));
         let path = state_path(&self.path)?;
         let fault =
             |error: std::io::Error| format!("listen for the guest's state: {}: {}", path.display(), reason(&error));

@@ -78,6 +78,42 @@ fn capabilities_are_set_whatever_the_user_has_set() {
 }
 
 #[test]
+fn little_downtime_is_allowed_at_first_but_not_to_an_emulator() {
+    let begins = |said: &'static str| {
+        let (_folder, path, thread) = speaks(move |stream| {
+            let mut out = stream.try_clone().expect("a twin");
+            writeln!(out, "{GREETING}").expect("sent");
+            let mut allowed = String::new();
+            for command in BufReader::new(stream).lines().map_while(Result::ok) {
+                let answer = match &command {
+                    c if c.contains("query-status") => r#"{"return": {"running": true, "status": "running"}}"#,
+                    c if c.contains("query-kvm") => said,
+                    c if c.contains("migrate-set-parameters") => {
+                        allowed.push_str(&command);
+                        r#"{"return": {}}"#
+                    }
+                    _ => r#"{"return": {}}"#,
+                };
+                writeln!(out, "{answer}").expect("sent");
+                if let Some(path) = command.split_once("unix:").and_then(|(_, rest)| rest.split('"').next()) {
+                    // It sends its state.
+                    let _ = UnixStream::connect(path).expect("somebody takes it");
+                    break;
+                }
+            }
+            allowed
+        });
+        let mut leaving = source::Leaving::find(&path, later()).expect("a guest");
+        leaving.start(Duration::from_millis(300), later()).expect("it leaves");
+        thread.join().expect("no panic")
+    };
+    assert!(begins(r#"{"return": {"enabled": true, "present": true}}"#).ends_with(r#""downtime-limit":20}}"#));
+    for emulated in [r#"{"return": {"enabled": false, "present": true}}"#, r#"{"error": {"desc": "what?"}}"#] {
+        assert!(begins(emulated).ends_with(r#""downtime-limit":300}}"#), "{emulated}");
+    }
+}
+
+#[test]
 fn what_is_no_monitor_is_told() {
     let (_folder, path, thread) = speaks(|mut stream| writeln!(stream, "SSH-2.0"));
     let error = Qmp::connect(&path, later()).expect_err("no monitor");

@@ -221,6 +221,8 @@ pub const REGION_REQUESTS_MAX: usize = 16;
 pub const PASS_PERIOD: Duration = Duration::from_millis(20);
 /// How long a connection of the mirror waits for a reply before it looks for orders again.
 pub const LANE_LOOK: Duration = Duration::from_millis(5);
+/// The same while guest writes wait for the mirror (D7): one of them would wait as long for a lane that listens.
+pub const SYNCHRONOUS_LOOK: Duration = Duration::from_micros(300);
 /// A data connection on which a request has not been answered for this long is given up, although the phase connection
 /// says that the destination is there: one silence is the flush of a slow disk, and a fence would wait for it too.
 pub const LANE_SILENCE_MAX: Duration = Duration::from_secs(60);

@@ -48,7 +48,8 @@ use crate::dirty::{DirtyMap, Outstanding};
 use crate::disk::Disk;
 use crate::export::{Export, Quiesced};
 use crate::limits::{
-    LANE_LOOK, PASS_PERIOD, PAYLOAD_MAX, REGION_MAX, SYNCHRONOUS_REGION_MAX, SYNCHRONOUS_TURNS, SYNCHRONOUS_WINDOW,
+    LANE_LOOK, PASS_PERIOD, PAYLOAD_MAX, REGION_MAX, SYNCHRONOUS_LOOK, SYNCHRONOUS_REGION_MAX, SYNCHRONOUS_TURNS,
+    SYNCHRONOUS_WINDOW,
 };
 
 /// The mirror of one disk.
@@ -483,6 +484,8 @@ impl Mirror {
             state.flush.sent = state.flush.wanted;
             return Orders::Flush(state.flush.wanted);
         }
+        // D7: who begins to wait while a lane listens is not seen before it looks again.
+        let look = if state.synchronous { SYNCHRONOUS_LOOK } else { LANE_LOOK };
         if !load.room {
             return Orders::Listen(LANE_LOOK);
         }
@@ -516,7 +519,7 @@ impl Mirror {
             return Orders::Send(region, Haste::Waited);
         }
         if load.flying || load.flushing {
-            return Orders::Listen(LANE_LOOK);
+            return Orders::Listen(look);
         }
         let rest = if state.urgent { LANE_LOOK } else { state.rest_until.saturating_duration_since(now) };
         drop(state);

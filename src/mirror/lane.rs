@@ -10,7 +10,9 @@ use super::{Failure, Mirror};
 use crate::dirty::Region;
 use crate::disk::AlignedBuffer;
 use crate::error::reason;
-use crate::limits::{LANE_LOOK, LANE_REGIONS_MAX, LANE_SILENCE_MAX, REGION_MAX, REGION_REQUESTS_MAX, WINDOW_MAX};
+use crate::limits::{
+    LANE_LOOK, LANE_REGIONS_MAX, LANE_SILENCE_MAX, REGION_MAX, REGION_REQUESTS_MAX, SYNCHRONOUS_LOOK, WINDOW_MAX,
+};
 use crate::nbd::client::{Event, Lost, Submitted};
 
 /// What a lane does next.
@@ -142,9 +144,9 @@ impl<'a> Lane<'a> {
             && let Some(time) = self.mirror.budget.spend(region.length())
         {
             let seen = self.mirror.map.rung();
-            let (urgent, stop) = {
+            let (urgent, stop, look) = {
                 let state = self.mirror.lock();
-                (state.urgent, state.stop)
+                (state.urgent, state.stop, if state.synchronous { SYNCHRONOUS_LOOK } else { LANE_LOOK })
             };
             if stop {
                 return Err(LaneEnd::Stopped);
@@ -163,7 +165,7 @@ impl<'a> Lane<'a> {
                 self.mirror.map.rest(seen, time.min(LANE_LOOK));
                 self.listen(sink, Duration::ZERO)?;
             } else {
-                self.listen(sink, time.min(LANE_LOOK))?;
+                self.listen(sink, time.min(look))?;
             }
         }
         Ok(())

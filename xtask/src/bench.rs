@@ -3,14 +3,15 @@
 //! Here are the command line, medians, and how results are shown; each bench has a file of its own. These are commands
 //! that say what they measured, never tests that fail when a machine is slow. What does fail is a lost write.
 
-use crate::demo_host::Scratch;
+use crate::demo_host::{Host, Scratch};
 use crate::util::{self, Error, Result};
 use crate::{
-    bench_chain, bench_copy, bench_draw, bench_guest, bench_migrate, bench_scale, bench_server, bench_tax, build,
+    bench_chain, bench_copy, bench_draw, bench_guest, bench_latency, bench_migrate, bench_scale, bench_server,
+    bench_tax, build,
 };
 use std::fmt::Write;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Runs that a median is taken of, if nobody says otherwise.
@@ -24,12 +25,13 @@ const BUSY: f64 = 2.0;
 /// Most runs that can be asked for.
 const RUNS_MAX: usize = 1000;
 /// The benches, in the order in which they run.
-const ALL: [&str; 7] = ["chain", "server", "copy", "migrate", "guest", "tax", "scale"];
+const ALL: [&str; 8] = ["chain", "server", "copy", "latency", "migrate", "guest", "tax", "scale"];
 /// What is drawn of a bench: the keys of columns.
-const DRAWN: [(&str, &[&str]); 5] = [
+const DRAWN: [(&str, &[&str]); 6] = [
     ("server", &["iops", "cpu_us_per_request", "resident_mib"]),
     ("copier", &["seconds", "cpu_s_per_gib", "resident_mib"]),
     ("copy", &["seconds", "cpu_s_per_gib", "latency_ms"]),
+    ("latency", &["median_ms", "latency_99_ms"]),
     ("tax", &["us_per_request", "cpu_us_per_request"]),
     ("scale", &["resident_source_mib", "cpu_s_per_gib", "switchover_ms", "seconds"]),
 ];
@@ -44,7 +46,20 @@ pub(crate) struct Bench {
     pub(crate) log: PathBuf,
 }
 
-/// `cargo xtask bench [chain|server|copy|migrate|guest|tax|scale]... [--runs N] [--quick] [--docs] [--json]`.
+impl Bench {
+    /// Two hosts with an image each; the first owns.
+    pub(crate) fn hosts(&self, images: &[PathBuf; 2]) -> Result<[Host; 2]> {
+        let host = |name, image: &Path| {
+            let disk = format!("vda,file={}", image.display());
+            Host::start(&self.scratch, &self.executable, name, &[disk], &self.log)
+        };
+        let hosts = [host("A", &images[0])?, host("B", &images[1])?];
+        hosts[0].ask("claim", &[])?;
+        Ok(hosts)
+    }
+}
+
+/// `cargo xtask bench [chain|server|copy|latency|migrate|guest|tax|scale]... [--runs N] [--quick] [--docs] [--json]`.
 pub(crate) fn main(arguments: &[String]) -> Result<()> {
     let asked = parse(arguments)?;
     let executable = build::static_executable()?.place;
@@ -59,6 +74,7 @@ pub(crate) fn main(arguments: &[String]) -> Result<()> {
             "chain" => (bench_chain::run(&bench, runs(RUNS))?, Ok(())),
             "server" => (bench_server::run(&bench, runs(RUNS))?, Ok(())),
             "copy" => (bench_copy::run(&bench, runs(RUNS))?, Ok(())),
+            "latency" => (bench_latency::run(&bench, runs(RUNS))?, Ok(())),
             "guest" => (bench_guest::run(&bench, runs(LIVE_MIGRATIONS))?, Ok(())),
             "tax" => (bench_tax::run(&bench, runs(RUNS))?, Ok(())),
             "scale" => (bench_scale::run(&bench, runs(FEW_RUNS))?, Ok(())),

@@ -6,15 +6,11 @@
 use crate::bench::{Bench, Column, Table, median};
 use crate::demo::real;
 use crate::demo_guest::Guest;
-use crate::demo_host::{self, Host, Program};
+use crate::demo_host::{self, Program};
 use crate::demo_image;
+use crate::storage_daemon::{self, Daemons, PEER};
 use crate::util::{self, Error, Result};
-use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::net::TcpListener;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,9 +22,6 @@ const BEFORE: Duration = Duration::from_millis(500);
 const LIMIT: Duration = Duration::from_secs(20);
 /// Who was given up so many times is not tried again.
 const GIVEN_UP_MAX: u32 = 2;
-/// How long QEMU may take to answer.
-const ANSWER: Duration = Duration::from_secs(10);
-const PEER: &str = "qemu-storage-daemon";
 const COLUMNS: &[Column] = &[
     Column { key: "seconds", title: "s", digits: 2 },
     Column { key: "cpu_s_per_gib", title: "CPU s/GiB", digits: 2 },
@@ -100,13 +93,7 @@ pub(crate) fn run(bench: &Bench, runs: usize) -> Result<Table> {
 
 /// One copy; `None` if it does not come to its end.
 fn once(bench: &Bench, copier: Copier) -> Result<Option<Numbers>> {
-    let images = ["copy-a.raw", "copy-b.raw"].map(|name| bench.scratch.path(name));
-    for image in &images {
-        // From the run before.
-        let _ = fs::remove_file(image);
-    }
-    let fault = |error: std::io::Error| Error::new("bench", "disk image", error);
-    demo_image::make(&images[0], DISK_MIB).map_err(fault)?;
+    let images = storage_daemon::fresh(bench, ["copy-a.raw", "copy-b.raw"], DISK_MIB)?;
     match copier {
         Copier::Blockferry => ours(bench, &images).map(Some),
         Copier::Qemu(mode) => theirs(bench, &images, mode),
@@ -114,12 +101,7 @@ fn once(bench: &Bench, copier: Copier) -> Result<Option<Numbers>> {
 }
 
 fn ours(bench: &Bench, images: &[PathBuf; 2]) -> Result<Numbers> {
-    let host = |name, image: &Path| {
-        let disk = format!("vda,file={}", image.display());
-        Host::start(&bench.scratch, &bench.executable, name, &[disk], &bench.log)
-    };
-    let (source, destination) = (host("A", &images[0])?, host("B", &images[1])?);
-    source.ask("claim", &[])?;
+    let [source, destination] = bench.hosts(images)?;
     let mut seconds = None;
     let copy = || {
         let mut migrate = source.command("migrate", &[&destination.migration, "--json"]);
@@ -138,62 +120,20 @@ fn ours(bench: &Bench, images: &[PathBuf; 2]) -> Result<Numbers> {
 }
 
 fn theirs(bench: &Bench, images: &[PathBuf; 2], mode: &str) -> Result<Option<Numbers>> {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
-    let port = listener.map_err(|error| Error::new("bench", PEER, error))?.port();
-    let size = (DISK_MIB as u64) << 20;
-    fs::File::create_new(&images[1])
-        .and_then(|file| file.set_len(size))
-        .map_err(|error| Error::new("bench", images[1].display(), error))?;
-    let [door, monitor] = ["qsd.nbd", "qsd.qmp"].map(|name| bench.scratch.path(name));
-    for socket in [&door, &monitor] {
-        // Left by the run before.
-        let _ = fs::remove_file(socket);
-    }
-    let mut destination =
-        storage_daemon(bench, &images[1], &format!("addr.type=inet,addr.host=127.0.0.1,addr.port={port}"));
-    let destination = Program::start(&bench.scratch, PEER, &mut destination, &bench.log)?;
-    let mut source = storage_daemon(bench, &images[0], &format!("addr.type=unix,addr.path={}", door.display()));
-    source.arg("--chardev").arg(format!("socket,id=m,server=on,wait=off,path={}", monitor.display()));
-    source.args(["--monitor", "chardev=m"]);
-    let mut source = Program::start(&bench.scratch, PEER, &mut source, &bench.log)?;
-    source.listens(&door)?;
-    let deadline = Instant::now() + ANSWER;
-    while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() && Instant::now() < deadline {
-        thread::sleep(Duration::from_millis(10));
-    }
-    let mut qmp = Qmp::connect(&monitor)?;
-    let target = format!(
-        "{{\"execute\":\"blockdev-add\",\"arguments\":{{\"driver\":\"nbd\",\"node-name\":\"target\",\"export\":\"vda\",\
-         \"discard\":\"unmap\",\"server\":{{\"type\":\"inet\",\"host\":\"127.0.0.1\",\"port\":\"{port}\"}}}}}}"
-    );
-    let mirror = format!(
-        "{{\"execute\":\"blockdev-mirror\",\"arguments\":{{\"job-id\":\"j\",\"device\":\"vda\",\"target\":\"target\",\
-         \"sync\":\"full\",\"copy-mode\":\"{mode}\"}}}}"
-    );
+    let Daemons { source, destination, door, monitor } = &mut Daemons::start(bench, images)?;
     let copy = || {
         let deadline = Instant::now() + LIMIT;
-        qmp.ask(&target)?;
-        qmp.ask(&mirror)?;
+        monitor.mirror(mode)?;
         loop {
-            let jobs = qmp.ask("{\"execute\":\"query-block-jobs\"}")?;
-            if jobs.contains("\"ready\": true") || Instant::now() > deadline {
-                return Ok(jobs.contains("\"ready\": true"));
+            let ready = monitor.is_ready()?;
+            if ready || Instant::now() > deadline {
+                return Ok(ready);
             }
             thread::sleep(Duration::from_millis(5));
         }
     };
     // The guest stays where it is.
-    measure(images, [&door, &door], [&source, &destination], copy)
-}
-
-/// A storage daemon that exports `image` as vda.
-fn storage_daemon(bench: &Bench, image: &Path, server: &str) -> Command {
-    let mut command = Command::new(util::find_program(PEER).unwrap_or_else(|| PEER.into()));
-    command.current_dir(bench.scratch.path("")).stdout(Stdio::null());
-    command.arg("--blockdev").arg(format!("driver=file,node-name=f,discard=unmap,filename={}", image.display()));
-    command.args(["--blockdev", "driver=raw,node-name=vda,discard=unmap,file=f", "--nbd-server", server]);
-    command.args(["--export", "type=nbd,id=e,node-name=vda,name=vda,writable=on"]);
-    command
+    measure(images, [door, door], [source, destination], copy)
 }
 
 /// Runs `copy` under a guest, and measures it; `None` if it says that it did not come to its end.
@@ -220,38 +160,4 @@ fn measure(
     let ms = |time: Duration| time.as_secs_f64() * 1000.0;
     let seconds = ended.duration_since(began).as_secs_f64();
     Ok(copied.then_some([seconds, cpu_s / gib, source, destination, ms(median), ms(most)]))
-}
-
-/// QEMU's monitor.
-struct Qmp {
-    lines: BufReader<UnixStream>,
-}
-
-impl Qmp {
-    fn connect(path: &Path) -> Result<Self> {
-        let fault = |error: std::io::Error| Error::new("bench", "QMP", error);
-        let socket = UnixStream::connect(path).map_err(fault)?;
-        socket.set_read_timeout(Some(ANSWER)).map_err(fault)?;
-        let mut qmp = Self { lines: BufReader::new(socket) };
-        qmp.ask("{\"execute\":\"qmp_capabilities\"}")?;
-        Ok(qmp)
-    }
-
-    /// Says something, and returns the answer; events and the greeting are passed over.
-    fn ask(&mut self, command: &str) -> Result<String> {
-        let fault = |cause: &dyn std::fmt::Display| Error::new("bench", "QMP", cause);
-        writeln!(self.lines.get_mut(), "{command}").map_err(|error| fault(&error))?;
-        loop {
-            let mut line = String::new();
-            if self.lines.read_line(&mut line).map_err(|error| fault(&error))? == 0 {
-                return Err(fault(&"closed"));
-            }
-            if line.contains("\"error\":") {
-                return Err(fault(&line));
-            }
-            if line.contains("\"return\":") {
-                return Ok(line);
-            }
-        }
-    }
 }

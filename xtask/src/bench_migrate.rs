@@ -125,12 +125,7 @@ fn once(bench: &Bench, number: usize, verify: &str) -> Result<(Run, Option<Strin
     }
     let fault = |error: std::io::Error| Error::new("bench", "disk image", error);
     demo_image::make(&images[0], DISK_MIB).map_err(fault)?;
-    let host = |name, image: &std::path::Path| {
-        let disk = format!("vda,file={}", image.display());
-        Host::start(&bench.scratch, &bench.executable, name, &[disk], &bench.log)
-    };
-    let (source, destination) = (host("A", &images[0])?, host("B", &images[1])?);
-    source.ask("claim", &[])?;
+    let [source, destination] = bench.hosts(&images)?;
 
     let [said, errors] = ["fio.out", "fio.err"].map(|name| bench.scratch.path(name));
     let _ = fs::remove_file(&errors);

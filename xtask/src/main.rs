@@ -6,6 +6,7 @@ mod bench_chain;
 mod bench_copy;
 mod bench_draw;
 mod bench_guest;
+mod bench_latency;
 mod bench_migrate;
 mod bench_scale;
 mod bench_server;
@@ -32,6 +33,7 @@ mod peers;
 mod qmp;
 mod rules;
 mod source;
+mod storage_daemon;
 mod target;
 mod test;
 mod tidy;
@@ -59,11 +61,12 @@ cargo xtask TASK: what is done to this tree
                   write that was acknowledged
   demo --guest    moves a running Linux guest, memory, devices and disk, there and back; it compares its whole disk
                   with its memory after each move, and says how long it stood still
-  bench [chain|server|copy|migrate|guest|tax|scale] [--runs N] [--quick] [--docs] [--json]
+  bench [chain|server|copy|latency|migrate|guest|tax|scale] [--runs N] [--quick] [--docs] [--json]
                   side by side with the tools one would take instead: medians of 5 runs; --quick: one run
                     chain    read, socket, write with no protocol: what the machine costs anybody
                     server   export beside nbdkit, qemu-nbd, nbd-server, under fio
                     copy     the live mirror beside two qemu-storage-daemons, under the same writes
+                    latency  a guest's writes, mirrored in each mode and not, beside two qemu-storage-daemons
                     migrate  whole migrations under fio's verified writes: lost writes, switchover, cost
                     tax      QEMU's block layer on a file and through servers, when nothing migrates
                     scale    the same data in larger disks, more disks, more guests

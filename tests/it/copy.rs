@@ -20,18 +20,18 @@ fn copy(source: &str, destination: &str, options: &[&str]) -> Finished {
     run(blockferry().args(["copy", source, destination]).args(options), DEADLINE)
 }
 
-fn path(path: &Path) -> &str {
+pub(crate) fn path(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
 /// A server on a Unix socket, as soon as it listens, and the URI of its export.
-fn serve(command: &mut Command, listener: &Path, export: &str) -> (Program, String) {
+pub(crate) fn serve(command: &mut Command, listener: &Path, export: &str) -> (Program, String) {
     let program = Program::start(command);
     until("a server", || listener.exists().then_some(()));
     (program, format!("nbd+unix:///{export}?socket={}", listener.display()))
 }
 
-fn nbdkit(folder: &Path, arguments: &[&str]) -> Option<(Program, String)> {
+pub(crate) fn nbdkit(folder: &Path, arguments: &[&str]) -> Option<(Program, String)> {
     let program = peer("nbdkit")?;
     let listener = folder.join(format!("kit{}.sock", arguments.len()));
     let mut command = Command::new(program);

@@ -105,8 +105,8 @@ fn connect(uri: &NbdUri) -> Result<Socket, Problem> {
     uri.address.connect(CONNECT_TIMEOUT).map_err(|error| Problem::refused("info", uri, reason(&error)))
 }
 
-/// What a server tells who opens the export: one that knows no other way, or that says size 0 before, as nbd-server does
-/// of every export.
+/// What a server tells who opens the export: one that knows no other way, or that says size 0 before, as nbd-server
+/// does of every export.
 fn opened(uri: &NbdUri) -> Result<ExportInfo, Problem> {
     let client = Client::connect(Arc::new(connect(uri)?), &uri.export, Wants::READING)
         .map_err(|error| Problem::refused("info", uri, error))?;

@@ -1,5 +1,5 @@
-//! `blockferry copy` beside nbdcopy and `qemu-img convert`: a disk that nobody writes to, out of a raw file into a server
-//! over a Unix socket, or into another file.
+//! `blockferry copy` beside nbdcopy and `qemu-img convert`: a disk that nobody writes to, out of a raw file into a
+//! server over a Unix socket, or into another file.
 //!
 //! Each tool does the whole job: what it has copied is durable when it ends, and holes stay holes. In the first round
 //! each copy is read again and compared, after the clock has stopped: a wrong or swollen copy is no result.
@@ -166,7 +166,7 @@ fn notes() -> Vec<String> {
             .to_owned(),
         "x: blockferry's number over this tool's; less is better".to_owned(),
         "source in the page cache, destination new; durable at the end: FLUSH, or a sync of the file".to_owned(),
-        "blockferry looks by itself whether the destination is zero, the others are told; it syncs a new file's name too"
+        "blockferry finds out that the destination is zero, the others are told; it syncs a new file's name too"
             .to_owned(),
         "nbdcopy --flush --destination-is-zero; qemu-img convert -W -t writeback, into a server -n --target-is-zero"
             .to_owned(),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::error::{Problem, reason};
 use crate::limits::{CONNECT_TIMEOUT, INFO_TEXT_MAX};
-use crate::nbd::client::{Client, Described, Questions, Wants};
+use crate::nbd::client::{Client, Described, ExportInfo, Questions, Wants};
 use crate::nbd::wire;
 use crate::socket::Socket;
 use crate::uri::NbdUri;
@@ -69,32 +69,46 @@ pub fn ask(uri: &NbdUri, insecure_plaintext: bool, each: &mut dyn FnMut(&Shown))
             names = listed;
         }
     }
+    let mut open = Vec::new();
     for name in names {
         let here = uri.with_export(&name);
-        let mut described = match questions.describe(&name).map_err(|error| refuse(&here, &error))? {
-            Some(described) => described,
-            None => opened(&here)?,
-        };
-        if let Some(text) = &mut described.text {
-            // A server's essay must fit a line.
-            let end = (0..=INFO_TEXT_MAX.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
-            text.truncate(end.unwrap_or_default());
-        }
+        let told = questions.describe(&name).map_err(|error| refuse(&here, &error))?;
         let mut contexts = Vec::new();
         let mut take = |context: &str| contexts.push(context.to_owned());
         questions.contexts(&name, &[], &mut take).map_err(|error| refuse(&here, &error))?;
-        each(&Shown { uri: here, described, contexts });
+        match told {
+            Some(described) if described.info.size > 0 => each(&shown(here, described, contexts)),
+            told => open.push((here, told, contexts)),
+        }
+    }
+    // A server that knows no better may serve one client at a time.
+    drop(questions);
+    drop(socket);
+    for (here, told, contexts) in open {
+        let info = opened(&here)?;
+        let (name, text) = told.map_or((None, None), |told| (told.name, told.text));
+        each(&shown(here, Described { info, name, text }, contexts));
     }
     Ok(())
+}
+
+fn shown(uri: NbdUri, mut described: Described, contexts: Vec<String>) -> Shown {
+    if let Some(text) = &mut described.text {
+        // A server's essay must fit a line.
+        let end = (0..=INFO_TEXT_MAX.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
+        text.truncate(end.unwrap_or_default());
+    }
+    Shown { uri, described, contexts }
 }
 
 fn connect(uri: &NbdUri) -> Result<Socket, Problem> {
     uri.address.connect(CONNECT_TIMEOUT).map_err(|error| Problem::refused("info", uri, reason(&error)))
 }
 
-/// What a server tells that must be asked to open the export.
-fn opened(uri: &NbdUri) -> Result<Described, Problem> {
+/// What a server tells who opens the export: one that knows no other way, or that says size 0 before, as nbd-server
+/// does of every export.
+fn opened(uri: &NbdUri) -> Result<ExportInfo, Problem> {
     let client = Client::connect(Arc::new(connect(uri)?), &uri.export, Wants::READING)
         .map_err(|error| Problem::refused("info", uri, error))?;
-    Ok(Described { info: *client.info(), name: None, text: None })
+    Ok(*client.info())
 }

@@ -21,7 +21,8 @@ pub(super) const SPEC: Spec = Spec {
             A file that is missing is made, as large as the source and as thin; one that is there must be as large,\n\
             and is overwritten, as is a device or an export, which may be larger. Everything is durable before it\n\
             ends with 0. Exit codes: 0 copied; 1 refused, nothing has changed; 2 the command line is wrong; 3 failed\n\
-            on the way: the destination is incomplete (a file that was made for it is removed).\n\n\
+            on the way: the destination is incomplete (a file that was made for it is removed). One that is killed\n\
+            leaves a file of the full size that is incomplete: run it again, over what is there.\n\n\
             Examples:\n\
             \x20 blockferry copy /d/g1.raw nbd://localhost/vda --verify\n\
             \x20 blockferry copy 'nbd+unix:///vda?socket=/run/x.sock' /d/g1.raw\n\

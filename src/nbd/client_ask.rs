@@ -10,7 +10,6 @@
 use std::str;
 use std::time::Instant;
 
-use crate::cause::Cause;
 use crate::limits::{EXPORT_LIST_MAX, EXPORT_NAME_MAX, HANDSHAKE_TIMEOUT};
 use crate::nbd::client_handshake::{ConnectError, ExportInfo, Haggling, Refusal};
 use crate::nbd::wire::{self, Fields};
@@ -39,16 +38,13 @@ const CONTEXTS: &str = "listing the metadata contexts";
 
 impl<'a> Questions<'a> {
     /// Greets the server at the other end of a fresh connection. All questions together have as long as one handshake.
+    /// A server whose newstyle is not fixed would answer a question by hanging up: it is asked none, and knows none.
     ///
     /// # Errors
-    /// Why there is nobody to ask, or nobody who can be asked.
+    /// Why there is nobody to ask.
     pub fn begin(socket: &'a Socket) -> Result<Self, ConnectError> {
         let mut haggling = Haggling::greet(socket, Instant::now() + HANDSHAKE_TIMEOUT)?;
-        if !haggling.fixed {
-            let text = Cause::new("the server can only be asked to open an export");
-            return Err(ConnectError::Refused { operation: LISTING, reply: wire::REP_ERR_UNSUP, text });
-        }
-        let structured = haggling.structured_replies()?;
+        let structured = haggling.fixed && haggling.structured_replies()?;
         Ok(Self { haggling, structured })
     }
 
@@ -63,6 +59,9 @@ impl<'a> Questions<'a> {
     /// # Errors
     /// The connection is dead, or the server has broken the protocol.
     pub fn exports(&mut self, each: &mut dyn FnMut(&str, &str)) -> Result<bool, ConnectError> {
+        if !self.haggling.fixed {
+            return Ok(false);
+        }
         let refusal = self.haggling.ask(LISTING, wire::OPT_LIST, &[], EXPORT_LIST_MAX, &mut |reply, payload| {
             let mut fields = Fields::new(payload);
             let (wire::REP_SERVER, Some(name)) = (reply, fields.string()) else { return Err("an unexpected reply") };
@@ -77,6 +76,9 @@ impl<'a> Questions<'a> {
     /// # Errors
     /// The server's refusal, or the connection is dead, or the server has broken the protocol.
     pub fn describe(&mut self, export: &str) -> Result<Option<Described>, ConnectError> {
+        if !self.haggling.fixed {
+            return Ok(None);
+        }
         let mut told = Described { info: ExportInfo::unknown(), name: None, text: None };
         let (name, text) = (&mut told.name, &mut told.text);
         let asked = [wire::INFO_NAME, wire::INFO_DESCRIPTION, wire::INFO_BLOCK_SIZE];
@@ -128,7 +130,9 @@ impl<'a> Questions<'a> {
 
 impl Drop for Questions<'_> {
     fn drop(&mut self) {
-        self.haggling.say_goodbye();
+        if self.haggling.fixed {
+            self.haggling.say_goodbye();
+        }
     }
 }
 

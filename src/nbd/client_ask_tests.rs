@@ -89,6 +89,23 @@ fn a_server_is_asked_for_everything() {
 }
 
 #[test]
+fn server_without_fixed_newstyle_is_asked_nothing() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    theirs.write_all(&wire::greeting(2)).unwrap();
+    let socket = Socket::new(ours.into());
+    let mut open = Questions::begin(&socket).unwrap();
+    assert!(!open.has_structured_replies());
+    assert!(!open.exports(&mut |_, _| panic!("none is known")).unwrap());
+    assert_eq!(open.describe("a").unwrap(), None);
+    assert!(!open.contexts("a", &[], &mut |_| panic!("none is known")).unwrap());
+    drop(open);
+    socket.shutdown();
+    let mut got = Vec::new();
+    theirs.read_to_end(&mut got).unwrap();
+    assert_eq!(got, b"", "not even a goodbye, which it would not know");
+}
+
+#[test]
 fn server_sends_a_list_that_is_none() {
     for (reply, data, text) in [
         (wire::REP_SERVER, &b"\0\0\0\x09a"[..], "an unexpected reply"),

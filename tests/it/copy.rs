@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -20,18 +21,18 @@ fn copy(source: &str, destination: &str, options: &[&str]) -> Finished {
     run(blockferry().args(["copy", source, destination]).args(options), DEADLINE)
 }
 
-fn path(path: &Path) -> &str {
+pub(crate) fn path(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
 /// A server on a Unix socket, as soon as it listens, and the URI of its export.
-fn serve(command: &mut Command, listener: &Path, export: &str) -> (Program, String) {
+pub(crate) fn serve(command: &mut Command, listener: &Path, export: &str) -> (Program, String) {
     let program = Program::start(command);
     until("a server", || listener.exists().then_some(()));
     (program, format!("nbd+unix:///{export}?socket={}", listener.display()))
 }
 
-fn nbdkit(folder: &Path, arguments: &[&str]) -> Option<(Program, String)> {
+pub(crate) fn nbdkit(folder: &Path, arguments: &[&str]) -> Option<(Program, String)> {
     let program = peer("nbdkit")?;
     let listener = folder.join(format!("kit{}.sock", arguments.len()));
     let mut command = Command::new(program);
@@ -194,6 +195,30 @@ fn a_source_that_dies_in_the_middle() {
     assert_eq!(failed.code, Some(3), "{failed:?}");
     assert!(!there.exists(), "{failed:?}");
     assert!(failed.stderr.contains("the server") || failed.stderr.contains("receiving"), "{failed:?}");
+}
+
+#[test]
+fn one_that_is_killed_says_nothing_and_leaves_an_incomplete_file_of_full_size() {
+    let folder = scratch();
+    let (there, said) = (folder.path().join("there.img"), folder.path().join("said"));
+    let place = scratch();
+    let Some((server, uri)) = nbdkit(place.path(), &["--filter=rate", "pattern", "48M", "rate=80M"]) else { return };
+    let mut command = blockferry();
+    command.args(["copy", &uri, path(&there)]).stdout(File::create(&said).unwrap());
+    let mut copying = Program::start(&mut command);
+    until("some bytes", || (there.exists() && allocated(&there) > MIB).then_some(()));
+    copying.kill();
+    let status = copying.wait();
+    assert_eq!((status.code(), status.signal()), (None, Some(9)), "no exit code that means something");
+    assert!(!std::fs::read_to_string(&said).unwrap().contains("copied"), "only a copy is called one");
+    assert_eq!(std::fs::metadata(&there).unwrap().len(), SIZE, "it looks like one");
+    assert!(allocated(&there) < SIZE, "and is none");
+    drop(server);
+    // The next copy takes what is there for what it is: something to be overwritten.
+    let place = scratch();
+    let Some((_server, uri)) = nbdkit(place.path(), &["pattern", "48M"]) else { return };
+    copy(&uri, path(&there), &["--verify"]).well();
+    assert!(allocated(&there) >= SIZE);
 }
 
 #[test]

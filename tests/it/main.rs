@@ -22,6 +22,7 @@ mod harness;
 mod hooks;
 mod host;
 mod images;
+mod info;
 mod interop;
 mod json;
 mod migrations;

@@ -6,8 +6,8 @@
 use crate::demo_host::{Host, Scratch};
 use crate::util::{self, Error, Result};
 use crate::{
-    bench_chain, bench_copy, bench_draw, bench_guest, bench_latency, bench_migrate, bench_scale, bench_server,
-    bench_tax, build,
+    bench_chain, bench_copier, bench_copy, bench_draw, bench_guest, bench_latency, bench_migrate, bench_scale,
+    bench_server, bench_tax, build,
 };
 use std::fmt::Write;
 use std::fs;
@@ -25,7 +25,7 @@ const BUSY: f64 = 2.0;
 /// Most runs that can be asked for.
 const RUNS_MAX: usize = 1000;
 /// The benches, in the order in which they run.
-const ALL: [&str; 8] = ["chain", "server", "copy", "latency", "migrate", "guest", "tax", "scale"];
+const ALL: [&str; 9] = ["chain", "server", "copier", "copy", "latency", "migrate", "guest", "tax", "scale"];
 /// What is drawn of a bench: the keys of columns.
 const DRAWN: [(&str, &[&str]); 6] = [
     ("server", &["iops", "cpu_us_per_request", "resident_mib"]),
@@ -59,7 +59,7 @@ impl Bench {
     }
 }
 
-/// `cargo xtask bench [chain|server|copy|latency|migrate|guest|tax|scale]... [--runs N] [--quick] [--docs] [--json]`.
+/// `cargo xtask bench [chain|server|copier|copy|latency|migrate|guest|tax|scale]... [--runs N] [--quick] [--docs] [--json]`.
 pub(crate) fn main(arguments: &[String]) -> Result<()> {
     let asked = parse(arguments)?;
     let executable = build::static_executable()?.place;
@@ -73,6 +73,7 @@ pub(crate) fn main(arguments: &[String]) -> Result<()> {
         let (mut table, result) = match *name {
             "chain" => (bench_chain::run(&bench, runs(RUNS))?, Ok(())),
             "server" => (bench_server::run(&bench, runs(RUNS))?, Ok(())),
+            "copier" => (bench_copier::run(&bench, runs(RUNS))?, Ok(())),
             "copy" => (bench_copy::run(&bench, runs(RUNS))?, Ok(())),
             "latency" => (bench_latency::run(&bench, runs(RUNS))?, Ok(())),
             "guest" => (bench_guest::run(&bench, runs(LIVE_MIGRATIONS))?, Ok(())),

@@ -226,7 +226,7 @@ fn once(bench: &Bench, name: &str, file: &Path, job: &Job) -> Result<Cost> {
     // Counted by their bytes: with several connections fio adds the times up.
     let kib = if job.size == "4k" { 4.0 } else { 1024.0 };
     let requests = (numbers.read_kib + numbers.written_kib) / kib;
-    let resident = server.program.as_ref().map(|program| crate::demo::real(program.resident_max()));
+    let resident = server.resident_max();
     Ok(Cost { iops: numbers.iops, cpu_us: (server.settled_cpu_s() - before) * 1e6 / requests, resident })
 }
 
@@ -309,6 +309,11 @@ impl<'a> Server<'a> {
             }
             thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// The most memory that was ever resident, in bytes, where one process does all the work.
+    pub(crate) fn resident_max(&self) -> Option<f64> {
+        self.program.as_ref().map(|program| crate::demo::real(program.resident_max()))
     }
 
     /// The CPU time that it has used so far, in seconds.

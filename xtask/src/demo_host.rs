@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 const READY: Duration = Duration::from_secs(20);
 /// How long a command that only talks to a running process may take.
 const COMMAND: Duration = Duration::from_secs(60);
+/// How often one looks at a program that runs to its end.
+const LOOK: Duration = Duration::from_millis(5);
 /// Ticks of `/proc/PID/stat` a second, on every Linux that we build for.
 const TICKS: u64 = 100;
 /// Hears `start ID` and `end ID`; when nobody is left to say it, ends who is left and takes the folder away.
@@ -170,6 +172,47 @@ impl Drop for Program {
         let _ = self.child.kill();
         let _ = self.child.wait();
         self.scratch.tell("end", self.child.id());
+    }
+}
+
+/// What a program has cost that ran to its end.
+#[derive(Clone, Copy)]
+pub(crate) struct Spent {
+    /// By the clock.
+    pub(crate) seconds: f64,
+    /// CPU time, in seconds.
+    pub(crate) cpu_s: f64,
+    /// The most memory that was ever resident, in bytes: as it was at the last look, a few milliseconds before the end.
+    pub(crate) resident: u64,
+}
+
+/// Runs `command` to its end, which comes within `limit` and is a good one; what it says on stderr goes to the end of
+/// `log`. No other child may end meanwhile: the kernel adds up their CPU time.
+pub(crate) fn spend(
+    scratch: &Arc<Scratch>,
+    name: &str,
+    command: &mut Command,
+    log: &Path,
+    limit: Duration,
+) -> Result<Spent> {
+    let before = ended_children_cpu_s();
+    let began = Instant::now();
+    let mut program = Program::start(scratch, name, command.stdout(Stdio::null()), log)?;
+    let mut resident = 0;
+    loop {
+        // Of one that has ended the kernel tells nothing more.
+        resident = resident.max(program.resident_max());
+        if let Some(status) = program.ended() {
+            let seconds = began.elapsed().as_secs_f64();
+            if !status.success() {
+                return Err(Error::new("run", name, format!("{status} (see {})", log.display())));
+            }
+            return Ok(Spent { seconds, cpu_s: ended_children_cpu_s() - before, resident });
+        }
+        if began.elapsed() > limit {
+            return Err(Error::new("run", name, format!("still running after {} s, killed", limit.as_secs())));
+        }
+        thread::sleep(LOOK);
     }
 }
 

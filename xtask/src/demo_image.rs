@@ -28,13 +28,22 @@ impl Random {
 /// Makes an image of so many MiB, a multiple of 64, half of it holes; returns how many extents of data it has. On disk
 /// when this returns, so that its write-back does not disturb what is measured.
 pub(crate) fn make(path: &Path, mib: usize) -> io::Result<usize> {
+    make_of(path, mib, &EXTENTS_MIB)
+}
+
+/// The same without holes.
+pub(crate) fn make_full(path: &Path, mib: usize) -> io::Result<usize> {
+    make_of(path, mib, &[STRIDE_MIB])
+}
+
+fn make_of(path: &Path, mib: usize, extents_mib: &[usize]) -> io::Result<usize> {
     let file = File::create_new(path)?;
     file.set_len((mib * MIB) as u64)?;
     let mut random = Random(mib as u64);
     let mut piece: Vec<u8> = (0..MIB / 8).flat_map(|_| random.next().to_le_bytes()).collect();
     let extents = mib / STRIDE_MIB;
     for extent in 0..extents {
-        for number in 0..EXTENTS_MIB[extent % EXTENTS_MIB.len()] {
+        for number in 0..extents_mib[extent % extents_mib.len()] {
             // No two blocks are alike, or a block in the wrong place would not be seen.
             let at = ((extent * STRIDE_MIB + number) * MIB) as u64;
             for (block, first) in piece.chunks_mut(BLOCK).zip(0_u64..) {
@@ -95,6 +104,10 @@ mod tests {
         let half = 32 * MIB as u64;
         let taken = allocated(&one).expect("a file");
         assert!((half..half + half / 8).contains(&taken), "{taken} bytes");
+        let full = place("full");
+        make_full(&full, 64).expect("an image");
+        assert!(allocated(&full).expect("a file") >= 2 * half);
+        fs::remove_file(full).expect("a file");
         assert_eq!(compare(&one, &other, |_| false).expect("files"), (16384, None));
         File::options().write(true).open(&other).expect("a file").write_all_at(b"x", 5 * 4096 + 1).expect("a write");
         assert_eq!(compare(&one, &other, |_| false).expect("files"), (5, Some(5)));

@@ -3,6 +3,7 @@
 
 mod bench;
 mod bench_chain;
+mod bench_copier;
 mod bench_copy;
 mod bench_draw;
 mod bench_guest;
@@ -61,10 +62,11 @@ cargo xtask TASK: what is done to this tree
                   write that was acknowledged
   demo --guest    moves a running Linux guest, memory, devices and disk, there and back; it compares its whole disk
                   with its memory after each move, and says how long it stood still
-  bench [chain|server|copy|latency|migrate|guest|tax|scale] [--runs N] [--quick] [--docs] [--json]
+  bench [chain|server|copier|copy|latency|migrate|guest|tax|scale] [--runs N] [--quick] [--docs] [--json]
                   side by side with the tools one would take instead: medians of 5 runs; --quick: one run
                     chain    read, socket, write with no protocol: what the machine costs anybody
                     server   export beside nbdkit, qemu-nbd, nbd-server, under fio
+                    copier   copy beside nbdcopy and qemu-img convert: a full disk and a half empty one of 4 GiB
                     copy     the live mirror beside two qemu-storage-daemons, under the same writes
                     latency  a guest's writes, mirrored in each mode and not, beside two qemu-storage-daemons
                     migrate  whole migrations under fio's verified writes: lost writes, switchover, cost

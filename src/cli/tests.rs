@@ -162,6 +162,7 @@ fn migrate_has_its_defaults_and_accepts_what_is_today() {
         destination: Place::At(Address::Tcp { host: "b".to_owned(), port: 49152 }),
         overwrite: false,
         incremental: false,
+        same_base: false,
         verify: Verify::Written,
         disks: vec![],
         bandwidth_bytes: 0,

@@ -98,7 +98,9 @@ impl Layers {
             match disk.depths(0, disk.size(), &mut |offset, length, depth| layers.add(offset, length, depth)) {
                 Ok(Depths::Told) => return Ok(layers),
                 Ok(Depths::Unknown) => {
-                    return Err("its server does not tell its layers (qemu-nbd does with --allocation-depth)".to_owned());
+                    return Err(
+                        "its server does not tell its layers (qemu-nbd does with --allocation-depth)".to_owned()
+                    );
                 }
                 Ok(Depths::Interrupted) => {}
                 Err(error) => return Err(format!("its server cannot be asked for its layers: {}", reason(&error))),
@@ -307,7 +309,8 @@ mod tests {
     fn pages_carry_it_to_the_other_side() {
         for regions in [1, 7, 8, 9, 63, 64, 65, 700] {
             let size = (regions - 1) * REGION + 512;
-            let extents: Vec<_> = (0..regions).filter(|n| n % 3 == 1 || n % 64 == 0).map(|n| (n * REGION, 512, 1)).collect();
+            let extents: Vec<_> =
+                (0..regions).filter(|n| n % 3 == 1 || n % 64 == 0).map(|n| (n * REGION, 512, 1)).collect();
             let sent = Layers { deepest: 4, ..layers(size, &extents) };
             for bytes in [1, 16, 1024] {
                 let pages = Layers::pages(size, bytes);

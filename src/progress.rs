@@ -82,7 +82,9 @@ impl<W: Write> Display<W> {
         if !*travel && !progress.transport_cause.is_empty() {
             *travel = true;
             let cause = OneLine(&progress.transport_cause);
-            return Some(format!("{guest}: the disks travel inside the phase connection (stream), without NBD: {cause}"));
+            return Some(format!(
+                "{guest}: the disks travel inside the phase connection (stream), without NBD: {cause}"
+            ));
         }
         if !*base && !progress.base_cause.is_empty() {
             *base = true;

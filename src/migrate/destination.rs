@@ -510,13 +510,7 @@ impl Inner {
     }
 
     /// Everything has been sent: joins the writers, compares the digests, makes all durable, and only then says so.
-    fn seal(
-        &mut self,
-        guest: &Guest,
-        stamp: Stamp,
-        roots: &[Digest],
-        unread_bytes: u64,
-    ) -> Result<Message, String> {
+    fn seal(&mut self, guest: &Guest, stamp: Stamp, roots: &[Digest], unread_bytes: u64) -> Result<Message, String> {
         let Stage::Receiving(reception) = &mut self.stage else { return record(guest, stamp) };
         let began = Instant::now();
         let images = guest.images();

@@ -245,10 +245,13 @@ impl Mirror {
         if let Some(region) = settled.wrong {
             let (offset, length) = place(self.size(), region);
             let what = match self.base.get() {
-                Some(base) if base.takes(region) => "something else, and was not sent it: the bases differ (--same-base)",
+                Some(base) if base.takes(region) => {
+                    "something else, and was not sent it: the bases differ (--same-base)"
+                }
                 _ => "something else than was sent",
             };
-            let text = format!("verify: disk {}, {length} bytes at {offset}: the destination holds {what}", self.name());
+            let text =
+                format!("verify: disk {}, {length} bytes at {offset}: the destination holds {what}", self.name());
             self.fail(Failure { text });
         }
         if let Some(region) = stray {

@@ -128,6 +128,8 @@ fn message_numbers_are_pinned() {
         "STATE-READY",
         "STATE-QUESTION",
         "STATE-IS",
+        "LAYERS-QUESTION",
+        "LAYERS",
     ];
     let samples = samples(1, 3);
     assert_eq!((samples.len(), names.len()), (usize::from(MESSAGES), usize::from(MESSAGES)));

@@ -245,13 +245,13 @@ impl Mirror {
         if let Some(region) = settled.wrong {
             let (offset, length) = place(self.size(), region);
             let what = match self.base.get() {
-                Some(base) if base.takes(region) => {
-                    "something else, and was not sent it: the bases differ (--same-base)"
-                }
-                _ => "something else than was sent",
+                // Perhaps all of it is its base's, perhaps it was sent a part.
+                Some(base) if base.takes(region) => "than here, and was taken as equal (--same-base)",
+                _ => "than was sent",
             };
+            let name = self.name();
             let text =
-                format!("verify: disk {}, {length} bytes at {offset}: the destination holds {what}", self.name());
+                format!("verify: disk {name}, {length} bytes at {offset}: the destination holds something else {what}");
             self.fail(Failure { text });
         }
         if let Some(region) = stray {

@@ -32,14 +32,14 @@
 use crate::digest::{place, region_bytes};
 use crate::disk::{Depths, Disk};
 use crate::error::reason;
-use crate::limits::DIGEST_REGION_MIN;
+use crate::limits::{BACKEND_CONNECTIONS_MAX, DIGEST_REGION_MIN};
 
 /// Most regions of what has the same base that are compared all the same, and most bytes of them; at least one.
 const SAMPLES: u64 = 64;
 const SAMPLES_BYTES: u64 = 256 * DIGEST_REGION_MIN;
 
-/// How often a server is asked whose connections come and go.
-const TRIES: usize = 3;
+/// How often a server is asked to which connections are opened meanwhile: more often than there can be more of them.
+const TRIES: usize = BACKEND_CONNECTIONS_MAX + 1;
 
 const TOP: u64 = 1;
 const WORD: u64 = 64;

@@ -152,7 +152,7 @@ impl Layers {
             return Err("what the destination tells of its layers does not fit".to_owned());
         }
         let mut layers = Self { deepest, ..Self::new(size) };
-        for (region, byte) in (0..regions).zip(pages.iter().flat_map(|byte| [*byte; WORD as usize / 8])) {
+        for (region, byte) in (0..regions).zip(pages.iter().flat_map(|byte| [*byte; 8])) {
             if byte & (1 << (region % BYTE)) != 0 {
                 layers.top.add(region);
             }

@@ -16,7 +16,8 @@ use crate::json::Json;
 use crate::writer::{Dice, Ledger, Load, Mix, OnLoss, Writer};
 
 const MIB: u64 = 1 << 20;
-const REGION: u64 = 64 << 10;
+const REGION: u64 = REGION_BYTES as u64;
+const REGION_BYTES: usize = 64 << 10;
 const TELLS: &[&str] = &["--allocation-depth"];
 
 fn text(path: &Path) -> &str {
@@ -78,12 +79,12 @@ fn overlay(base: &Path, format: &str, image: &Path) {
     qemu_img(&["create", "-q", "-f", "qcow2", "-b", text(base), "-F", format, text(image)]);
 }
 
-/// A file of `size` bytes without a hole, no two of its granules alike.
+/// A file of `size` bytes, whole regions, without a hole and without two sectors alike.
 fn noise(path: &Path, size: u64) {
     let file = File::create(path).expect("an image");
     let mut dice = Dice::new(size);
-    for at in (0..size).step_by(REGION as usize) {
-        let mut bytes = vec![0; REGION.min(size - at) as usize];
+    for at in (0..size).step_by(REGION_BYTES) {
+        let mut bytes = vec![0; REGION_BYTES];
         bytes.chunks_mut(8).for_each(|chunk| chunk.copy_from_slice(&dice.roll().to_le_bytes()[..chunk.len()]));
         file.write_all_at(&bytes, at).expect("written");
     }
@@ -196,7 +197,7 @@ fn what_an_older_attempt_has_left_in_the_overlay_there_is_compared() {
         there.write_all(10 * MIB + 4096, &[1; 512]).expect("written");
         there.write_all(20 * MIB, &[2; 4096]).expect("written");
         there.write_zeroes(30 * MIB, 2 * MIB, true).expect("zeroed");
-        let mut same = vec![0; REGION as usize];
+        let mut same = vec![0; REGION_BYTES];
         File::open(pair.at("b.base")).expect("a base").read_exact_at(&mut same, 50 * MIB).expect("read");
         there.write_all(50 * MIB, &same).expect("written");
         there.flush().expect("flushed");

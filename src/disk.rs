@@ -325,8 +325,8 @@ impl Disk {
         }
     }
 
-    /// In which layers of a chain of images the range up to `end` stands: calls `each(offset, length, depth)`, where 1 is
-    /// the top layer, more is one below it, and 0 is none. What was told counts only with [`Depths::Told`].
+    /// In which layers of a chain of images the range up to `end` stands: calls `each(offset, length, depth)`, where 1
+    /// is the top layer, more is one below it, and 0 is none. What was told counts only with [`Depths::Told`].
     ///
     /// # Errors
     /// The server's error.

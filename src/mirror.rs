@@ -279,9 +279,9 @@ impl Mirror {
         Ok(())
     }
 
-    /// Makes everything dirty but what both sides have from the same base (`layers.rs`), by the user's word; the target's
-    /// layers are known since before the first byte. As [`Mirror::scan`]: only after arming, so that what the guest
-    /// changes is marked wherever it stands (D1), and before the first lane runs.
+    /// Makes everything dirty but what both sides have from the same base (`layers.rs`), by the user's word; the
+    /// target's layers are known since before the first byte. As [`Mirror::scan`]: only after arming, so that what the
+    /// guest changes is marked wherever it stands (D1), and before the first lane runs.
     ///
     /// # Errors
     /// Why nothing is taken as equal; then everything is dirty.

@@ -63,7 +63,8 @@ pub(super) const SPEC: Spec = Spec {
         opt(
             "same-base",
             Takes::Nothing,
-            "with --copy-storage-inc: the disks are overlays on the same base (behind\nqemu-nbd --allocation-depth), which is not read",
+            "with --copy-storage-inc: the disks are overlays on the same base (behind\n\
+             qemu-nbd --allocation-depth), which is not read",
         ),
         opt("overwrite", Takes::Nothing, "disks there that are not empty are overwritten"),
         opt(

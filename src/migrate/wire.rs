@@ -351,8 +351,8 @@ pub enum Message {
         /// Why it failed; empty: it did not.
         cause: Cause,
     },
-    /// S to D, before anything is sent: what does your disk's top layer hold, where it is an overlay? The first page has
-    /// the disk asked; the others are of the same answer.
+    /// S to D, before anything is sent: what does your disk's top layer hold, where it is an overlay? The first page
+    /// has the disk asked; the others are of the same answer.
     LayersQuestion {
         /// The attempt.
         stamp: Stamp,

@@ -1,8 +1,8 @@
 //! `--same-base`: what the destination's disks hold in their top layers, asked before the first byte.
 //!
-//! Called by `prepare.rs`, and by `perform.rs` and `plain.rs` when they scan. What may be taken as equal by it, and why,
-//! stands in `layers.rs`. Nothing here fails a migration because nobody knows: then everything is compared, and it is
-//! said why.
+//! Called by `prepare.rs`, and by `perform.rs` and `plain.rs` when they scan. What may be taken as equal by it, and
+//! why, stands in `layers.rs`. Nothing here fails a migration because nobody knows: then everything is compared, and it
+//! is said why.
 
 use super::*;
 use crate::disk::Disk;

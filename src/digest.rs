@@ -215,6 +215,13 @@ impl Table {
         }
     }
 
+    /// Whether a region is covered.
+    #[must_use]
+    pub fn covers(&self, region: u64) -> bool {
+        let word = usize::try_from(region / WORD).ok().and_then(|word| self.covered.get(word));
+        word.is_some_and(|word| word & (1 << (region % WORD)) != 0)
+    }
+
     /// Bytes of the regions that are covered.
     #[must_use]
     pub fn covered_bytes(&self) -> u64 {

@@ -35,6 +35,17 @@ enum Kind {
     Remote(Box<Remote>),
 }
 
+/// What has come of the question in which layers of a chain of images things stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Depths {
+    /// All of it was told, by connections that were open before the question was asked.
+    Told,
+    /// Nobody can tell.
+    Unknown,
+    /// A connection was opened meanwhile: part of the answer may be of another process, and of another chain.
+    Interrupted,
+}
+
 /// The server's export that `path` is the URI of; `None`: it is the path of an image.
 ///
 /// # Errors
@@ -311,6 +322,19 @@ impl Disk {
         match &self.0 {
             Kind::Image(image) => image.extent(offset, end),
             Kind::Remote(remote) => remote.extent(offset, end.min(remote.size())),
+        }
+    }
+
+    /// In which layers of a chain of images the range up to `end` stands: calls `each(offset, length, depth)`, where 1
+    /// is the top layer, more is one below it, and 0 is none. What was told counts only with [`Depths::Told`].
+    ///
+    /// # Errors
+    /// The server's error.
+    pub fn depths(&self, offset: u64, end: u64, each: &mut dyn FnMut(u64, u64, u64)) -> Result<Depths> {
+        match &self.0 {
+            // A file has no layers that anybody here could see.
+            Kind::Image(_) => Ok(Depths::Unknown),
+            Kind::Remote(remote) => remote.depths(offset, end.min(remote.size()), each),
         }
     }
 

@@ -269,6 +269,7 @@ struct KeptLine<'a> {
     root: Option<&'a str>,
     sent_bytes: Option<u64>,
     equal_bytes: Option<u64>,
+    unread_bytes: u64,
 }
 
 /// A receipt, and its numbers as they print.
@@ -299,6 +300,7 @@ impl<'a> KeptTexts<'a> {
             root: self.root.as_deref(),
             sent_bytes: self.kept.sent_bytes,
             equal_bytes: self.kept.equal_bytes,
+            unread_bytes: receipt.unread_bytes,
         }
     }
 }
@@ -378,6 +380,7 @@ struct ProgressLine<'a> {
     transport_cause: Option<&'a str>,
     state_bytes: u64,
     synchronous: Option<SinceRates>,
+    base_cause: Option<&'a str>,
 }
 
 /// Why guest writes wait.
@@ -402,6 +405,7 @@ struct ProgressDisk<'a> {
     equal_bytes: u64,
     verified_bytes: u64,
     unverified_bytes: u64,
+    base_bytes: u64,
 }
 
 /// How a migration is.
@@ -424,6 +428,7 @@ pub fn progress(guest: &str, progress: &Progress) -> String {
             equal_bytes: disk.equal_bytes,
             verified_bytes: disk.verified_bytes,
             unverified_bytes: disk.unverified_bytes,
+            base_bytes: disk.base_bytes,
         })
         .collect();
     line(&ProgressLine {
@@ -452,6 +457,7 @@ pub fn progress(guest: &str, progress: &Progress) -> String {
         synchronous: progress
             .synchronous
             .map(|since| SinceRates { dirty_rate_bytes: since.dirty_rate_bytes, rate_bytes: since.rate_bytes }),
+        base_cause: some(&progress.base_cause),
     })
 }
 
@@ -526,6 +532,8 @@ struct DoneLine<'a> {
     root: Option<&'a str>,
     state_bytes: Option<u64>,
     pause_us: Option<u64>,
+    base_bytes: u64,
+    unread_bytes: Option<u64>,
 }
 
 /// How a migration ended.
@@ -553,6 +561,8 @@ pub fn done(guest: &str, done: &Done) -> String {
         root: root.as_deref(),
         state_bytes: done.state_bytes,
         pause_us: done.pause_us,
+        base_bytes: done.base_bytes,
+        unread_bytes: receipt.map(|receipt| receipt.unread_bytes),
     })
 }
 
@@ -673,9 +683,9 @@ mod tests {
              \"predicted_final_ms\":3,\"downtime_limit_ms\":0,\"bandwidth_bytes\":0,\"held\":false,\"disks\":[\
              {\"name\":\"a\",\"size_bytes\":9,\"left_bytes\":0,\"sent_bytes\":0,\"zero_bytes\":0,\"rate_bytes\":0,\
              \"dirty_rate_bytes\":0,\"passes\":0,\"estimate_s\":8,\"resent_bytes\":0,\"equal_bytes\":0,\
-             \"verified_bytes\":0,\"unverified_bytes\":0}],\"lost_ms\":null,\"lost_cause\":null,\
+             \"verified_bytes\":0,\"unverified_bytes\":0,\"base_bytes\":0}],\"lost_ms\":null,\"lost_cause\":null,\
              \"transport\":\"auto\",\"transport_cause\":null,\"state_bytes\":0,\
-             \"synchronous\":null}\n"
+             \"synchronous\":null,\"base_cause\":null}\n"
         );
         let ended = Done { attempt: 1, owner: Owner::Destination, destination: text("d"), ..Done::default() };
         assert_eq!(
@@ -683,7 +693,8 @@ mod tests {
             "{\"type\":\"done\",\"guest\":\"g1\",\"attempt\":\"00000000000000000000000000000001\",\"exit\":0,\
              \"cause\":null,\"owner\":\"destination\",\"destination\":\"d\",\"sent_bytes\":0,\"zero_bytes\":0,\
              \"passes\":0,\"total_ms\":0,\"switchover_us\":null,\"resent_bytes\":0,\"equal_bytes\":0,\
-             \"verify\":null,\"verified_bytes\":null,\"root\":null,\"state_bytes\":null,\"pause_us\":null}\n"
+             \"verify\":null,\"verified_bytes\":null,\"root\":null,\"state_bytes\":null,\"pause_us\":null,\
+             \"base_bytes\":0,\"unread_bytes\":null}\n"
         );
     }
 }

@@ -23,6 +23,7 @@ pub mod info;
 pub mod inherited;
 pub mod init;
 pub mod json;
+pub mod layers;
 pub mod limits;
 pub mod listener;
 pub mod log;

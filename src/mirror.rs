@@ -34,7 +34,7 @@ mod tests;
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 pub use budget::Budget;
@@ -47,6 +47,7 @@ use crate::digest::Verified;
 use crate::dirty::{DirtyMap, Outstanding};
 use crate::disk::Disk;
 use crate::export::{Export, Quiesced};
+use crate::layers::{Base, Layers};
 use crate::limits::{
     LANE_LOOK, PASS_PERIOD, PAYLOAD_MAX, REGION_MAX, SYNCHRONOUS_LOOK, SYNCHRONOUS_REGION_MAX, SYNCHRONOUS_TURNS,
     SYNCHRONOUS_WINDOW,
@@ -67,6 +68,8 @@ pub struct Mirror {
     acknowledged: AtomicU64,
     resent: Arc<AtomicU64>,
     checks: Checks,
+    /// What is taken as equal on the user's word.
+    base: OnceLock<Base>,
 }
 
 #[derive(Debug)]
@@ -149,6 +152,8 @@ pub struct Counts {
     pub flushes: u64,
     /// Bytes that the destination had already.
     pub equal: u64,
+    /// Bytes that both sides have from the same base, by the user's word, and that were not looked at.
+    pub based: u64,
     /// Bytes hashed on both sides and found equal, repeated ones counted again.
     pub verified: u64,
     /// Bytes that must be verified yet.
@@ -232,6 +237,7 @@ impl Mirror {
             acknowledged: AtomicU64::new(0),
             resent: Arc::default(),
             checks,
+            base: OnceLock::new(),
         }))
     }
 
@@ -274,6 +280,27 @@ impl Mirror {
         Ok(())
     }
 
+    /// Makes everything dirty but what both sides have from the same base (`layers.rs`), by the user's word; the
+    /// target's layers are known since before the first byte. As [`Mirror::scan`]: only after arming, so that what the
+    /// guest changes is marked wherever it stands (D1), and before the first lane runs.
+    ///
+    /// # Errors
+    /// Why nothing is taken as equal; then everything is dirty.
+    pub fn scan_over(&self, there: &Layers) -> Result<(), String> {
+        match Layers::of(&self.disk).and_then(|here| Base::of(&here, there)) {
+            Ok(base) => {
+                base.rest(|offset, length| self.map.mark_for_bulk(offset, length));
+                // Nobody else scans.
+                let _ = self.base.set(base);
+                Ok(())
+            }
+            Err(cause) => {
+                self.map.mark_for_bulk(0, self.disk.size());
+                Err(cause)
+            }
+        }
+    }
+
     /// What has been done and what is left.
     #[must_use]
     pub fn counts(&self) -> Counts {
@@ -293,6 +320,7 @@ impl Mirror {
             flush_took,
             flushes,
             equal: self.checks.equal(),
+            based: self.base.get().map_or(0, Base::bytes),
             verified: self.checks.agreed(),
             unverified: unsettled.unverified,
             hash_rate: self.checks.rate(),

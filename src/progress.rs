@@ -32,14 +32,14 @@ pub struct Display<W> {
     drawn: usize,
     /// The last plain line: when, what phase, whether converged and whether the destination was out of reach.
     told: Option<(Instant, Phase, bool, bool)>,
-    /// It has been said that the disks travel inside the phase connection.
-    noted: bool,
+    /// It has been said that the disks travel inside the phase connection, and that a base saves nothing.
+    noted: (bool, bool),
 }
 
 impl<W: Write> Display<W> {
     /// Nothing is shown yet.
     pub fn new(out: W, form: Form, guest: &str) -> Self {
-        Self { out, form, guest: guest.to_owned(), drawn: 0, told: None, noted: false }
+        Self { out, form, guest: guest.to_owned(), drawn: 0, told: None, noted: (false, false) }
     }
 
     /// Shows how the migration is `now`.
@@ -76,14 +76,22 @@ impl<W: Write> Display<W> {
         Ok(())
     }
 
-    /// The line that says, once, that and why NBD is not what the disks travel by.
+    /// A line that says, once, that and why NBD is not what the disks travel by, or that a base must be read.
     fn note(&mut self, progress: &Progress) -> Option<String> {
-        if self.noted || progress.transport_cause.is_empty() {
-            return None;
+        let (guest, (travel, base)) = (OneLine(&self.guest), &mut self.noted);
+        if !*travel && !progress.transport_cause.is_empty() {
+            *travel = true;
+            let cause = OneLine(&progress.transport_cause);
+            return Some(format!(
+                "{guest}: the disks travel inside the phase connection (stream), without NBD: {cause}"
+            ));
         }
-        self.noted = true;
-        let (guest, cause) = (OneLine(&self.guest), OneLine(&progress.transport_cause));
-        Some(format!("{guest}: the disks travel inside the phase connection (stream), without NBD: {cause}"))
+        if !*base && !progress.base_cause.is_empty() {
+            *base = true;
+            let cause = OneLine(&progress.base_cause);
+            return Some(format!("{guest}: --same-base saves nothing, all of it is compared: {cause}"));
+        }
+        None
     }
 
     /// Whether a plain line is due; remembers it.
@@ -198,13 +206,14 @@ fn total_line(guest: &str, progress: &Progress) -> String {
     let sum = |of: fn(&DiskProgress) -> u64| progress.disks.iter().map(of).fold(0, u64::saturating_add);
     let some = |what: &str, bytes: u64| if bytes == 0 { String::new() } else { format!(", {} {what}", size(bytes)) };
     format!(
-        "{}; {} left, {}, dirty {}{}{}{}",
+        "{}; {} left, {}, dirty {}{}{}{}{}",
         whole_line(guest, progress),
         size(sum(|d| d.left_bytes)),
         rate(sum(|d| d.rate_bytes)),
         rate(sum(|d| d.dirty_rate_bytes)),
         some("sent again", sum(|d| d.resent_bytes)),
         some("there already", sum(|d| d.equal_bytes)),
+        some("of the same base", sum(|d| d.base_bytes)),
         some("unverified", sum(|d| d.unverified_bytes)),
     )
 }
@@ -212,13 +221,17 @@ fn total_line(guest: &str, progress: &Progress) -> String {
 /// What a receipt says, in a few words.
 #[must_use]
 pub fn receipt_words(receipt: &Receipt, digits: usize) -> String {
+    let unread = match receipt.unread_bytes {
+        0 => String::new(),
+        bytes => format!(", {} taken as equal by --same-base and not read", size(bytes)),
+    };
     if receipt.verify == Verify::None {
-        return "nothing was verified".to_owned();
+        return format!("nothing was verified{unread}");
     }
     let root: String = receipt.root.iter().map(|byte| format!("{byte:02x}")).collect();
     let shown = root.get(..digits).unwrap_or(&root);
     let more = if shown.len() < root.len() { "..." } else { "" };
-    format!("verified {}, root {shown}{more}", size(receipt.verified_bytes))
+    format!("verified {}, root {shown}{more}{unread}", size(receipt.verified_bytes))
 }
 
 /// The line of a receipt that a host keeps.

@@ -28,6 +28,7 @@ pub fn kept(receipt: &Receipt) -> Kept {
                 Verified::Full => Verify::Full,
             },
             verified_bytes: receipt.verified_bytes,
+            unread_bytes: receipt.unread_bytes,
             root: receipt.root,
             term: u64::from(receipt.order.term),
             generation: receipt.order.generation,

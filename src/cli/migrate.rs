@@ -27,6 +27,8 @@ pub struct MigrateOptions {
     pub overwrite: bool,
     /// Disks there hold an older copy: only what differs is sent.
     pub incremental: bool,
+    /// What is below the top layers of the two sides' disks is the same: it is not read.
+    pub same_base: bool,
     /// What of the copy is verified before the hand-over.
     pub verify: Verify,
     /// Exactly these disks move; empty: all that move by themselves.
@@ -58,6 +60,12 @@ pub(super) const SPEC: Spec = Spec {
     options: &[
         opt("copy-storage-all", Takes::Nothing, "copy everything (default); the disks there must be empty"),
         opt("copy-storage-inc", Takes::Nothing, "disks there hold an older copy: only what differs is sent"),
+        opt(
+            "same-base",
+            Takes::Nothing,
+            "with --copy-storage-inc: the disks are overlays on the same base (behind\n\
+             qemu-nbd --allocation-depth), which is not read",
+        ),
         opt("overwrite", Takes::Nothing, "disks there that are not empty are overwritten"),
         opt(
             "migrate-disks",
@@ -148,12 +156,17 @@ pub(super) fn parse(matches: &Matches) -> Result<Command, Problem> {
         let other = if all { "copy-storage-all" } else { "overwrite" };
         return Err(SPEC.usage("--copy-storage-inc", format!("cannot be combined with --{other}")));
     }
+    let same_base = matches.flag("same-base");
+    if same_base && !inc {
+        return Err(SPEC.usage("--same-base", "says what need not be compared: only with --copy-storage-inc"));
+    }
     let most = u8::try_from(CONNECTIONS_PER_DISK_MAX).unwrap_or(u8::MAX);
     Ok(Command::Migrate(MigrateOptions {
         door: guest_door(&SPEC, matches, guest)?,
         destination,
         overwrite,
         incremental: inc,
+        same_base,
         verify: matches.read("verify", parse_verify)?.unwrap_or_default(),
         disks: matches.read("migrate-disks", parse_names)?.unwrap_or_default(),
         bandwidth_bytes: matches.read("bandwidth", parse_size)?.unwrap_or(0),
@@ -216,6 +229,7 @@ impl MigrateOptions {
             detach: self.detach,
             insecure_plaintext: self.door.insecure_plaintext,
             incremental: self.incremental,
+            same_base: self.same_base,
             verify: self.verify,
             synchronous: self.synchronous,
             keep_partial: self.keep_partial,

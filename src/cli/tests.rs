@@ -162,6 +162,7 @@ fn migrate_has_its_defaults_and_accepts_what_is_today() {
         destination: Place::At(Address::Tcp { host: "b".to_owned(), port: 49152 }),
         overwrite: false,
         incremental: false,
+        same_base: false,
         verify: Verify::Written,
         disks: vec![],
         bandwidth_bytes: 0,
@@ -233,6 +234,7 @@ fn every_wrong_migrate_says_what_is_wrong() {
         ("--transport x", "--transport: 'x' is neither auto, nbd nor stream".to_owned()),
         ("--verify x", "--verify: 'x' is neither written, full nor none".to_owned()),
         ("--copy-storage-inc --overwrite", "--copy-storage-inc: cannot be combined with --overwrite".to_owned()),
+        ("--same-base", "--same-base: says what need not be compared: only with --copy-storage-inc".to_owned()),
         (
             "--copy-storage-all --copy-storage-inc",
             "--copy-storage-inc: cannot be combined with --copy-storage-all".to_owned(),

@@ -64,6 +64,7 @@ fn a_migrate_request() -> MigrateRequest {
         transport: Transport::Stream,
         heedless: true,
         synchronous: Synchronous::Never,
+        same_base: true,
     }
 }
 
@@ -91,6 +92,7 @@ fn a_progress() -> Progress {
             equal_bytes: 10,
             verified_bytes: 11,
             unverified_bytes: 12,
+            base_bytes: 18,
         }]
         .into_iter()
         .collect(),
@@ -100,6 +102,7 @@ fn a_progress() -> Progress {
         transport_cause: text("n"),
         state_bytes: 14,
         synchronous: Some(Since { dirty_rate_bytes: 15, rate_bytes: 16 }),
+        base_cause: text("b"),
     }
 }
 
@@ -123,9 +126,11 @@ fn a_done() -> Done {
             root: [12; 32],
             term: 13,
             generation: 14,
+            unread_bytes: 17,
         }),
         state_bytes: Some(15),
         pause_us: Some(16),
+        base_bytes: 18,
     }
 }
 
@@ -153,7 +158,14 @@ fn a_status() -> Status {
 }
 
 fn a_receipt() -> Kept {
-    let receipt = Receipt { verify: Verify::Full, verified_bytes: 21, root: [22; 32], term: 23, generation: 24 };
+    let receipt = Receipt {
+        verify: Verify::Full,
+        verified_bytes: 21,
+        root: [22; 32],
+        term: 23,
+        generation: 24,
+        unread_bytes: 28,
+    };
     Kept { receipt, attempt: 25, lineage: 26, gave: true, peer: text("q"), sent_bytes: Some(27), equal_bytes: None }
 }
 
@@ -315,6 +327,7 @@ fn the_largest_messages_fit_a_frame() {
         equal_bytes: most,
         verified_bytes: most,
         unverified_bytes: most,
+        base_bytes: most,
     };
     let progress = Progress {
         attempt: u128::MAX,
@@ -326,6 +339,7 @@ fn the_largest_messages_fit_a_frame() {
         disks: (0..DISKS_MAX).map(|_| disk.clone()).collect(),
         lost_cause: full(),
         transport_cause: full(),
+        base_cause: full(),
         ..a_progress()
     };
     let disk = DiskStatus { name: full(), size_bytes: most, stays: Some(Stays::Shared), gate: Some(Gate::Fenced) };

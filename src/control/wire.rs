@@ -21,7 +21,7 @@ use crate::limits::{
 };
 
 /// The version of these messages. Both ends are the same executable as a rule, so there is no older one to speak.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// A guest's name.
 pub type GuestName = String<GUEST_NAME_MAX>;
@@ -140,6 +140,8 @@ pub struct MigrateRequest {
     pub heedless: bool,
     /// Whether guest writes wait for the mirror.
     pub synchronous: Synchronous,
+    /// With `incremental`: what is below the top layers of the two sides' disks is the same, and need not be read.
+    pub same_base: bool,
 }
 
 /// Whether guest writes are answered only when the mirror has them (rule D7).
@@ -227,6 +229,8 @@ pub struct Receipt {
     pub term: u64,
     /// The order that was handed over: its generation.
     pub generation: u64,
+    /// Bytes taken as equal on the word that the bases are the same, and hashed by nobody.
+    pub unread_bytes: u64,
 }
 
 /// The receipt that a host keeps of the last hand-over that it took part in.
@@ -555,6 +559,8 @@ pub struct Progress {
     pub state_bytes: u64,
     /// Guest writes wait for the mirror, since these rates; `None`: they do not.
     pub synchronous: Option<Since>,
+    /// Why the word that the bases are the same saves nothing, and of which disk; empty: it does, or was not given.
+    pub base_cause: Cause,
 }
 
 /// The rates of all disks together when guest writes began to wait for the mirror.
@@ -595,6 +601,8 @@ pub struct DiskProgress {
     pub verified_bytes: u64,
     /// Bytes that must be verified yet.
     pub unverified_bytes: u64,
+    /// Bytes taken as equal on the word that the bases are the same.
+    pub base_bytes: u64,
 }
 
 /// Who owns the guest after a migration, seen from here.
@@ -667,6 +675,8 @@ pub struct Done {
     pub state_bytes: Option<u64>,
     /// How long the guest stood, as the VMM drivers saw it; `None`: it was not seen.
     pub pause_us: Option<u64>,
+    /// Bytes taken as equal on the word that the bases are the same.
+    pub base_bytes: u64,
 }
 
 /// Who owns a guest, as far as this host knows.

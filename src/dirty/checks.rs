@@ -167,7 +167,15 @@ impl Inner {
                 return Ok(None);
             };
             let first = dirty / self.checks.per_region;
-            match self.free_until(first, (first + most.max(1)).min(self.checks.regions)) {
+            // What is clean is known to be equal, and not looked at.
+            let per_region = self.checks.per_region;
+            let is_clean = |region: &u64| {
+                let dirty = self.bits.next_set(region * per_region);
+                dirty.is_none_or(|dirty| dirty >= (region + 1) * per_region)
+            };
+            let end = (first + most.max(1)).min(self.checks.regions);
+            let end = (first + 1..end).find(is_clean).unwrap_or(end);
+            match self.free_until(first, end) {
                 Ok(end) => {
                     self.checks.compared = end;
                     return Ok(Some(Granules { first, count: end - first }));

@@ -16,7 +16,7 @@ use std::io::{Error, ErrorKind, Result};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
-use super::{Access, Extent, OpenError};
+use super::{Access, Depths, Extent, OpenError};
 use crate::error::reason;
 use crate::limits::{BACKEND_CONNECTIONS_MAX, BACKEND_STATUS, CONNECT_TIMEOUT, LANE_SILENCE_MAX, SECTOR};
 pub use crate::nbd::client::ExportInfo;
@@ -24,12 +24,19 @@ use crate::nbd::client::{Client, Lost, RequestError, Wants};
 use crate::nbd::wire;
 use crate::uri::NbdUri;
 
+/// What a disk wants of its server.
+const WANTS: Wants<'static> = Wants { contexts: &[wire::BASE_ALLOCATION, wire::ALLOCATION_DEPTH], ..Wants::READING };
+/// The place of the depth among the contexts.
+const DEPTH: usize = 1;
+
 /// An open export of a server.
 #[derive(Debug)]
 pub(super) struct Remote {
     uri: NbdUri,
     info: ExportInfo,
     pool: Mutex<Pool>,
+    /// Connections opened since the first one, each counted before anybody has it.
+    dialled: AtomicU64,
     /// A connection has been given back, or is gone.
     freed: Condvar,
     /// Changes that begin or end within a minimum block of the server read what is around them first: alone.
@@ -69,6 +76,7 @@ impl Remote {
             uri: uri.clone(),
             info,
             pool: Mutex::new(Pool { idle: vec![client], open: 1 }),
+            dialled: AtomicU64::new(0),
             freed: Condvar::new(),
             odd: RwLock::new(()),
             flushing: Mutex::new(()),
@@ -124,6 +132,34 @@ impl Remote {
             })
         })?;
         Ok(extent)
+    }
+
+    /// Calls `each(offset, length, depth)` for what makes up the range up to `end`, in order; see [`Depths`]. Where a
+    /// connection was lost in the middle, some of it is told twice.
+    pub(super) fn depths(&self, offset: u64, end: u64, each: &mut dyn FnMut(u64, u64, u64)) -> Result<Depths> {
+        let before = self.dialled.load(Ordering::Acquire);
+        let mut at = offset;
+        while at < end {
+            let length = (end - at).min(BACKEND_STATUS);
+            let mut tells = false;
+            self.ask(&mut |client| {
+                tells = client.info().contexts[DEPTH].is_some();
+                if !tells {
+                    return Ok(());
+                }
+                client.block_status(at, length, &mut |extent| {
+                    if extent.context == DEPTH {
+                        each(extent.offset, extent.length, extent.flags);
+                    }
+                })
+            })?;
+            if !tells {
+                return Ok(Depths::Unknown);
+            }
+            at += length;
+        }
+        let same = self.dialled.load(Ordering::Acquire) == before;
+        Ok(if same { Depths::Told } else { Depths::Interrupted })
     }
 
     pub(super) fn write(&self, bytes: &[u8], offset: u64) -> Result<()> {
@@ -252,6 +288,7 @@ impl Remote {
 
     fn dial_again(&self) -> Result<Client> {
         let client = dial(&self.uri)?;
+        self.dialled.fetch_add(1, Ordering::AcqRel);
         let (is, was) = (client.info(), &self.info);
         let same = is.size == was.size
             && is.transmission_flags == was.transmission_flags
@@ -267,7 +304,7 @@ impl Remote {
 
 fn dial(uri: &NbdUri) -> Result<Client> {
     let socket = Arc::new(uri.address.connect(CONNECT_TIMEOUT)?);
-    let mut client = Client::connect(Arc::clone(&socket), &uri.export, Wants::READING).map_err(Error::other)?;
+    let mut client = Client::connect(Arc::clone(&socket), &uri.export, WANTS).map_err(Error::other)?;
     socket.set_keep_alive(LANE_SILENCE_MAX / 2);
     client.set_silence_max(LANE_SILENCE_MAX);
     Ok(client)

@@ -186,7 +186,10 @@ pub fn hello(guest: &Guest, role: Role, challenge: Challenge, socket: &Socket, a
     Hello {
         versions: (VERSION_LOWEST, VERSION_HIGHEST),
         role,
-        capabilities: if alone { Capabilities::STREAM } else { Capabilities::NBD.with(Capabilities::STREAM) },
+        capabilities: {
+            let all = Capabilities::STREAM.with(Capabilities::LAYERS);
+            if alone { all } else { all.with(Capabilities::NBD) }
+        },
         guest: cut(&guest.name),
         title: guest.record().ok().flatten().map(|record| record.title()),
         boot: BootId(guest.boot),
@@ -234,6 +237,10 @@ impl Destination {
         if let Message::Digest { stamp, disk, offset_bytes, regions } = message {
             return self.digest(guest, session, stamp, (disk, offset_bytes, regions)).map(Some);
         }
+        if let Message::LayersQuestion { stamp, disk, page } = message {
+            session.stamp = Some(stamp);
+            return self.layers(guest, stamp, disk, page).map(Some);
+        }
         let mut inner = self.lock();
         session.stamp = message.stamp().copied().or(session.stamp);
         let receiving = match &inner.stage {
@@ -249,7 +256,7 @@ impl Destination {
                 Ok(inner.why_ended(&stamp).unwrap_or_else(|| failed(stamp, &"it has ended")))
             }
             (true, Message::Fence { stamp, epoch }) => Ok(inner.fence(guest, stamp, epoch)),
-            (true, Message::Seal { stamp, digests }) => inner.seal(guest, stamp, &digests),
+            (true, Message::Seal { stamp, digests, unread_bytes }) => inner.seal(guest, stamp, &digests, unread_bytes),
             (true, Message::Abort { stamp, cause, keep }) => {
                 log::info!("migration: attempt {:.8} aborted by the source: {}", stamp.attempt, cause.escape_debug());
                 if !inner.stop_receiving() {
@@ -348,6 +355,21 @@ impl Destination {
                 Ok(Message::Failed { stamp, cause: cut(&cause), region: Some(region) })
             }
         }
+    }
+
+    /// Answers LAYERS-QUESTION; the disk's server is asked outside of the lock.
+    ///
+    /// # Errors
+    /// As [`Destination::answer`].
+    fn layers(&self, guest: &Guest, stamp: Stamp, disk: u8, page: u32) -> Result<Message, String> {
+        let digests = {
+            let inner = self.lock();
+            match &inner.stage {
+                Stage::Receiving(reception) if stamp.matches(&reception.stamp) => Arc::clone(&reception.digests),
+                _ => return inner.why_ended(&stamp).map_or_else(|| record(guest, stamp), Ok),
+            }
+        };
+        digests.layers(stamp, disk, page)
     }
 
     /// Takes in what the source of a sealed attempt says when it is asked; returns what it is told in return.
@@ -488,7 +510,7 @@ impl Inner {
     }
 
     /// Everything has been sent: joins the writers, compares the digests, makes all durable, and only then says so.
-    fn seal(&mut self, guest: &Guest, stamp: Stamp, roots: &[Digest]) -> Result<Message, String> {
+    fn seal(&mut self, guest: &Guest, stamp: Stamp, roots: &[Digest], unread_bytes: u64) -> Result<Message, String> {
         let Stage::Receiving(reception) = &mut self.stage else { return record(guest, stamp) };
         let began = Instant::now();
         let images = guest.images();
@@ -528,6 +550,7 @@ impl Inner {
             root,
             sent_bytes: None,
             equal_bytes: None,
+            unread_bytes,
         });
         self.stage = Stage::Idle;
         match guest.apply(&Event::Seal { stamp, images }) {

@@ -34,12 +34,14 @@ use crate::ownership::{Event, KeepError, Peer, Receipt, Record, Stamp};
 use crate::place::Place;
 use crate::standing::kept;
 use abort::{NotEnded, abort};
+use base::Told;
 use course::{Course, Proof};
 use outage::{Outage, stop};
 use prepare::prepare;
 use state::State;
 
 mod abort;
+mod base;
 mod course;
 mod finish;
 mod outage;
@@ -142,6 +144,7 @@ pub(super) fn run(guest: &Arc<Guest>, job: &Job) -> Done {
     done.resent_bytes = counts.iter().map(|c| c.resent).sum();
     done.passes = counts.iter().map(|c| c.passes).max().unwrap_or(0);
     done.equal_bytes = counts.iter().map(|c| c.equal).sum();
+    done.base_bytes = counts.iter().map(|c| c.based).sum();
     done.state_bytes = moved.0;
     done.pause_us = moved.1.map(|pause| u64::try_from(pause.as_micros()).unwrap_or(u64::MAX));
     done.receipt = handed.filter(|_| done.owner == Owner::Destination).map(|receipt| kept(&receipt).receipt);
@@ -180,6 +183,8 @@ struct Drive<'a> {
     epoch: Epoch,
     peer: Peer,
     link: Link,
+    /// What the destination tells of its disks' layers, where the user says that the bases are the same.
+    layers: Vec<Told>,
     /// The stream path: the phase connection of the moment. `None`: data connections.
     stream: Option<Arc<verify::Present>>,
     /// How far away the destination is.

@@ -32,6 +32,9 @@ pub type DiskName = heapless::String<DISK_NAME_MAX>;
 /// Why something failed, for the other side's user.
 pub type Cause = heapless::String<CAUSE_MAX>;
 
+/// Most bytes of a page of LAYERS: 8192 regions.
+pub const LAYERS_PAGE: usize = 1024;
+
 /// What to do with disks that are not empty at the destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Mode {
@@ -207,6 +210,8 @@ pub enum Message {
         /// One digest over those of each disk's verified regions, in the order of the offer; none when nothing is
         /// verified.
         digests: heapless::Vec<Digest, DISKS_MAX>,
+        /// Bytes that were taken as equal by their base on the user's word, and that nobody has hashed.
+        unread_bytes: u64,
     },
     /// D to S: SEALED is durable.
     Sealed {
@@ -346,10 +351,36 @@ pub enum Message {
         /// Why it failed; empty: it did not.
         cause: Cause,
     },
+    /// S to D, before anything is sent: what does your disk's top layer hold, where it is an overlay? The first page
+    /// has the disk asked; the others are of the same answer.
+    LayersQuestion {
+        /// The attempt.
+        stamp: Stamp,
+        /// The disk's place in the offer.
+        disk: u8,
+        /// Which page.
+        page: u32,
+    },
+    /// D to S: this.
+    Layers {
+        /// The attempt.
+        stamp: Stamp,
+        /// The disk's place in the offer.
+        disk: u8,
+        /// Which page.
+        page: u32,
+        /// The deepest layer of the chain that anything stands in.
+        deepest: u64,
+        /// A bit for each of the regions that have a digest of their own, from the lowest bit of the first byte on; 1:
+        /// the top layer holds something of it.
+        top: heapless::Vec<u8, LAYERS_PAGE>,
+        /// Why that is not known; empty: it is.
+        cause: Cause,
+    },
 }
 
 /// How many messages there are.
-const MESSAGES: u8 = 25;
+const MESSAGES: u8 = 27;
 
 impl Message {
     /// The message's name in logs and errors.
@@ -381,6 +412,8 @@ impl Message {
             Self::StateReady { .. } => "STATE-READY",
             Self::StateQuestion { .. } => "STATE-QUESTION",
             Self::StateIs { .. } => "STATE-IS",
+            Self::LayersQuestion { .. } => "LAYERS-QUESTION",
+            Self::Layers { .. } => "LAYERS",
         }
     }
 
@@ -410,7 +443,9 @@ impl Message {
             | Self::State { stamp, .. }
             | Self::StateReady { stamp }
             | Self::StateQuestion { stamp }
-            | Self::StateIs { stamp, .. } => Some(stamp),
+            | Self::StateIs { stamp, .. }
+            | Self::LayersQuestion { stamp, .. }
+            | Self::Layers { stamp, .. } => Some(stamp),
             Self::Ping { .. } | Self::Pong { .. } => None,
         }
     }

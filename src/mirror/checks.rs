@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use super::{Failure, Mirror};
 use crate::digest::{Digest, Hasher, Table, Verified, place, question_regions};
 use crate::dirty::{Claim, Found};
+use crate::disk::Depths;
 use crate::limits::{ASSUMED_HASH_RATE, LANE_LOOK, VERIFY_PERIOD};
 
 /// The checks of one mirror.
@@ -224,6 +225,11 @@ impl Mirror {
                 table.put(region, digest);
             }
         }
+        // The word that the bases are the same is false, if this is still what the base has.
+        let stray = self.base.get().filter(|_| compares).and_then(|base| {
+            let mut sampled = (first..first + claim.count() as u64).filter(|region| base.samples(*region));
+            sampled.find(|region| !same(*region) && self.is_below_the_top(*region))
+        });
         // D2: a guest write is on the disk before it is marked, and what was read here may be in between. While the
         // claim is held no copy of it begins, so the mark is still there when that write is done.
         let differs = !compares && (first..first + claim.count() as u64).any(|region| !same(region));
@@ -238,15 +244,42 @@ impl Mirror {
         }
         if let Some(region) = settled.wrong {
             let (offset, length) = place(self.size(), region);
-            let text = format!(
-                "verify: disk {}, {length} bytes at {offset}: the destination holds something else than was sent",
-                self.name()
-            );
+            let what = match self.base.get() {
+                // Perhaps all of it is its base's, perhaps it was sent a part.
+                Some(base) if base.takes(region) => "than here, and was taken as equal (--same-base)",
+                _ => "than was sent",
+            };
+            let name = self.name();
+            let text =
+                format!("verify: disk {name}, {length} bytes at {offset}: the destination holds something else {what}");
+            self.fail(Failure { text });
+        }
+        if let Some(region) = stray {
+            let (offset, length) = place(self.size(), region);
+            let what = "both sides have it from their bases, and the bases differ (--same-base)";
+            let text = format!("compare: disk {}, {length} bytes at {offset}: {what}", self.name());
             self.fail(Failure { text });
         }
         if self.lock().urgent {
             self.changed.notify_all();
         }
+    }
+
+    /// Whether this side's top layer holds nothing of a region. Asked after it was hashed: what had come into the layer
+    /// before that would be seen now.
+    fn is_below_the_top(&self, region: u64) -> bool {
+        let (offset, length) = place(self.size(), region);
+        let mut below = true;
+        let told = self.disk.depths(offset, offset + length, &mut |_, _, depth| below &= depth != 1);
+        below && matches!(told, Ok(Depths::Told))
+    }
+
+    /// Bytes that were taken as equal on the user's word, and that nobody has hashed since.
+    #[must_use]
+    pub fn unread(&self) -> u64 {
+        let table = self.checks.table();
+        let known = |region| table.as_ref().is_some_and(|table| table.covers(region));
+        self.base.get().map_or(0, |base| base.unknown(known))
     }
 
     /// The migration has failed.

@@ -219,6 +219,9 @@ pub const REPLY_TYPE_ERROR_OFFSET: u16 = REPLY_TYPE_FLAG_ERROR + 2;
 
 /// The one metadata context that the specification defines.
 pub const BASE_ALLOCATION: &str = "base:allocation";
+/// A context of QEMU's: in which layer of a chain of images something stands. 1 is the top one, more is below it, 0 is
+/// in none of them.
+pub const ALLOCATION_DEPTH: &str = "qemu:allocation-depth";
 /// `base:allocation`: not allocated.
 pub const STATE_HOLE: u32 = 1 << 0;
 /// `base:allocation`: reads as zero.

@@ -17,7 +17,7 @@ use crate::digest::{Digest, Verified};
 use crate::limits::RECEIPT_FILE_MAX;
 
 const MAGIC: [u8; 8] = *b"BFRECEIP";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const HEAD: usize = MAGIC.len() + size_of::<u16>();
 const CHECKSUM: usize = size_of::<u32>();
 
@@ -44,6 +44,8 @@ pub struct Receipt {
     pub sent_bytes: Option<u64>,
     /// What needed not be sent; known to the source only.
     pub equal_bytes: Option<u64>,
+    /// Bytes that were taken as equal by their base, on the word of the source's user, and that nobody has hashed.
+    pub unread_bytes: u64,
 }
 
 impl Receipt {
@@ -68,7 +70,13 @@ impl Receipt {
         if crc32c::crc32c(rest) != u32::from_le_bytes(*checksum) {
             return None;
         }
-        let body = rest.strip_prefix(&MAGIC)?.strip_prefix(&VERSION.to_le_bytes())?;
+        let rest = rest.strip_prefix(&MAGIC)?;
+        // Version 1 ended before the bytes that nobody has hashed: there were none.
+        let older = rest.strip_prefix(&1_u16.to_le_bytes()).map(|body| [body, &[0]].concat());
+        let body = match &older {
+            Some(body) => body,
+            None => rest.strip_prefix(&VERSION.to_le_bytes())?,
+        };
         match postcard::take_from_bytes(body) {
             Ok((receipt, [])) => Some(receipt),
             _ => None,
@@ -97,6 +105,7 @@ mod tests {
             root: [0xff; 32],
             sent_bytes: Some(u64::MAX),
             equal_bytes: Some(u64::MAX),
+            unread_bytes: u64::MAX,
         }
     }
 
@@ -105,6 +114,16 @@ mod tests {
         let bytes = longest().encode();
         assert!(bytes.len() <= RECEIPT_FILE_MAX);
         assert_eq!(Receipt::decode(&bytes), Some(longest()));
+    }
+
+    #[test]
+    fn one_of_version_1_is_read() {
+        let old = Receipt { unread_bytes: 0, ..longest() };
+        let mut bytes = old.encode();
+        bytes.truncate(bytes.len() - CHECKSUM - 1);
+        bytes[MAGIC.len()] = 1;
+        bytes.extend_from_slice(&crc32c::crc32c(&bytes).to_le_bytes());
+        assert_eq!(Receipt::decode(&bytes), Some(old));
     }
 
     #[test]

@@ -21,10 +21,15 @@ pub(crate) struct Backend {
 
 impl Backend {
     pub(crate) fn start(image: &Path, format: &str, socket: &Path) -> Option<Self> {
+        Self::start_with(image, format, socket, &[])
+    }
+
+    /// The same with more options.
+    pub(crate) fn start_with(image: &Path, format: &str, socket: &Path, options: &[&str]) -> Option<Self> {
         let mut command = Command::new(peer("qemu-nbd")?);
         // Several clients: it then says that a flush on one connection covers the others.
         command.args(["--persistent", "--shared=8", "--export-name=vda", "--format", format, "--socket"]);
-        command.arg(socket).arg(image);
+        command.arg(socket).args(options).arg(image);
         let mut program = Program::start(&mut command);
         drop(program.connect_unix(socket));
         Some(Self { program, socket: socket.to_owned() })

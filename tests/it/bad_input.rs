@@ -576,7 +576,7 @@ fn messages_of_an_unknown_attempt_change_nothing() {
         for message in [
             Message::Go { stamp },
             Message::Abort { stamp, cause: cut("a stranger"), keep: false },
-            Message::Seal { stamp, digests: heapless::Vec::new() },
+            Message::Seal { stamp, digests: heapless::Vec::new(), unread_bytes: 0 },
             Message::Fence { stamp, epoch: Epoch(0) },
             Message::Unsealed { stamp },
             Message::Question { stamp },

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Speaks blockferry's control protocol, version 3, from docs/protocol.md alone.
+"""Speaks blockferry's control protocol, version 4, from docs/protocol.md alone.
 usage: control_client.py SOCKET GUEST status|claim|cancel|migrate DEST [BYTES_A_SECOND]|set BYTES_A_SECOND
 SOCKET is a control door's, or that of the chardev behind a virtio port.
 """
 import os, socket, sys
-VERSION = 3
+VERSION = 4
 WORDS = {"state": "incoming receiving sealed owner offered given superseded unknown",
          "gate": "incoming receiving sealed serving quiesced fenced closed",
          "stays": "shared read-only external no-source not-chosen", "migration": "none running ended",
@@ -15,7 +15,7 @@ WORDS = {"state": "incoming receiving sealed owner offered given superseded unkn
 # Fields in order: u a varint, b a byte, t a text, d a digest, ? an option, * a sequence, a key of WORDS an enum.
 LISTS = {"*disk": "name:t size:u stays:?stays gate:?gate", "*device": "name:t device:t", "*moving":
          "name:t size:u left:u sent:u zeroes:u rate:u dirty_rate:u passes:u estimate_s:?u resent:u equal:u verified:u "
-         "unverified:u", "receipt": "verify:verify bytes:u root:d term:u generation:u",
+         "unverified:u base:u", "receipt": "verify:verify bytes:u root:d term:u generation:u unread:u",
          "since": "dirty_rate:u rate:u", "kept": "receipt:receipt attempt:u lineage:u gave:b peer:t sent:?u equal:?u"}
 REPLIES = [
     ("hello", "version:u guest:t session:u"), ("ok", ""), ("refused", "exit:b operation:t object:t cause:t"),
@@ -23,9 +23,9 @@ REPLIES = [
      "attached:*device receipt:?kept"),
     ("progress", "attempt:u phase:phase elapsed_ms:u convergence:convergence predicted_ms:?u downtime_limit_ms:u "
      "bandwidth:u held:b disks:*moving lost_ms:?u lost_cause:t transport:transport "
-     "transport_cause:t state:u synchronous:?since"), ("done", "attempt:u exit:b message:t owner:owner "
+     "transport_cause:t state:u synchronous:?since base_cause:t"), ("done", "attempt:u exit:b message:t owner:owner "
      "destination:t sent:u zeroes:u passes:u total_ms:u switchover_us:?u resent:u equal:u receipt:?receipt state:?u "
-     "pause_us:?u")]
+     "pause_us:?u base:u")]
 
 def crc32c(data):
     crc = 0xFFFFFFFF
@@ -55,11 +55,11 @@ def text(s): return number(len(s.encode())) + s.encode()
 def option(n): return b"\0" if n is None else b"\1" + number(n)
 def hello(session): return b"\0" + number(VERSION) + number(session)
 def migrate(to, bandwidth=0, downtime_ms=300, disks=(), overwrite=0, hold=0, connections=0, detach=0, plaintext=0,
-            incremental=0, keep_partial=0, verify=1, transport=0, heedless=0, synchronous=0):
+            incremental=0, keep_partial=0, verify=1, transport=0, heedless=0, synchronous=0, same_base=0):
     return (b"\3" + text(to) + bytes([overwrite]) + number(len(disks)) + b"".join(map(text, disks)) +
             number(bandwidth) + number(downtime_ms) +
             bytes([hold, connections, detach, plaintext, incremental, keep_partial, verify, transport, heedless,
-                   synchronous]))
+                   synchronous, same_base]))
 
 def read(data, kind):
     if kind == "b": return next(data)

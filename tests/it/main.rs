@@ -27,6 +27,7 @@ mod interop;
 mod json;
 mod migrations;
 mod orders;
+mod overlays;
 mod ownership;
 mod passed;
 mod plain;

@@ -375,6 +375,24 @@ fn a_verification_is_never_outstanding_and_a_comparison_always_is() {
 }
 
 #[test]
+fn what_is_clean_is_not_compared() {
+    let map = DirtyMap::new(128 * G);
+    // The last granule of region 1, the first of region 4 and all of 5.
+    map.mark_for_bulk(31 * G, G);
+    map.mark_for_bulk(64 * G, G);
+    map.mark_for_bulk(80 * G, 16 * G);
+    let mut asked = Vec::new();
+    let mut claims = Vec::new();
+    while let Found::Claim(claim) = map.claim_to_compare(32) {
+        asked.push((claim.first(), claim.count()));
+        claims.push(claim);
+    }
+    assert_eq!(asked, [(1, 1), (4, 2)]);
+    let equal: u64 = claims.into_iter().map(|claim| claim.settle(|_| true).equal).sum();
+    assert_eq!((equal, map.outstanding().granules), (3 * DIGEST_REGION_MIN, 0));
+}
+
+#[test]
 fn a_region_that_nothing_has_touched_and_that_differs_is_wrong() {
     let map = DirtyMap::new(64 * G);
     map.verify(true);

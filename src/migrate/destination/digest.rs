@@ -7,11 +7,12 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::super::wire::{self, Message, Region, Verify, cut};
+use super::super::wire::{self, LAYERS_PAGE, Message, Region, Verify, cut};
 use crate::digest::{Digest, Hasher, Table, Verified, place, question_regions, region_bytes};
 use crate::disk::Disk;
 use crate::error::reason;
 use crate::export::Export;
+use crate::layers::Layers;
 use crate::limits::{DIGESTS_MAX, DISKS_MAX};
 use crate::ownership::Stamp;
 
@@ -39,6 +40,8 @@ struct Sheet {
     export: Arc<Export>,
     size: u64,
     told: Mutex<Told>,
+    /// The answer of the disk's server, of which one page after the other is asked for.
+    layers: Mutex<Option<Result<Layers, String>>>,
 }
 
 /// What has been told of one disk.
@@ -74,7 +77,8 @@ impl Digests {
         let sheet = |export: &Arc<Export>| {
             let size = export.disk().map_or(0, |disk| disk.size());
             let table = (verify != Verify::None).then(|| Table::new(size));
-            Sheet { export: Arc::clone(export), size, told: Mutex::new(Told { to: Asker(0), table }) }
+            let told = Mutex::new(Told { to: Asker(0), table });
+            Sheet { export: Arc::clone(export), size, told, layers: Mutex::default() }
         };
         Arc::new(Self { verify, disks: exports.iter().map(sheet).collect() })
     }
@@ -121,6 +125,31 @@ impl Digests {
         told.to = asker;
         drop(told);
         Ok(Question { digests: Arc::clone(self), disk: file, place: disk, first, regions: usize::from(regions) })
+    }
+
+    /// A page of what a disk's top layer holds. Takes as long as the disk's server does.
+    ///
+    /// # Errors
+    /// The peer broke the protocol, with a line for the log.
+    pub(super) fn layers(&self, stamp: Stamp, disk: u8, page: u32) -> Result<Message, String> {
+        let broken = |what: &str| Err(format!("the peer asked for the layers of disk {disk}, page {page}: {what}"));
+        let Some(sheet) = self.disks.get(usize::from(disk)) else { return broken("there is no such disk") };
+        if u64::from(page) >= Layers::pages(sheet.size, LAYERS_PAGE) {
+            return broken("there is no such page");
+        }
+        let Some(file) = sheet.export.disk() else { return broken("it has gone") };
+        let mut answer = sheet.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        if page == 0 || answer.is_none() {
+            *answer = Some(Layers::of(&file));
+        }
+        let (deepest, top, cause) = match &*answer {
+            Some(Ok(layers)) => (layers.deepest(), layers.page(u64::from(page), LAYERS_PAGE), cut("")),
+            Some(Err(cause)) => (0, Vec::new(), cut(cause)),
+            None => (0, Vec::new(), cut("it is not known")),
+        };
+        // No longer than a page.
+        let top = top.into_iter().take(LAYERS_PAGE).collect();
+        Ok(Message::Layers { stamp, disk, page, deepest, top, cause })
     }
 
     /// Compares the source's roots with what was told (D14). Returns the bytes that are verified and the one root over

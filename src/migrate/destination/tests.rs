@@ -104,7 +104,7 @@ impl Bench {
     }
 
     fn seal(&self, attempt: u8) -> Message {
-        self.say(Message::Seal { stamp: self.stamp(attempt), digests: heapless::Vec::new() })
+        self.say(Message::Seal { stamp: self.stamp(attempt), digests: heapless::Vec::new(), unread_bytes: 0 })
     }
 
     fn abort(&self, attempt: u8) -> Message {

@@ -99,6 +99,8 @@ pub(super) struct Proof {
     pub(super) roots: heapless::Vec<Digest, DISKS_MAX>,
     /// Bytes that they cover.
     bytes: u64,
+    /// Bytes that were taken as equal on the user's word, and that they do not cover.
+    pub(super) unread: u64,
 }
 
 impl Proof {
@@ -110,6 +112,7 @@ impl Proof {
             let _ = proof.roots.push(root);
             proof.bytes += bytes;
         }
+        proof.unread = mirrors.iter().map(|mirror| mirror.unread()).sum();
         proof
     }
 
@@ -126,6 +129,7 @@ impl Proof {
             root: if self.roots.is_empty() { [0; 32] } else { root_of_all(&self.roots) },
             sent_bytes: Some(counts.iter().map(|c| c.sent).sum()),
             equal_bytes: Some(counts.iter().map(|c| c.equal).sum()),
+            unread_bytes: self.unread,
         }
     }
 }

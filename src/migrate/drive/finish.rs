@@ -158,7 +158,8 @@ impl<'a> Drive<'a> {
     fn seal(&mut self) -> Result<(), Stop> {
         self.show_phase(Phase::Seal);
         let deadline = Instant::now() + SEAL_MAX;
-        let message = Message::Seal { stamp: self.stamp, digests: self.proof.roots.clone() };
+        let message =
+            Message::Seal { stamp: self.stamp, digests: self.proof.roots.clone(), unread_bytes: self.proof.unread };
         let mut said = self.say(&message);
         let mut pause = None;
         while Instant::now() < deadline {

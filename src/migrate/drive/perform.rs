@@ -12,6 +12,8 @@ impl Drive<'_> {
             None => verify::Way::Dial(self.job.address.clone()),
         };
         let bells = Checkers::bells(self.job.exports.len(), &way);
+        let mut causes = base::Causes::default();
+        let mut layers = std::mem::take(&mut self.layers).into_iter();
         for (number, (export, ready)) in self.job.exports.iter().zip(self.prepared.disks.clone()).enumerate() {
             let fault = |cause: String| format!("disk {}: {cause}", export.name());
             let verified = verified(self.job.request.verify);
@@ -19,9 +21,10 @@ impl Drive<'_> {
             let plan = Plan { verified, compare, bell: Arc::clone(&bells[number % bells.len()]) };
             let mirror = Mirror::arm(export, &self.job.budget, &plan).map_err(fault)?;
             // D1: the first extent is asked for after arming.
-            mirror.scan(ready.reads_as_zero).map_err(|error| fault(error.to_string()))?;
+            causes.add(&mirror, base::scan(&mirror, ready.reads_as_zero, layers.next()).map_err(fault)?);
             self.mirrors.push(mirror);
         }
+        causes.show(self.job);
         let peer = verify::Peer { guest: self.guest, way, stamp: self.stamp, instance: self.prepared.instance };
         self.checkers = Checkers::start(&peer, &self.mirrors, &bells)?;
         if let Err(NotYet::Stop(stop)) = self.open_stream() {

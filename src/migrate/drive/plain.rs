@@ -95,6 +95,7 @@ pub(super) fn run(guest: &Arc<Guest>, job: &Job, uri: &NbdUri) -> Done {
     done.zero_bytes = counts.iter().map(|c| c.zeroed).sum();
     done.passes = counts.iter().map(|c| c.passes).max().unwrap_or(0);
     done.equal_bytes = counts.iter().map(|c| c.equal).sum();
+    done.base_bytes = counts.iter().map(|c| c.based).sum();
     done
 }
 
@@ -166,19 +167,22 @@ fn open_lanes(job: &Job, targets: &[Target]) -> Result<Vec<Opened>, String> {
 impl Plain<'_> {
     /// Copies until the final pass would be short enough, and, with `--hold`, until somebody says switch.
     fn perform(&mut self, targets: Vec<Target>, opened: Vec<Opened>) -> Result<(), Stop> {
+        let mut causes = base::Causes::default();
         for (export, target) in self.job.exports.iter().zip(targets) {
             let fault = |cause: String| format!("disk {}: {cause}", export.name());
             let verified = verified(self.job.request.verify);
             let compare = self.job.request.incremental && !target.reads_as_zero;
             let plan = Plan { verified, compare, bell: Arc::default() };
+            let layers = base::layers_of(self.job, compare, target.disk.as_ref());
             let mirror = Mirror::arm(export, &self.job.budget, &plan).map_err(fault)?;
             // D1: the first extent is asked for after arming.
-            mirror.scan(target.reads_as_zero).map_err(|error| fault(error.to_string()))?;
+            causes.add(&mirror, base::scan(&mirror, target.reads_as_zero, layers).map_err(fault)?);
             if let Some(disk) = target.disk.filter(|_| mirror.is_comparing() || mirror.verifies()) {
                 self.readers.start(&mirror, &plan.bell, disk)?;
             }
             self.mirrors.push(mirror);
         }
+        causes.show(self.job);
         while self.mirrors.iter().any(|mirror| mirror.is_comparing()) {
             self.look()?;
             let counts = self.counts();

@@ -55,6 +55,13 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
     }
     // The destination receives from here on: a link that is lost now is dialled again like any later one.
     let round_trip = measure_round_trip(&mut link);
+    let layers = match base::ask(job, &mut link, &stamp, &prepared, &theirs) {
+        Ok(layers) => layers,
+        Err(cause) => {
+            withdraw(&mut link, stamp, &cause, job.cancelled().is_none());
+            return Err(cause);
+        }
+    };
     Ok(Drive {
         guest,
         job,
@@ -64,6 +71,7 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
         prepared,
         peer: Peer { host: theirs.host, address: cut(&job.address.to_string()) },
         link,
+        layers,
         stream,
         mirrors: Vec::new(),
         lanes: Lanes::default(),

@@ -88,6 +88,7 @@ pub(super) fn disks(
             equal_bytes: counts.equal,
             verified_bytes: counts.verified,
             unverified_bytes: counts.unverified,
+            base_bytes: counts.based,
         }
     };
     // No more mirrors than disks, which fit.

@@ -57,7 +57,7 @@ fn samples(count: usize, length: usize) -> Vec<Message> {
         Message::Refused { stamp, problems: many(&Problem { disk, cause: cause.clone() }, count.min(PROBLEMS_MAX)) },
         Message::Fence { stamp, epoch },
         Message::Fenced { stamp, instance, epoch },
-        Message::Seal { stamp, digests: many(&[0x77; 32], count.min(DISKS_MAX)) },
+        Message::Seal { stamp, digests: many(&[0x77; 32], count.min(DISKS_MAX)), unread_bytes: 300 },
         Message::Sealed { stamp, fsync_us: 1500 },
         Message::Go { stamp },
         Message::Running { stamp, instance },
@@ -76,7 +76,9 @@ fn samples(count: usize, length: usize) -> Vec<Message> {
         Message::State { stamp, ran: true },
         Message::StateReady { stamp },
         Message::StateQuestion { stamp },
-        Message::StateIs { stamp, standing: Standing::Failed, cause },
+        Message::StateIs { stamp, standing: Standing::Failed, cause: cause.clone() },
+        Message::LayersQuestion { stamp, disk: 3, page: 300 },
+        Message::Layers { stamp, disk: 3, page: 300, deepest: 2, top: many(&0x88, count.min(LAYERS_PAGE)), cause },
     ]
 }
 
@@ -126,6 +128,8 @@ fn message_numbers_are_pinned() {
         "STATE-READY",
         "STATE-QUESTION",
         "STATE-IS",
+        "LAYERS-QUESTION",
+        "LAYERS",
     ];
     let samples = samples(1, 3);
     assert_eq!((samples.len(), names.len()), (usize::from(MESSAGES), usize::from(MESSAGES)));

@@ -59,7 +59,7 @@ impl Bench {
     }
 }
 
-/// `cargo xtask bench [chain|server|copier|copy|latency|migrate|guest|tax|scale]... [--runs N] [--quick] [--docs] [--json]`.
+/// `cargo xtask bench [NAME]... [--runs N] [--quick] [--docs] [--json]`; the names are in [`ALL`].
 pub(crate) fn main(arguments: &[String]) -> Result<()> {
     let asked = parse(arguments)?;
     let executable = build::static_executable()?.place;

@@ -17,6 +17,7 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
     let (mut link, theirs) = wait_for(&dialled, TICK, || job.cancelled().map_or(Ok(()), Err))?
         .map_err(|no_link| format!("{}: {no_link}", job.address))?;
     let stream = choose_transport(job, &theirs)?.then(Arc::default);
+    let state_inside = stream.is_some() && theirs.capabilities.has(Capabilities::STATE);
     let stamp = course::stamp(guest, job, theirs.host)?;
     let message = Message::Prepare(Prepare {
         stamp,
@@ -78,6 +79,8 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
         synchrony: Synchrony::new(job.request.synchronous),
         owed: None,
         state: leaving.map(State::new),
+        state_inside,
+        mends: true,
         written_ahead: false,
         pinged: Instant::now(),
     })

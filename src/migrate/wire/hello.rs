@@ -96,6 +96,8 @@ impl Capabilities {
     pub const NBD: Self = Self(1 << 0);
     /// Can move blocks inside the phase connection.
     pub const STREAM: Self = Self(1 << 1);
+    /// Can move the guest's state inside the phase connection, where blocks do.
+    pub const STATE: Self = Self(1 << 2);
 
     /// The bits of both.
     #[must_use]

@@ -132,7 +132,10 @@ fn converse(guest: &Arc<Guest>, link: &mut Link, alone: bool) -> Result<(), Stri
             Ok(Some(Message::StateQuestion { stamp })) => {
                 heard = Instant::now();
                 let (standing, cause) = guest.destination.state.standing(&stamp);
-                let answer = Message::StateIs { stamp, standing, cause: cut(&cause) };
+                let is = Message::StateIs { stamp, standing, cause: cut(&cause) };
+                // Who asks all the time leaves no moment for news.
+                let ended = (standing == Standing::None).then(|| guest.destination.why_ended_now(&stamp)).flatten();
+                let answer = ended.unwrap_or(is);
                 link.send(&answer, heard + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
             }
             Ok(Some(message)) => {
@@ -447,6 +450,15 @@ impl Destination {
     /// What the source of an attempt that ended here is told.
     fn why_ended(&self, stamp: &Stamp) -> Option<Message> {
         self.lock().why_ended(stamp)
+    }
+
+    /// The same, if it can be said without waiting for who is ending it.
+    fn why_ended_now(&self, stamp: &Stamp) -> Option<Message> {
+        match self.inner.try_lock() {
+            Ok(inner) => inner.why_ended(stamp),
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner().why_ended(stamp),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// Whether an attempt is received.

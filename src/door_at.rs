@@ -9,7 +9,7 @@ use std::fmt;
 use crate::address::Address;
 use crate::error::Problem;
 use crate::inherited;
-use crate::limits::{FD_MAX, SOCKET_MODE_MAX};
+use crate::limits::SOCKET_MODE_MAX;
 
 /// Where a door listens. Its [`Display`](fmt::Display) form is what the ready line says: `fd:N`, or the address, which
 /// can be dialled.
@@ -32,13 +32,8 @@ impl DoorAt {
     /// # Errors
     /// The cause, for a usage error.
     pub fn parse(text: &str) -> Result<Self, String> {
-        if let Some(digits) = text.strip_prefix("fd:") {
-            let number = digits.parse().ok().filter(|number| *number <= FD_MAX);
-            let plain = digits.bytes().all(|b| b.is_ascii_digit());
-            return match number {
-                Some(number) if plain => Ok(Self::Inherited(number)),
-                _ => Err(format!("'{text}': '{digits}' is not a descriptor (0 to {FD_MAX})")),
-            };
+        if let Some(digits) = text.strip_prefix(inherited::FD) {
+            return inherited::parse(text, digits).map(Self::Inherited);
         }
         match text.split_once("?mode=") {
             Some((place, mode)) if place.starts_with("unix://") => {

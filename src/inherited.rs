@@ -7,11 +7,11 @@
 
 use std::fs::OpenOptions;
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl, fstat};
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fcntl_setfl, fstat};
 use rustix::io::Errno;
 use rustix::net::sockopt::{socket_acceptconn, socket_type};
 use rustix::net::{SocketAddrUnix, SocketType, getpeername, getsockname};
@@ -19,6 +19,7 @@ use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_op
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 use crate::address::Address;
+use crate::limits::FD_MAX;
 
 /// A passed stream socket, now our own descriptor.
 #[derive(Debug)]
@@ -29,12 +30,63 @@ pub struct Taken {
     pub listens: bool,
 }
 
+/// Begins the name of a descriptor.
+pub const FD: &str = "fd:";
+
+/// Reads the number in `text`.
+///
+/// # Errors
+/// The cause, for a usage error.
+pub fn parse(text: &str, digits: &str) -> Result<u32, String> {
+    let number = digits.parse().ok().filter(|number| *number <= FD_MAX);
+    let plain = digits.bytes().all(|b| b.is_ascii_digit());
+    let wrong = || format!("'{text}': '{digits}' is not a descriptor (0 to {FD_MAX})");
+    number.filter(|_| plain).ok_or_else(wrong)
+}
+
 /// Takes a socket over that is listened on or connected.
 ///
 /// # Errors
 /// Why it cannot be a door.
 pub fn take(number: u32) -> Result<Taken, String> {
-    let fd = own(number)?;
+    look(own(number)?)
+}
+
+/// Takes a connection over that somebody has passed on, by whatever way it came.
+///
+/// # Errors
+/// Why it cannot be one.
+pub fn connected(fd: OwnedFd) -> Result<Taken, String> {
+    let taken = look(fd)?;
+    if taken.listens { Err("is a socket that listens, not a connection".to_owned()) } else { Ok(taken) }
+}
+
+/// Takes one direction of a way over: a pipe, or whatever else is read (or, if it `sends`, written) and waited for.
+///
+/// # Errors
+/// Why it cannot be one.
+pub fn take_half(number: u32, sends: bool) -> Result<OwnedFd, String> {
+    half(own(number)?, sends)
+}
+
+/// The same, by whatever way it came.
+///
+/// # Errors
+/// Why it cannot be one.
+pub fn half(fd: OwnedFd, sends: bool) -> Result<OwnedFd, String> {
+    let kind = fstat(&fd).map_err(|error| error.to_string())?.st_mode;
+    if !matches!(FileType::from_raw_mode(kind), FileType::Fifo | FileType::Socket | FileType::CharacterDevice) {
+        return Err("is neither a pipe nor a socket".to_owned());
+    }
+    let mode = fcntl_getfl(&fd).map_err(|error| error.to_string())? & OFlags::ACCMODE;
+    match (mode, sends) {
+        (OFlags::RDONLY, true) => Err("is the end of a pipe that is read, and is to be written".to_owned()),
+        (OFlags::WRONLY, false) => Err("is the end of a pipe that is written, and is to be read".to_owned()),
+        _ => Ok(fd),
+    }
+}
+
+fn look(fd: OwnedFd) -> Result<Taken, String> {
     match socket_type(&fd) {
         Ok(SocketType::STREAM) => {}
         Ok(_) => return Err("is not a stream socket".to_owned()),
@@ -60,6 +112,13 @@ fn own(number: u32) -> Result<OwnedFd, String> {
 }
 
 impl Taken {
+    /// Where the other end of a TCP connection is.
+    #[must_use]
+    pub fn peer(&self) -> Option<Address> {
+        let ip = SocketAddr::try_from(getpeername(&self.fd).ok()??).ok()?;
+        Some(Address::Tcp { host: ip.ip().to_string(), port: ip.port() })
+    }
+
     /// Where it listens or was connected to, if that is a place that can be dialled from here. An abstract Unix socket
     /// is refused: it has no mode, so everybody on this host may connect to it. What is connected is not dialled again.
     ///
@@ -99,22 +158,30 @@ impl Taken {
     /// # Errors
     /// The system's.
     pub fn release_standard(&self) -> std::io::Result<()> {
-        let socket = fstat(&self.fd)?;
-        let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
-        let same = |other: rustix::io::Result<rustix::fs::Stat>| {
-            other.is_ok_and(|other| (other.st_dev, other.st_ino) == (socket.st_dev, socket.st_ino))
-        };
-        if same(fstat(std::io::stdin())) {
-            dup2_stdin(&null)?;
-        }
-        if same(fstat(std::io::stdout())) {
-            dup2_stdout(&null)?;
-        }
-        if same(fstat(std::io::stderr())) {
-            dup2_stderr(&null)?;
-        }
-        Ok(())
+        release_standard(&self.fd)
     }
+}
+
+/// The same for anything that was passed on.
+///
+/// # Errors
+/// The system's.
+pub fn release_standard(fd: impl AsFd) -> std::io::Result<()> {
+    let socket = fstat(fd)?;
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    let same = |other: rustix::io::Result<rustix::fs::Stat>| {
+        other.is_ok_and(|other| (other.st_dev, other.st_ino) == (socket.st_dev, socket.st_ino))
+    };
+    if same(fstat(std::io::stdin())) {
+        dup2_stdin(&null)?;
+    }
+    if same(fstat(std::io::stdout())) {
+        dup2_stdout(&null)?;
+    }
+    if same(fstat(std::io::stderr())) {
+        dup2_stderr(&null)?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -154,7 +221,16 @@ mod tests {
         assert!(!take(number(&a)).expect("taken").listens);
         let tcp = TcpListener::bind("127.0.0.1:0").expect("binds");
         let client = TcpStream::connect(tcp.local_addr().expect("bound")).expect("connects");
-        assert!(!take(number(&client)).expect("taken").listens);
+        let taken = take(number(&client)).expect("taken");
+        assert!(!taken.listens);
+        let port = tcp.local_addr().expect("bound").port();
+        assert_eq!(taken.peer(), Some(Address::Tcp { host: "127.0.0.1".to_owned(), port }));
+        assert_eq!(take(number(&a)).expect("taken").peer(), None);
+        let connection = take(number(&client)).expect("taken").fd;
+        assert!(connected(connection).is_ok());
+        let listens = take(number(&tcp)).expect("taken").fd;
+        let refused = connected(listens).map(drop);
+        assert_eq!(refused, Err("is a socket that listens, not a connection".to_owned()));
     }
 
     #[test]
@@ -169,6 +245,17 @@ mod tests {
             (60000, "no such descriptor was passed"),
         ] {
             assert_eq!(take(number).map(drop), Err(cause.to_owned()));
+        }
+        let (reads, writes) = std::io::pipe().expect("a pipe");
+        assert!(take_half(number(&reads), false).is_ok() && take_half(number(&writes), true).is_ok());
+        assert!(take_half(number(&idle), true).is_ok(), "a socket goes both ways");
+        for (number, sends, cause) in [
+            (number(&reads), true, "is the end of a pipe that is read, and is to be written"),
+            (number(&writes), false, "is the end of a pipe that is written, and is to be read"),
+            (number(&file), false, "is neither a pipe nor a socket"),
+            (60000, true, "no such descriptor was passed"),
+        ] {
+            assert_eq!(take_half(number, sends).map(drop), Err(cause.to_owned()));
         }
         let name = UnixAddr::from_abstract_name(format!("blockferry-{}", std::process::id())).expect("a name");
         let listener = UnixListener::bind_addr(&name).expect("binds");

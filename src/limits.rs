@@ -1,10 +1,14 @@
 //! Every bound of the program: sizes, counts and times.
 //!
 //! A number that limits memory, work or waiting stands here and nowhere else, beside the other numbers it must agree
-//! with; the `const` assertions at the end say how. Times are [`Duration`]s, sizes are bytes unless the name says
+//! with; the `const` assertions at the end say how. Those of VMM drivers are in `limits/vmm.rs`. Times are [`Duration`]s, sizes are bytes unless the name says
 //! otherwise.
 
 use std::time::Duration;
+
+pub use vmm::*;
+
+mod vmm;
 
 /// One kibibyte, in bytes.
 pub const KIB: usize = 1024;
@@ -259,19 +263,23 @@ pub const BUDGET_BURST: Duration = Duration::from_millis(50);
 
 // ---- the stream path ---------------------------------------------------------------------------------------------
 
-/// Most bytes of data in one frame of the stream path: a message waits for no more than one such frame to leave.
+/// Most bytes of data in one frame of the stream path: a message waits for no more than one frame.
 pub const STREAM_BLOCK_MAX: usize = 64 * KIB;
-/// Most frames with blocks of one connection that are not acknowledged; the destination has room for as many.
+/// Most blocks of one connection that are not acknowledged; the destination has room for as many.
 pub const STREAM_SLOTS: usize = 64;
 /// Bytes that may always be in flight, however slow the way is.
 pub const STREAM_WINDOW_MIN: usize = 2 * STREAM_BLOCK_MAX;
 /// Most bytes in flight on one connection.
 pub const STREAM_WINDOW_MAX: usize = STREAM_SLOTS * STREAM_BLOCK_MAX;
-/// Blocks wait no longer than about this in buffers on the way: a message that follows them would wait as long.
+/// Blocks wait about so long in buffers on the way, and so does a message behind them.
 pub const STREAM_QUEUE: Duration = Duration::from_millis(250);
-/// Receive buffer of one end of the stream path, in bytes, for heads and messages; blocks go past it.
+/// Receive buffer of one end, in bytes, for heads and messages; blocks go past it.
 pub const STREAM_RECEIVE_BUFFER: usize = 4 * KIB;
-/// Most messages of one kind that wait for their reader.
+/// Room for the guest's state where it arrives, in bytes.
+pub const STREAM_STATE_ROOM: usize = 2 * MIB;
+/// The same for what the VMM there answers.
+pub const STREAM_STATE_ROOM_BACK: usize = STREAM_BLOCK_MAX;
+/// Most messages of one kind that wait.
 pub const STREAM_MESSAGES_MAX: usize = 256;
 
 const _: () = assert!(STREAM_SLOTS <= 128, "a slot's number is one byte");
@@ -351,6 +359,8 @@ pub const PASSED_FIRST: u32 = 3;
 pub const PASSED_MAX: u32 = 32;
 /// Highest number of a descriptor that is passed on; more than a process has by default.
 pub const FD_MAX: u32 = 65535;
+/// Most descriptors passed on with one request.
+pub const PASSENGERS_MAX: usize = 2;
 /// Connections that wait at a door until they are accepted.
 pub const LISTEN_BACKLOG: i32 = 128;
 /// Longest wait for another process that is binding a socket in the same directory.
@@ -568,57 +578,3 @@ pub const COPY_LANES: usize = 2;
 pub const COPY_WINDOW: u64 = 256 * MIB as u64;
 /// Bytes that are read at once to be compared.
 pub const COPY_VERIFY_READ: usize = MIB;
-
-// ---- VMM drivers -------------------------------------------------------------------------------------------------
-
-/// Longest line of QEMU's monitor, in bytes.
-pub const QMP_LINE_MAX: usize = 64 * KIB;
-/// Events of QEMU's that are kept until somebody looks.
-pub const QMP_EVENTS_MAX: usize = 64;
-/// Longest path of a monitor's neighbour: a Unix socket's.
-pub const QMP_PATH_MAX: usize = UNIX_PATH_MAX;
-/// How long QEMU may take for one answer: it waits for its disks, and for the state's socket.
-pub const QMP_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often QEMU is asked whether it has come to where it is to come.
-pub const QMP_LOOK: Duration = Duration::from_millis(2);
-/// How often a QEMU that is to come is looked for.
-pub const QMP_START_LOOK: Duration = Duration::from_millis(100);
-/// What QEMU is told of its bandwidth, in bytes a second: the budget of the migration holds it back.
-pub const QMP_BANDWIDTH: u64 = 16 * GIB;
-/// The downtime that QEMU is allowed at first: it leaves as much of the memory as it can move in that time.
-pub const QMP_DOWNTIME_FIRST: Duration = Duration::from_millis(20);
-/// How long QEMU may try with that until it is allowed the whole downtime.
-pub const QMP_PATIENCE: Duration = Duration::from_secs(3);
-/// How long the state may take to begin to move: both VMMs are asked, and a connection is made.
-pub const STATE_START_MAX: Duration = Duration::from_secs(20);
-/// How long a guest may stand whose state is gone, until the destination has loaded it.
-pub const STATE_LOAD_MAX: Duration = Duration::from_secs(30);
-/// How long a guest may stand until what is left of its disks is copied, before the rest of its state follows.
-pub const STATE_DRAIN_MAX: Duration = QUIESCE_MAX;
-/// How long the state may stand still while its guest waits.
-pub const STATE_STALL_MAX: Duration = Duration::from_secs(20);
-/// How often is looked around while a guest stands.
-pub const STANDING_TICK: Duration = Duration::from_millis(1);
-/// How long a VMM whose socket has closed may take to say that it is done.
-pub const VMM_LAST_WORD: Duration = Duration::from_millis(500);
-/// How long a VMM may take until its guest runs, or until it has ended.
-pub const VMM_RUN_MAX: Duration = Duration::from_secs(10);
-/// How long a VMM may take to end before "unsealed" is said.
-pub const VMM_END_MAX: Duration = Duration::from_secs(3);
-/// How long a hook's `stop` may take until its VMM is silent.
-pub const HOOK_STOP_MAX: Duration = Duration::from_secs(10);
-/// How long a hook's `state-out` and `state-in` may take; less where the state stands still ([`STATE_STALL_MAX`]).
-pub const HOOK_STATE_MAX: Duration = Duration::from_secs(600);
-/// How often a hook that runs is looked at.
-pub const HOOK_LOOK: Duration = Duration::from_millis(1);
-/// How long the last words of a hook that failed are waited for.
-pub const HOOK_LAST_LINE: Duration = Duration::from_millis(200);
-/// Longest line of a hook that is kept in one piece, in bytes.
-pub const HOOK_LINE_MAX: u64 = 1024;
-/// How often a state that waits for its budget looks whether its guest stands.
-pub const STATE_LOOK: Duration = Duration::from_millis(10);
-/// Bytes of a guest's state on their way in one direction, in each process.
-pub const STATE_BUFFER: usize = 256 * KIB;
-
-const _: () = assert!(HOOK_STOP_MAX.as_secs() < STATE_STALL_MAX.as_secs(), "a hook that stops is no stalled state");
-const _: () = assert!(VMM_END_MAX.as_secs() < UNSEALED_PATIENCE.as_secs(), "unsealed is said while it is waited for");

@@ -1,10 +1,12 @@
-//! Carries bytes between a pair of descriptors and a socket until one side ends: `blockferry accept`.
+//! Carries bytes between a pair of descriptors and a socket until one side ends: `blockferry accept`, and two pipes
+//! that somebody has passed on as the way to another host.
 //!
 //! Two threads, one buffer each; what has been read is always written before the end is reported. It looks at nothing
 //! that it carries.
 
 use std::io::Result;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
@@ -41,6 +43,24 @@ pub fn relay(input: OwnedFd, output: OwnedFd, socket: &Arc<Socket>, before: &[u8
         let _ = say.send(carry_out(&receiver, &output).map(|()| End::Socket));
     })?;
     hear.recv().unwrap_or(Ok(End::Socket))
+}
+
+/// Makes one connection of a pair of descriptors, and relays until either side ends. Whoever is at the other end of
+/// `output` then finds it closed, and is expected to close `input` as well.
+///
+/// # Errors
+/// There is no socket pair, or no thread.
+pub fn join(input: OwnedFd, output: OwnedFd) -> Result<Socket> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let theirs = Arc::new(Socket::new(theirs.into()));
+    let thread = std::thread::Builder::new().name("relay".to_owned()).stack_size(CONNECTION_STACK);
+    thread.spawn(move || {
+        if let Err(error) = relay(input, output, &theirs, &[]) {
+            log::info!("passed pipes: {}", crate::error::reason(&error));
+        }
+        theirs.shutdown();
+    })?;
+    Ok(Socket::new(ours.into()))
 }
 
 fn carry_in(input: impl AsFd, socket: &Socket) -> Result<()> {
@@ -83,7 +103,6 @@ fn write(output: impl AsFd, bytes: &[u8]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use std::io::{Read as _, Write as _};
-    use std::os::unix::net::UnixStream;
 
     use super::*;
 

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::attach::{Device, NotAttached};
+use crate::control::link::Passengers;
 use crate::control::port_door;
 use crate::control::server::{Desk, News, Server};
 use crate::control::wire::Gate as ShownGate;
@@ -312,8 +313,8 @@ impl Desk for ControlDesk {
         }
     }
 
-    fn migrate(&self, request: &MigrateRequest) -> Result<u128, Problem> {
-        let attempt = self.guest.source.start(&self.guest, request)?;
+    fn migrate(&self, request: &MigrateRequest, passed: Passengers) -> Result<u128, Problem> {
+        let attempt = self.guest.source.start(&self.guest, request, passed)?;
         Ok(u128::from_be_bytes(attempt.0))
     }
 

@@ -6,6 +6,7 @@
 //! [`Socket::shutdown`].
 
 use std::io::{Error, ErrorKind, IoSlice, IoSliceMut, Result};
+use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -13,8 +14,13 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::{self, Timeout};
-use rustix::net::{AddressFamily, RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, Shutdown,
+};
 use rustix::pipe::SpliceFlags;
+
+use crate::limits::PASSENGERS_MAX;
 
 /// A connected stream socket.
 #[derive(Debug)]
@@ -71,6 +77,60 @@ impl Socket {
             Ok(n) => Ok(Some(n)),
             Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(None),
             Err(e) => Err(e),
+        }
+    }
+
+    /// [`Socket::recv_nowait`], where descriptors may have been passed on: those that came last are in `passed` then,
+    /// close-on-exec.
+    ///
+    /// # Errors
+    /// The socket's error.
+    pub fn recv_nowait_passed(
+        &self,
+        buffer: &mut [u8],
+        passed: &mut heapless::Vec<OwnedFd, PASSENGERS_MAX>,
+    ) -> Result<Option<usize>> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PASSENGERS_MAX))];
+        let mut parts = [IoSliceMut::new(buffer)];
+        loop {
+            // What does not fit is closed by the kernel.
+            let mut came = RecvAncillaryBuffer::new(&mut space);
+            let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+            match rustix::net::recvmsg(&self.fd, &mut parts, &mut came, flags) {
+                Ok(message) => {
+                    for one in came.drain() {
+                        if let RecvAncillaryMessage::ScmRights(fds) = one {
+                            *passed = fds.take(PASSENGERS_MAX).collect();
+                        }
+                    }
+                    return Ok(Some(message.bytes));
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    /// Sends what the peer takes at once of `bytes`, at least one, and passes descriptors on with the first of
+    /// them. Only for a Unix socket.
+    ///
+    /// # Errors
+    /// The socket's error, or [`ErrorKind::TimedOut`] when the peer takes nothing.
+    pub fn send_passing(&self, bytes: &[u8], passed: &[BorrowedFd<'_>]) -> Result<usize> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(PASSENGERS_MAX))];
+        let mut goes = SendAncillaryBuffer::new(&mut space);
+        if !goes.push(SendAncillaryMessage::ScmRights(passed)) {
+            return Err(ErrorKind::InvalidInput.into());
+        }
+        loop {
+            let parts = [IoSlice::new(bytes)];
+            match rustix::net::sendmsg(&self.fd, &parts, &mut goes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+                Ok(n) => return Ok(n),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Err(ErrorKind::TimedOut.into()),
+                Err(e) => return Err(e.into()),
+            }
         }
     }
 

@@ -1,14 +1,16 @@
-//! One byte stream that carries everything of a migration: phases, digests, blocks, and their acknowledgements.
+//! One byte stream that carries everything of a migration: phases, digests, blocks, their acknowledgements, and the
+//! guest's state.
 //!
 //! The stream path (see `docs/stream.md`): where the two hosts have one connection and cannot open more, the blocks
 //! travel inside the phase connection. A [`Trunk`] takes such a connection over, at either end. One thread reads it and
 //! sorts what comes; whoever sends takes turns, a whole frame each, and messages go before blocks. Reading never waits
 //! for sending, for a disk or for a reader that is slow, so that two ends which both send never wait for each other:
-//! there is room for all that the other side may have sent ([`Slots`], [`STREAM_SLOTS`]), and one that sends more is
-//! cut off.
+//! there is room for all that the other side may have sent ([`Slots`], [`STREAM_SLOTS`], the room of a [`Channel`]),
+//! and one that sends more is cut off.
 //!
-//! `migrate/link.rs` speaks the phases over it, a mirror copies over it through an [`Outlet`], and at the destination
-//! `migrate/stream.rs` writes what has come. Nothing here knows what a message means, and nothing here touches a disk.
+//! `migrate/link.rs` speaks the phases over it, a mirror copies over it through an [`Outlet`], the guest's state goes
+//! through a [`Channel`] both ways, and at the destination `migrate/stream.rs` writes what has come. Nothing here knows
+//! what a message means, and nothing here touches a disk or a VMM.
 //!
 //! # How much is in flight
 //!
@@ -16,6 +18,7 @@
 //! block takes until it is acknowledged; what that is longer than the shortest time seen is a queue. Below
 //! [`STREAM_QUEUE`] the window grows by what is acknowledged, which doubles it each round trip; above, it shrinks.
 
+mod channel;
 mod outlet;
 mod slots;
 pub mod wire;
@@ -26,6 +29,7 @@ use std::io::ErrorKind;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+pub use channel::{Channel, Ended};
 pub use outlet::Outlet;
 pub use slots::{Slot, Slots};
 use wire::{BLOCK_HEAD, Block, DONE_LENGTH, Done, Fault, Kind, Verb, parse_head};
@@ -48,12 +52,16 @@ pub struct Trunk {
     slots: Option<Slots>,
 }
 
-/// Whose turn it is to send.
+/// Whose turn it is to send. Blocks and the state go in the order in which they have come: whoever sends all the time
+/// must not always be quicker than the others.
 #[derive(Debug, Default)]
 struct Turn {
     busy: bool,
     /// So many wait with messages.
     urgent: usize,
+    /// So many have come with something else, and so many of them have had their turn.
+    come: u64,
+    served: u64,
 }
 
 #[derive(Debug)]
@@ -61,6 +69,8 @@ struct Inner {
     phases: VecDeque<Box<[u8]>>,
     digests: VecDeque<Box<[u8]>>,
     lanes: heapless::Vec<Lane, DISKS_MAX>,
+    /// The guest's state, once it is on its way.
+    state: Option<channel::State>,
     /// No block is sent any more.
     closed: bool,
     /// Frames and bytes with blocks that are not acknowledged.
@@ -140,6 +150,7 @@ impl Trunk {
                 phases: VecDeque::new(),
                 digests: VecDeque::new(),
                 lanes: (0..DISKS_MAX).map(|_| Lane::default()).collect(),
+                state: None,
                 closed: false,
                 in_flight: (0, 0),
                 window: STREAM_WINDOW_MIN,
@@ -179,18 +190,24 @@ impl Trunk {
         self.arrived.notify_all();
     }
 
+    /// Why nothing more comes or goes, if that is so.
+    #[must_use]
+    pub fn broken(&self) -> Option<Broken> {
+        self.lock().broken
+    }
+
     /// When anything at all has come last.
     #[must_use]
     pub fn heard(&self) -> Instant {
         self.lock().heard
     }
 
-    /// Sends a frame: a whole one is in `first` followed by `second`. Messages go before blocks.
+    /// Sends a frame: a whole one is in `first` followed by `second`. Messages go before blocks and the state.
     ///
     /// # Errors
     /// [`Broken`], and from then on always.
     pub fn send(&self, kind: Kind, first: &[u8], second: &[u8], deadline: Instant) -> Result<(), Broken> {
-        let urgent = kind != Kind::Blocks;
+        let urgent = !matches!(kind, Kind::Blocks | Kind::State);
         self.take_turn(urgent, deadline).map_err(|broken| self.break_by(broken))?;
         let sent = self.push(first, second, deadline);
         self.turn().busy = false;
@@ -200,16 +217,22 @@ impl Trunk {
 
     fn take_turn(&self, urgent: bool, deadline: Instant) -> Result<(), Broken> {
         let mut turn = self.turn();
+        let place = turn.come;
         turn.urgent += usize::from(urgent);
-        while turn.busy || !urgent && turn.urgent > 0 {
+        turn.come += u64::from(!urgent);
+        // Whoever leaves without a turn has found the connection broken, or breaks it: nobody gets a turn after that.
+        while turn.busy || !urgent && (turn.urgent > 0 || turn.served < place) {
+            if let Some(broken) = self.lock().broken {
+                return Err(broken);
+            }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                turn.urgent -= usize::from(urgent);
                 return Err(Broken::Late);
             }
             turn = self.next.wait_timeout(turn, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         turn.urgent -= usize::from(urgent);
+        turn.served += u64::from(!urgent);
         turn.busy = true;
         Ok(())
     }
@@ -265,15 +288,17 @@ impl Trunk {
 
     fn read(&self) {
         let mut inlet = Inlet { socket: &self.socket, buffer: Box::new([0; STREAM_RECEIVE_BUFFER]), start: 0, end: 0 };
+        let mut piece = Vec::new();
         let broken = loop {
-            if let Err(broken) = self.read_frame(&mut inlet) {
+            if let Err(broken) = self.read_frame(&mut inlet, &mut piece) {
                 break broken;
             }
         };
         self.break_by(broken);
     }
 
-    fn read_frame(&self, inlet: &mut Inlet<'_>) -> Result<(), Broken> {
+    /// `piece` is there for one frame of the state after the other.
+    fn read_frame(&self, inlet: &mut Inlet<'_>, piece: &mut Vec<u8>) -> Result<(), Broken> {
         let (kind, length) = parse_head(inlet.take()?).map_err(Broken::Frame)?;
         match (kind, &self.slots) {
             (Kind::Phases | Kind::Digests, _) => {
@@ -307,6 +332,28 @@ impl Trunk {
                 }
                 self.arrived.notify_all();
             }
+            (Kind::State, _) => {
+                // Whether it may come is known before its first byte is taken.
+                self.lock().state.as_mut().ok_or(Fault::State).and_then(|s| s.expect(length)).map_err(Broken::Frame)?;
+                piece.resize(length, 0);
+                inlet.fill(piece)?;
+                let mut inner = self.lock();
+                inner.heard = Instant::now();
+                if let Some(state) = &mut inner.state {
+                    state.take_in(piece);
+                }
+                drop(inner);
+                self.arrived.notify_all();
+            }
+            (Kind::Room, _) => {
+                let bytes = u32::from_le_bytes(inlet.take()?);
+                let mut inner = self.lock();
+                inner.heard = Instant::now();
+                let now = inner.heard;
+                inner.state.as_mut().ok_or(Fault::State).and_then(|s| s.room(bytes, now)).map_err(Broken::Frame)?;
+                drop(inner);
+                self.arrived.notify_all();
+            }
             (kind, _) => return Err(Broken::Frame(Fault::Way(kind))),
         }
         Ok(())
@@ -320,6 +367,8 @@ impl Trunk {
             slots.end();
         }
         self.arrived.notify_all();
+        // Nobody is between looking and waiting.
+        drop(self.turn());
         self.next.notify_all();
         first
     }
@@ -342,7 +391,7 @@ impl Inner {
         match kind {
             Kind::Phases => Some(&mut self.phases),
             Kind::Digests => Some(&mut self.digests),
-            Kind::Blocks | Kind::Done => None,
+            Kind::Blocks | Kind::Done | Kind::State | Kind::Room => None,
         }
     }
 

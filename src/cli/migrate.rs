@@ -1,5 +1,6 @@
 //! `blockferry migrate`.
 
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Instant;
 
 use super::guest::{CONTROL, GuestDoor, PLAINTEXT, guest_door};
@@ -9,7 +10,8 @@ use crate::address::Address;
 use crate::control::client::Client;
 use crate::control::wire::{MigrateRequest, Reply, Request, Synchronous, Transport, Verify, text};
 use crate::domain::{check_disk_name, parse_size};
-use crate::error::{Exit, Problem};
+use crate::error::{Exit, Problem, reason};
+use crate::inherited;
 use crate::json;
 use crate::limits::{CONNECTIONS_PER_DISK_MAX, DISKS_MAX, DOWNTIME_LIMIT_DEFAULT_MS, DOWNTIME_LIMIT_MAX_MS};
 use crate::place::Place;
@@ -114,7 +116,9 @@ pub(super) const SPEC: Spec = Spec {
         later("peers", Takes::One("FILE")),
     ],
     notes: "DEST is the --listen address of `blockferry serve GUEST` on the other host, or exec:COMMAND: a command\n\
-            (words with quotes, no shell) whose stdin and stdout lead to `blockferry accept GUEST` there.\n\
+            (words with quotes, no shell) whose stdin and stdout lead to `blockferry accept GUEST` there, or fd:N: a\n\
+            connected socket that this command was started with and that leads there, or fd:IN,OUT: two pipes. Such a\n\
+            connection cannot be opened again.\n\
             With --plain DEST is somebody's NBD server (qemu-nbd with a qcow2 image, nbdkit). An EXPORT takes the one\n\
             disk that moves; without one, one disk goes to the default export and several to the exports of their\n\
             names. Nothing there keeps a record or a second writer away, and a lost connection ends the migration.\n\
@@ -242,6 +246,12 @@ impl MigrateOptions {
 pub(super) fn run(options: &MigrateOptions, as_json: bool, terminal: bool) -> Result<(), Problem> {
     options.destination.check_plaintext("migrate", options.door.insecure_plaintext)?;
     let guest = &options.door.guest;
+    let passed = match &options.destination {
+        Place::Passed(passed) => {
+            take(passed.numbers()).map_err(|cause| Problem::refused("migrate", &options.destination, cause))?
+        }
+        _ => Vec::new(),
+    };
     let mut client = options.door.connect("migrate")?;
     if let (Place::Plain(uri), false) = (&options.destination, as_json) {
         print(&format!(
@@ -249,7 +259,13 @@ pub(super) fn run(options: &MigrateOptions, as_json: bool, terminal: bool) -> Re
              ends the migration\n"
         ));
     }
-    client.tell(&Request::Migrate(options.request()))?;
+    let request = Request::Migrate(options.request());
+    if passed.is_empty() {
+        client.tell(&request)?;
+    } else {
+        client.tell_passing(&request, &passed.iter().map(OwnedFd::as_fd).collect::<Vec<_>>())?;
+        drop(passed);
+    }
     if options.detach {
         let text = if as_json { json::ok("migrate", guest) } else { format!("{guest}: started\n") };
         print(&text);
@@ -261,6 +277,20 @@ pub(super) fn run(options: &MigrateOptions, as_json: bool, terminal: bool) -> Re
         (false, false) => Form::Lines,
     };
     follow(&mut client, &mut Display::new(std::io::stdout(), form, guest))
+}
+
+/// The connection that this command was started with: the process that serves the guest uses it from now on, and
+/// nothing is printed into it.
+fn take(numbers: (u32, Option<u32>)) -> Result<Vec<OwnedFd>, String> {
+    let fault = |error: std::io::Error| reason(&error);
+    let (input, Some(output)) = numbers else {
+        let taken = inherited::take(numbers.0).and_then(|taken| inherited::connected(taken.fd))?;
+        return Ok(vec![taken.into_connection().map_err(fault)?]);
+    };
+    let pipe = |number, sends| inherited::take_half(number, sends).map_err(|cause| format!("{number} {cause}"));
+    let pipes = vec![pipe(input, false)?, pipe(output, true)?];
+    pipes.iter().try_for_each(inherited::release_standard).map_err(fault)?;
+    Ok(pipes)
 }
 
 /// Shows a migration until its end.

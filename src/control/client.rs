@@ -1,6 +1,7 @@
 //! The command line's end of the control door.
 
 use std::io::ErrorKind;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -125,6 +126,24 @@ impl Client {
     /// As [`Client::ask`].
     pub fn tell(&mut self, request: &Request) -> Result<(), Problem> {
         match self.ask(request)? {
+            Reply::Ok => Ok(()),
+            _ => Err(self.lost("the process gave an answer to another question")),
+        }
+    }
+
+    /// As [`Client::tell`], and passes descriptors on with the request.
+    ///
+    /// # Errors
+    /// As there; also when this door is no Unix socket.
+    pub fn tell_passing(&mut self, request: &Request, passed: &[BorrowedFd<'_>]) -> Result<(), Problem> {
+        match self.link.send_with(request, passed, Instant::now() + CONTROL_SEND_TIMEOUT) {
+            Err(e) if e.kind() == ErrorKind::Unsupported => {
+                return Err(self.refused("a descriptor can be passed on over a Unix socket only"));
+            }
+            Err(e) if e.kind() != ErrorKind::BrokenPipe => return Err(self.lost(&reason(&e))),
+            _ => {}
+        }
+        match self.receive(Some(Instant::now() + CONTROL_REPLY_TIMEOUT))? {
             Reply::Ok => Ok(()),
             _ => Err(self.lost("the process gave an answer to another question")),
         }

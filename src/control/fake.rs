@@ -3,6 +3,7 @@
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use super::link::Passengers;
 use super::server::{Desk, News};
 use super::wire::*;
 use crate::error::{Exit, Problem};
@@ -88,8 +89,13 @@ impl Desk for FakeDesk {
         Err(Problem::refused("claim", "g1", "there is a record"))
     }
 
-    fn migrate(&self, request: &MigrateRequest) -> Result<u128, Problem> {
-        self.note(format!("migrate {}", request.destination))?;
+    fn migrate(&self, request: &MigrateRequest, passed: Passengers) -> Result<u128, Problem> {
+        let with = match passed.len() {
+            0 => "",
+            1 => " with a descriptor",
+            _ => " with two",
+        };
+        self.note(format!("migrate {}{with}", request.destination))?;
         self.change(|inner| inner.running = Some(Progress { attempt: 42, ..Progress::default() }));
         Ok(42)
     }

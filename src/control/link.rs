@@ -4,13 +4,17 @@
 
 use std::io::{Error, ErrorKind, Result};
 use std::ops::Range;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::control::frame::{self, Assembler, DELIMITER, FrameError, Message};
 use crate::control::port::Port;
-use crate::limits::CONTROL_FRAME_MAX;
+use crate::limits::{CONTROL_FRAME_MAX, PASSENGERS_MAX};
 use crate::socket::Socket;
+
+/// Descriptors that are passed on with a message.
+pub type Passengers = heapless::Vec<OwnedFd, PASSENGERS_MAX>;
 
 /// A connection that carries messages.
 #[derive(Debug)]
@@ -20,6 +24,8 @@ pub struct Link {
     outbox: Box<[u8; CONTROL_FRAME_MAX]>,
     /// What of the outbox has not left yet.
     unsent: Range<usize>,
+    /// The descriptors that came last and were not taken.
+    passed: Passengers,
 }
 
 /// What carries the bytes.
@@ -43,7 +49,13 @@ impl Link {
     }
 
     fn over(way: Way) -> Self {
-        Self { way, inbox: Assembler::default(), outbox: Box::new([0; CONTROL_FRAME_MAX]), unsent: 0..0 }
+        Self {
+            way,
+            inbox: Assembler::default(),
+            outbox: Box::new([0; CONTROL_FRAME_MAX]),
+            unsent: 0..0,
+            passed: Passengers::new(),
+        }
     }
 
     /// Whether this is a byte pipe: nothing says where one client ends and the next begins.
@@ -63,7 +75,7 @@ impl Link {
             if let Some(message) = self.inbox.take().map_err(|e| Error::new(ErrorKind::InvalidData, e))? {
                 return Ok(Some(message));
             }
-            match self.way.recv_nowait(self.inbox.space())? {
+            match self.way.recv_nowait(self.inbox.space(), &mut self.passed)? {
                 Some(0) if self.is_pipe() => {
                     // All that came later comes from the next one.
                     self.inbox.clear();
@@ -81,6 +93,26 @@ impl Link {
                 }
             }
         }
+    }
+
+    /// Sends a message, and passes descriptors on with it: only a Unix socket can.
+    ///
+    /// # Errors
+    /// As [`Link::send`].
+    pub fn send_with<T: Message>(&mut self, message: &T, passed: &[BorrowedFd<'_>], deadline: Instant) -> Result<()> {
+        let length = self.load(message)?;
+        let Way::Socket(socket) = &self.way else { return Err(ErrorKind::Unsupported.into()) };
+        if !socket.is_unix() {
+            return Err(ErrorKind::Unsupported.into());
+        }
+        // With the first of its bytes.
+        let sent = socket.send_passing(&self.outbox[..length], passed)?;
+        self.way.send_all(&self.outbox[sent..length], deadline)
+    }
+
+    /// The descriptors that came with the last message.
+    pub fn take_passed(&mut self) -> Passengers {
+        std::mem::take(&mut self.passed)
     }
 
     /// Sends a message that is not part of what went on before. Of an earlier message that has left in part the rest
@@ -161,9 +193,9 @@ impl Link {
 }
 
 impl Way {
-    fn recv_nowait(&self, buffer: &mut [u8]) -> Result<Option<usize>> {
+    fn recv_nowait(&self, buffer: &mut [u8], passed: &mut Passengers) -> Result<Option<usize>> {
         match self {
-            Self::Socket(socket) => socket.recv_nowait(buffer),
+            Self::Socket(socket) => socket.recv_nowait_passed(buffer, passed),
             Self::Port(port) => port.recv_nowait(buffer),
         }
     }

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::control::link::{Link, frame_error, is_unknown};
+use crate::control::link::{Link, Passengers, frame_error, is_unknown};
 use crate::control::wire::{
     AttachRequest, Convergence, Done, MigrateRequest, Ownership, Phase, Progress, Recovered, Refusal, Reply, Request,
     SetRequest, Status, VERSION, Word,
@@ -45,11 +45,12 @@ pub trait Desk: Send + Sync {
     /// Why not; nothing has changed.
     fn claim(&self, discard_record: bool) -> std::result::Result<(), Problem>;
 
-    /// Starts a migration and returns its attempt without waiting for the other host.
+    /// Starts a migration and returns its attempt without waiting for the other host. `passed`: the descriptors
+    /// that came with the request.
     ///
     /// # Errors
     /// Why not; nothing has changed.
-    fn migrate(&self, request: &MigrateRequest) -> std::result::Result<u128, Problem>;
+    fn migrate(&self, request: &MigrateRequest, passed: Passengers) -> std::result::Result<u128, Problem>;
 
     /// Lets the running migration hand over now, whether it is held or has not converged.
     ///
@@ -238,7 +239,8 @@ fn answer(link: &mut Link, desk: &dyn Desk, request: Request) -> Result<()> {
 /// Starts a migration; one in the foreground is followed, and cancelled when its client has gone. Gives a hello back
 /// that ended the following.
 fn migrate(link: &mut Link, desk: &dyn Desk, request: &MigrateRequest) -> Result<Option<Request>> {
-    let attempt = match desk.migrate(request) {
+    let passed = link.take_passed();
+    let attempt = match desk.migrate(request, passed) {
         Ok(attempt) => attempt,
         Err(problem) => return refuse(link, &problem).map(|()| None),
     };

@@ -1,6 +1,8 @@
 //! Both ends of the control door over real sockets, with a desk that is a fake.
 
-use std::os::fd::OwnedFd;
+use std::io::Read as _;
+use std::net::TcpListener;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
@@ -58,6 +60,38 @@ fn an_attach_waits_until_the_disk_is_owned_or_its_time_is_up() {
         });
         let problem = client.tell(&Request::Detach { device: text("/dev/nbd0") }).expect_err("the desk says no");
         assert_eq!(problem.to_string(), "blockferry: detach: /dev/nbd0: is in use");
+    });
+}
+
+#[test]
+fn a_descriptor_is_passed_on_with_its_request_and_with_no_other() {
+    let desk = FakeDesk::default();
+    attended(&desk, |socket| {
+        let (passed, mut other) = UnixStream::pair().expect("a pair");
+        let mut client = a_client(socket);
+        let request =
+            |to| Request::Migrate(MigrateRequest { destination: text(to), detach: true, ..MigrateRequest::default() });
+        client.tell_passing(&request("fd:5"), &[passed.as_fd()]).expect("started");
+        drop(passed);
+        client.tell(&request("tcp://b:1")).expect("started");
+        assert_eq!(desk.calls(), ["migrate fd:5 with a descriptor", "migrate tcp://b:1"]);
+        // The desk has let go of it: nobody holds it any more.
+        assert_eq!(other.read(&mut [0]).expect("its end"), 0);
+    });
+    let door = TcpListener::bind("127.0.0.1:0").expect("binds");
+    thread::scope(|scope| {
+        let address = door.local_addr().expect("bound");
+        let client = scope.spawn(move || {
+            let socket = Address::Tcp { host: address.ip().to_string(), port: address.port() }.connect(WAIT);
+            let (passed, _other) = UnixStream::pair().expect("a pair");
+            a_client(socket.expect("connects")).tell_passing(&Request::Status, &[passed.as_fd()])
+        });
+        let (stream, _) = door.accept().expect("accepts");
+        let (desk, socket) = (FakeDesk::default(), Arc::new(Socket::new(OwnedFd::from(stream))));
+        Server::new(&desk).attend(socket);
+        let problem = client.join().expect("no panic").expect_err("no Unix socket");
+        let line = "blockferry: test: g1: a descriptor can be passed on over a Unix socket only";
+        assert_eq!((problem.to_string().as_str(), problem.exit), (line, Exit::Refused));
     });
 }
 

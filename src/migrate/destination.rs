@@ -37,9 +37,10 @@ use super::wire::{
 use crate::digest::{Digest, Hasher};
 use crate::export::{Door, Gate};
 use crate::guest::Guest;
-use crate::limits::{HELLO_TIMEOUT, LINK_IDLE_MAX, LINK_LOOK, REPLY_TIMEOUT};
+use crate::limits::{DRIVER_STACK, HELLO_TIMEOUT, LINK_IDLE_MAX, LINK_LOOK, REPLY_TIMEOUT, STREAM_STATE_ROOM};
 use crate::ownership::{Answer, Attempt, Event, Images, KeepError, Peer, Promise, Receipt, Record, Stamp, State, next};
 use crate::socket::Socket;
+use crate::trunk::{Channel, Trunk};
 
 /// What this process receives.
 #[derive(Debug, Default)]
@@ -116,14 +117,25 @@ fn converse(guest: &Arc<Guest>, link: &mut Link, alone: bool) -> Result<(), Stri
                 link.send(&answer, heard + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
             }
             Ok(Some(Message::State { stamp, ran })) => {
-                // This connection is the state's from here on.
                 log::debug!("migration door: received STATE");
-                return guest.destination.take_state(guest, link, stamp, ran);
+                let Some(trunk) = link.trunk().cloned() else {
+                    // This connection is the state's from here on.
+                    return guest.destination.take_state(guest, link, stamp, ran);
+                };
+                session.stamp = Some(stamp);
+                heard = Instant::now();
+                if let Err(cause) = guest.destination.take_state_inside(guest, trunk, stamp, ran) {
+                    let answer = failed(stamp, &cause);
+                    link.send(&answer, heard + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
+                }
             }
             Ok(Some(Message::StateQuestion { stamp })) => {
                 heard = Instant::now();
                 let (standing, cause) = guest.destination.state.standing(&stamp);
-                let answer = Message::StateIs { stamp, standing, cause: cut(&cause) };
+                let is = Message::StateIs { stamp, standing, cause: cut(&cause) };
+                // Who asks all the time leaves no moment for news.
+                let ended = (standing == Standing::None).then(|| guest.destination.why_ended_now(&stamp)).flatten();
+                let answer = ended.unwrap_or(is);
                 link.send(&answer, heard + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
             }
             Ok(Some(message)) => {
@@ -183,13 +195,11 @@ pub(super) fn answer_digests(guest: &Arc<Guest>, link: &mut Link, theirs: Hello)
 /// peer sees. Beside a connection that is `alone` no others can be opened.
 pub fn hello(guest: &Guest, role: Role, challenge: Challenge, socket: &Socket, alone: bool) -> Hello {
     let address = guest.migration_address.as_ref().map(|door| door.seen_at(socket.local_ip()).to_string());
+    let inside = Capabilities::STREAM.with(Capabilities::LAYERS).with(Capabilities::STATE);
     Hello {
         versions: (VERSION_LOWEST, VERSION_HIGHEST),
         role,
-        capabilities: {
-            let all = Capabilities::STREAM.with(Capabilities::LAYERS);
-            if alone { all } else { all.with(Capabilities::NBD) }
-        },
+        capabilities: if alone { inside } else { inside.with(Capabilities::NBD) },
         guest: cut(&guest.name),
         title: guest.record().ok().flatten().map(|record| record.title()),
         boot: BootId(guest.boot),
@@ -311,15 +321,35 @@ impl Destination {
 
     /// Takes the guest's state in, on a connection that is its own.
     fn take_state(&self, guest: &Guest, link: &mut Link, stamp: Stamp, ran: bool) -> Result<(), String> {
-        let wanted = match &self.lock().stage {
-            Stage::Receiving(reception) => stamp.matches(&reception.stamp) && reception.state,
-            Stage::Idle => false,
-        };
-        if !wanted {
-            let _ = link.send(&failed(stamp, &"no state is expected"), Instant::now() + REPLY_TIMEOUT);
+        if let Err(cause) = self.expects_state(&stamp) {
+            let _ = link.send(&failed(stamp, &cause), Instant::now() + REPLY_TIMEOUT);
             return Err("a state that is not expected".to_owned());
         }
         self.state.take(guest, link, stamp, ran)
+    }
+
+    /// The same inside a phase connection, on a thread of its own: a VMM takes its time, and the phases go on.
+    ///
+    /// # Errors
+    /// One line for the source's user.
+    fn take_state_inside(&self, guest: &Arc<Guest>, trunk: Arc<Trunk>, stamp: Stamp, ran: bool) -> Result<(), String> {
+        self.expects_state(&stamp)?;
+        let channel = Channel::open(&trunk, STREAM_STATE_ROOM).ok_or("this connection has carried a state before")?;
+        let guest = Arc::clone(guest);
+        let thread = std::thread::Builder::new().name("state".to_owned()).stack_size(DRIVER_STACK);
+        let taken = thread.spawn(move || {
+            if let Err(cause) = guest.destination.state.take_inside(&guest, &trunk, channel, stamp, ran) {
+                log::info!("migration door: the guest's state: {cause}");
+            }
+        });
+        taken.map(drop).map_err(|error| format!("no thread for the guest's state: {error}"))
+    }
+
+    fn expects_state(&self, stamp: &Stamp) -> Result<(), String> {
+        match &self.lock().stage {
+            Stage::Receiving(reception) if stamp.matches(&reception.stamp) && reception.state => Ok(()),
+            _ => Err("no state is expected".to_owned()),
+        }
     }
 
     /// Answers DIGEST: found good under the lock, hashed outside of it.
@@ -439,6 +469,15 @@ impl Destination {
     /// What the source of an attempt that ended here is told.
     fn why_ended(&self, stamp: &Stamp) -> Option<Message> {
         self.lock().why_ended(stamp)
+    }
+
+    /// The same, if it can be said without waiting for who is ending it.
+    fn why_ended_now(&self, stamp: &Stamp) -> Option<Message> {
+        match self.inner.try_lock() {
+            Ok(inner) => inner.why_ended(stamp),
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner().why_ended(stamp),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// Whether an attempt is received.

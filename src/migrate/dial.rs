@@ -52,6 +52,10 @@ fn connect(place: &Place, left: Duration) -> Result<(Arc<Socket>, Option<Command
             Err(error) => Err(NoLink { cause: reason(&error), is_absent: is_answer(error.kind()) }),
         },
         Place::Plain(_) => Err("is a plain NBD server: there is nobody to ask".into()),
+        Place::Passed(passed) => match passed.take() {
+            Some(socket) => Ok((Arc::new(socket), None)),
+            None => Err("was one connection and cannot be dialled again".into()),
+        },
         Place::Through(command) => {
             let (socket, command) = Command::run(command)?;
             Ok((Arc::new(socket), Some(command)))

@@ -211,6 +211,11 @@ struct Drive<'a> {
     owed: Option<Instant>,
     /// The guest's state, where a VMM driver moves it.
     state: Option<State>,
+    /// It travels inside the phase connection.
+    state_inside: bool,
+    /// A lost connection is mended. Not while the guest stands: that takes as long as the link pleases. Nor when its
+    /// state is lost with the connection.
+    mends: bool,
     /// Room is made for the records to come.
     written_ahead: bool,
     /// When it was last asked whether it is there.
@@ -220,6 +225,11 @@ struct Drive<'a> {
 impl Drive<'_> {
     /// Takes in what has happened: cancels, failures, messages, lost connections. Waits a moment for a message.
     fn look(&mut self) -> Result<(), Stop> {
+        self.look_for(TICK).map(drop)
+    }
+
+    /// The same, for a moment of this length; the message, if there was one.
+    fn look_for(&mut self, moment: Duration) -> Result<Option<Message>, Stop> {
         if let Some(cause) = self.job.cancelled() {
             return Err(cause.into());
         }
@@ -227,22 +237,32 @@ impl Drive<'_> {
             return Err(failure.text.into());
         }
         if self.down {
-            return Ok(self.recover("the data connections are down")?);
+            return self.mend("the data connections are down");
         }
         if let Some(cause) = self.mirrors.iter().find_map(|mirror| mirror.lost()) {
-            return Ok(self.recover(&cause)?);
+            return self.mend(&cause);
         }
-        match self.listen() {
+        match self.listen_for(moment) {
             Ok(Some(Message::Failed { cause, .. })) => Err(format!("the destination: {cause}").into()),
-            Ok(_) => {
+            Ok(heard) => {
                 // Said again and again: a mirror whose connection was lost has let everybody go (D7).
                 if self.synchrony.on().is_some() {
                     self.mirrors.iter().for_each(|mirror| mirror.synchronous(true));
                 }
-                Ok(())
+                Ok(heard)
             }
-            Err(cause) => Ok(self.recover(&cause)?),
+            Err(cause) => self.mend(&cause),
         }
+    }
+
+    /// A connection is lost: opens another one, if this is the time for that.
+    fn mend(&mut self, cause: &str) -> Result<Option<Message>, Stop> {
+        if self.mends {
+            self.recover(cause)?;
+            return Ok(None);
+        }
+        self.down = true;
+        Err(cause.into())
     }
 
     /// Waits a moment for a message about this attempt, and asks whether the destination is there when it is time.

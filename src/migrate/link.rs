@@ -238,6 +238,16 @@ impl Link {
         sent.map_err(|e| self.broken_by(e))
     }
 
+    /// Says a message on a connection that carries blocks too, for who does not listen there.
+    ///
+    /// # Errors
+    /// A [`LinkError`].
+    pub fn say(trunk: &Trunk, message: &Message, deadline: Instant) -> Result<(), LinkError> {
+        let mut frame = [0; BUFFER];
+        let frame = message.encode(&mut frame).map_err(LinkError::Frame)?;
+        Ok(trunk.send(Kind::Phases, frame, &[], deadline)?)
+    }
+
     /// Receives a message; `None` when no whole one has come before `deadline`. What has come of it is kept. A
     /// deadline that has passed looks without waiting.
     ///

@@ -9,16 +9,20 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::drive;
+use crate::control::link::Passengers;
 use crate::control::server::News;
 use crate::control::wire::{Done, MigrateRequest, Progress, SetRequest, Transport, text};
 use crate::domain;
-use crate::error::Problem;
+use crate::error::{Problem, reason};
 use crate::export::Export;
 use crate::guest::Guest;
+use crate::inherited;
 use crate::limits::DRIVER_STACK;
 use crate::mirror::Budget;
 use crate::ownership::{Attempt, State};
-use crate::place::Place;
+use crate::place::{Passed, Place};
+use crate::relay::join;
+use crate::socket::Socket;
 
 /// What this process sends: the running migration, or the last one.
 #[derive(Debug, Default)]
@@ -69,22 +73,28 @@ struct Board {
 }
 
 impl Source {
-    /// Starts a migration; the rest is told by [`Source::news`].
+    /// Starts a migration, perhaps over a connection that was passed with the request; the rest is told by
+    /// [`Source::news`].
     ///
     /// # Errors
     /// Why not; nothing has changed.
-    pub fn start(&self, guest: &Arc<Guest>, request: &MigrateRequest) -> Result<Attempt, Problem> {
+    pub fn start(&self, guest: &Arc<Guest>, request: &MigrateRequest, passed: Passengers) -> Result<Attempt, Problem> {
         let refuse = |cause: &dyn std::fmt::Display| Problem::refused("migrate", &guest.name, cause);
         let address = Place::parse(&request.destination)
             .map_err(|cause| Problem::usage("migrate", &request.destination, cause))?;
-        address.check_plaintext("migrate", request.insecure_plaintext || guest.insecure_plaintext)?;
+        let insecure_plaintext = request.insecure_plaintext || guest.insecure_plaintext;
+        address.check_plaintext("migrate", insecure_plaintext)?;
         if request.transport == Transport::Nbd && address.address().is_none() {
-            return Err(Problem::usage("migrate", &address, "a command is one connection: no NBD beside it"));
+            return Err(Problem::usage("migrate", &address, "is one connection: no NBD beside it"));
         }
         let exports = choose(guest, request).map_err(|cause| refuse(&cause))?;
         // W5: only the VMM can be still, and only its user can make it so, or a hook.
         if let Some(user) = guest.attached.user().filter(|_| !request.hold && !guest.vmm.stills_devices()) {
             return Err(refuse(&format_args!("{user}: stop that before the hand-over: --hold, and then switch")));
+        }
+
+        if let Place::Passed(to) = &address {
+            bring(to, passed, insecure_plaintext).map_err(|cause| Problem::refused("migrate", &address, cause))?;
         }
 
         let mut slot = self.lock();
@@ -168,6 +178,26 @@ impl Source {
     }
 }
 
+/// Has the connection of an `fd:N` taken over by who will dial it.
+fn bring(to: &Passed, passed: Passengers, insecure_plaintext: bool) -> Result<(), String> {
+    let mut passed = passed.into_iter();
+    let passed = match (passed.next(), passed.next(), to.numbers()) {
+        (Some(input), Some(output), (_, Some(_))) => {
+            let (input, output) = (inherited::half(input, false)?, inherited::half(output, true)?);
+            to.bring(join(input, output).map_err(|error| reason(&error))?);
+            return Ok(());
+        }
+        (Some(passed), None, (_, None)) => passed,
+        _ => return Err("no such descriptor came with the request: a control door's Unix socket passes it".to_owned()),
+    };
+    let taken = inherited::connected(passed)?;
+    if let Some(peer) = taken.peer() {
+        peer.check_plaintext("migrate", insecure_plaintext).map_err(|problem| format!("{peer}: {}", problem.cause))?;
+    }
+    to.bring(Socket::new(taken.into_connection().map_err(|error| reason(&error))?));
+    Ok(())
+}
+
 /// The exports that move: by the rule, or those that were named.
 fn choose(guest: &Guest, request: &MigrateRequest) -> Result<Vec<Arc<Export>>, String> {
     let specs: Vec<_> = guest.disks.iter().map(|disk| disk.spec.clone()).collect();
@@ -189,6 +219,12 @@ fn choose(guest: &Guest, request: &MigrateRequest) -> Result<Vec<Arc<Export>>, S
 }
 
 impl Job {
+    /// In words: the connection is lost, and there will be no other one.
+    #[must_use]
+    pub fn lost_for_good(&self, cause: &str) -> String {
+        format!("{cause}; {} was one connection and cannot be dialled again", self.address)
+    }
+
     /// Hands over now: `--hold` ends, or convergence is not waited for.
     pub fn switch(&self) {
         self.switch.store(true, Ordering::Release);

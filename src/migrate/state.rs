@@ -1,7 +1,8 @@
 //! The guest's state on its way: two byte streams, carried and never looked at.
 //!
-//! On the source the state comes out of the VMM's socket and goes into the *carrier*, a connection of its own to the
-//! destination's migration door; on the destination it is the other way round. The VMMs speak with each other, so bytes
+//! On the source the state comes out of the VMM's socket and goes into the *carrier*: a connection of its own to the
+//! destination's migration door or, on the stream path, a part of the phase connection. On the destination it is the
+//! other way round. The VMMs speak with each other, so bytes
 //! go both ways, and each direction ends by itself. A [`Relay`] is the same on both sides: two threads, a buffer each,
 //! which never wait for anything but the two sockets and, on the source while the guest runs, for the migration's
 //! bandwidth budget. Called by `drive/state.rs` and `destination/state.rs`, which know what the VMMs do meanwhile.
@@ -17,12 +18,62 @@ use crate::error::reason;
 use crate::limits::{CONNECTION_STACK, STATE_BUFFER, STATE_LOOK};
 use crate::mirror::Budget;
 use crate::socket::Socket;
+use crate::trunk::Channel;
+
+/// What carries the state between the hosts.
+#[derive(Debug)]
+pub(super) enum Carrier {
+    /// A connection of its own.
+    Own(Arc<Socket>),
+    /// The phase connection.
+    Inside(Channel),
+}
+
+impl Carrier {
+    fn receive(&self, buffer: &mut [u8]) -> Result<usize, String> {
+        match self {
+            Self::Own(socket) => socket.recv(buffer).map_err(|error| reason(&error)),
+            Self::Inside(channel) => channel.receive(buffer).map_err(|ended| ended.to_string()),
+        }
+    }
+
+    fn send_all(&self, bytes: &[u8]) -> Result<(), String> {
+        match self {
+            Self::Own(socket) => socket.send_all(bytes).map_err(|error| reason(&error)),
+            Self::Inside(channel) => channel.send_all(bytes).map_err(|ended| ended.to_string()),
+        }
+    }
+
+    /// Nothing more goes; something may still come.
+    fn finish_sending(&self) {
+        match self {
+            Self::Own(socket) => socket.finish_sending(),
+            Self::Inside(channel) => channel.finish_sending(),
+        }
+    }
+
+    /// Wakes whoever waits. Waits for nothing.
+    fn shutdown(&self) {
+        match self {
+            Self::Own(socket) => socket.shutdown(),
+            Self::Inside(channel) => channel.shutdown(),
+        }
+    }
+
+    /// Nobody carries anything any more; the other side hears of it.
+    fn close(&self) {
+        match self {
+            Self::Own(socket) => socket.shutdown(),
+            Self::Inside(channel) => channel.close(),
+        }
+    }
+}
 
 /// The state of one guest on its way through this process.
 #[derive(Debug)]
 pub(super) struct Relay {
     vmm: Arc<Socket>,
-    carrier: Arc<Socket>,
+    carrier: Carrier,
     /// Of what goes into the carrier; the destination has none.
     budget: Option<Arc<Budget>>,
     /// The guest stands: nothing waits for the budget.
@@ -57,11 +108,7 @@ impl Relay {
     ///
     /// # Errors
     /// One line: there are no threads.
-    pub(super) fn start(
-        vmm: Arc<Socket>,
-        carrier: Arc<Socket>,
-        budget: Option<Arc<Budget>>,
-    ) -> Result<Arc<Self>, String> {
+    pub(super) fn start(vmm: Arc<Socket>, carrier: Carrier, budget: Option<Arc<Budget>>) -> Result<Arc<Self>, String> {
         let relay = Arc::new(Self {
             vmm,
             carrier,
@@ -78,6 +125,7 @@ impl Relay {
             let thread = std::thread::Builder::new().name("state".to_owned()).stack_size(CONNECTION_STACK);
             thread.spawn(move || runner.carry(way)).map_err(|error| {
                 relay.end();
+                relay.carrier.close();
                 format!("no thread for the guest's state: {error}")
             })?;
         }
@@ -117,7 +165,7 @@ impl Relay {
         self.ends.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Shuts both sockets; whoever waits on them hears of it. Safe to repeat.
+    /// Shuts both ends; whoever waits on them hears of it. Waits for nothing. Safe to repeat.
     pub(super) fn end(&self) {
         self.vmm.shutdown();
         self.carrier.shutdown();
@@ -131,24 +179,28 @@ impl Relay {
             ends.failure.get_or_insert(cause);
             self.end();
         }
+        let is_over = ends.count == 2;
         drop(ends);
+        if is_over {
+            self.carrier.close();
+        }
         self.ended.notify_all();
     }
 
     fn carry_to_the_end(&self, way: Way) -> Result<(), String> {
-        let (from, to) = match way {
-            Way::FromVmm => (&self.vmm, &self.carrier),
-            Way::ToVmm => (&self.carrier, &self.vmm),
-        };
-        let fault = |place: &Arc<Socket>, error: &std::io::Error| {
-            let whose = if Arc::ptr_eq(place, &self.vmm) { "the VMM" } else { "the other host" };
-            format!("the guest's state: {whose}: {}", reason(error))
-        };
+        let vmm = |error: std::io::Error| format!("the guest's state: the VMM: {}", reason(&error));
+        let other = |cause: String| format!("the guest's state: the other host: {cause}");
         let mut buffer = vec![0; STATE_BUFFER];
         loop {
-            let count = from.recv(&mut buffer).map_err(|error| fault(from, &error))?;
+            let count = match way {
+                Way::FromVmm => self.vmm.recv(&mut buffer).map_err(vmm)?,
+                Way::ToVmm => self.carrier.receive(&mut buffer).map_err(other)?,
+            };
             if count == 0 {
-                to.finish_sending();
+                match way {
+                    Way::FromVmm => self.carrier.finish_sending(),
+                    Way::ToVmm => self.vmm.finish_sending(),
+                }
                 return Ok(());
             }
             if let Some(budget) = self.budget.as_ref().filter(|_| way == Way::FromVmm) {
@@ -158,7 +210,10 @@ impl Relay {
                     std::thread::sleep(time.min(STATE_LOOK));
                 }
             }
-            to.send_all(&buffer[..count]).map_err(|error| fault(to, &error))?;
+            match way {
+                Way::FromVmm => self.carrier.send_all(&buffer[..count]).map_err(other)?,
+                Way::ToVmm => self.vmm.send_all(&buffer[..count]).map_err(vmm)?,
+            }
             self.bytes.fetch_add(count as u64, Ordering::Relaxed);
             let now = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
             self.moved_ms.store(now, Ordering::Relaxed);

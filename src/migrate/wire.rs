@@ -325,14 +325,16 @@ pub enum Message {
         /// The epoch.
         epoch: Epoch,
     },
-    /// S to D, on a connection of its own: the guest's state follows, as soon as it is ready to be taken (rule M11).
+    /// S to D, on a connection of its own or on one that carries blocks: the guest's state follows, as soon as it is
+    /// ready to be taken (rule M11).
     State {
         /// The attempt.
         stamp: Stamp,
         /// The guest ran: it is to run there, too.
         ran: bool,
     },
-    /// D to S: a VMM waits for it. From the next byte on both ways carry what the VMMs say to each other.
+    /// D to S: a VMM waits for it. From the next byte on both ways of a connection of its own carry what the VMMs say
+    /// to each other; else frames do.
     StateReady {
         /// The attempt.
         stamp: Stamp,

@@ -16,6 +16,8 @@ pub const FRAME_HEAD: usize = 4;
 pub const BLOCK_HEAD: usize = 18;
 /// Bytes of a [`Done`].
 pub const DONE_LENGTH: usize = 9;
+/// Bytes of a frame of [`Kind::Room`].
+pub const ROOM_LENGTH: usize = 4;
 /// Where the kind begins in a frame's head.
 const KIND_SHIFT: u32 = 24;
 
@@ -30,11 +32,17 @@ pub enum Kind {
     Blocks = 2,
     /// 3: destination to source: one or more [`Done`].
     Done = 3,
+    /// 4: bytes of the guest's state; none at all: this side has sent all of it.
+    State = 4,
+    /// 5: a `u32`: so many bytes more of the state fit; 0: no more is taken.
+    Room = 5,
 }
 
 impl Kind {
+    const ALL: [Self; 6] = [Self::Phases, Self::Digests, Self::Blocks, Self::Done, Self::State, Self::Room];
+
     fn from_number(number: u32) -> Option<Self> {
-        [Self::Phases, Self::Digests, Self::Blocks, Self::Done].into_iter().find(|kind| *kind as u32 == number)
+        Self::ALL.into_iter().find(|kind| *kind as u32 == number)
     }
 
     /// The shortest and the longest frame of it.
@@ -43,6 +51,8 @@ impl Kind {
             Self::Phases | Self::Digests => (1, FRAME_MAX),
             Self::Blocks => (BLOCK_HEAD, BLOCK_HEAD + STREAM_BLOCK_MAX),
             Self::Done => (DONE_LENGTH, DONE_LENGTH * STREAM_SLOTS),
+            Self::State => (0, STREAM_BLOCK_MAX),
+            Self::Room => (ROOM_LENGTH, ROOM_LENGTH),
         }
     }
 }
@@ -52,6 +62,15 @@ impl Kind {
 pub fn head(kind: Kind, length: usize) -> [u8; FRAME_HEAD] {
     // The callers' lengths are within those of the kind.
     (u32::try_from(length).unwrap_or(u32::MAX) | (kind as u32) << KIND_SHIFT).to_le_bytes()
+}
+
+/// The whole frame that says how much more of the state fits.
+#[must_use]
+pub fn room(bytes: u32) -> [u8; FRAME_HEAD + ROOM_LENGTH] {
+    let mut frame = [0; FRAME_HEAD + ROOM_LENGTH];
+    frame[..FRAME_HEAD].copy_from_slice(&head(Kind::Room, ROOM_LENGTH));
+    frame[FRAME_HEAD..].copy_from_slice(&bytes.to_le_bytes());
+    frame
 }
 
 /// What follows a head.
@@ -174,6 +193,10 @@ pub enum Fault {
     Unasked,
     /// A block of no disk, or beyond its end.
     Range,
+    /// Something of a guest's state that is not on its way, or not any more.
+    State,
+    /// More of it than there is room for.
+    Room,
 }
 
 impl fmt::Display for Fault {
@@ -186,6 +209,8 @@ impl fmt::Display for Fault {
             Self::TooMany => f.write_str("more blocks or messages than fit"),
             Self::Unasked => f.write_str("an acknowledgement of what was not sent"),
             Self::Range => f.write_str("a block that lies on no disk"),
+            Self::State => f.write_str("something of a guest's state that is not on its way"),
+            Self::Room => f.write_str("more of the guest's state than there is room for"),
         }
     }
 }
@@ -209,6 +234,9 @@ mod tests {
         assert_eq!(hex(&head(Kind::Digests, 300)), "2c010001");
         assert_eq!(hex(&head(Kind::Blocks, BLOCK_HEAD + STREAM_BLOCK_MAX)), "12000102");
         assert_eq!(hex(&head(Kind::Done, 18)), "12000003");
+        assert_eq!(hex(&head(Kind::State, STREAM_BLOCK_MAX)), "00000104");
+        assert_eq!(hex(&head(Kind::State, 0)), "00000004");
+        assert_eq!(hex(&room(0x0102_0304)), "0400000504030201");
         assert_eq!(hex(&block(Verb::Write, 1 << 40, 4096).encode()), "000304030201000000000001000000100000");
         assert_eq!(hex(&block(Verb::Zero, u64::MAX - 4096, 4096).encode()), "010304030201ffefffffffffffff00100000");
         assert_eq!(hex(&block(Verb::Flush, 0, 0).encode()), "020304030201000000000000000000000000");
@@ -224,7 +252,7 @@ mod tests {
         }
         let done = Done { disk: 255, number: u32::MAX, error: 5 };
         assert_eq!(Done::decode(&done.encode()), Ok(done));
-        for kind in [Kind::Phases, Kind::Digests, Kind::Blocks, Kind::Done] {
+        for kind in Kind::ALL {
             for length in [kind.lengths().0, kind.lengths().1] {
                 assert_eq!(parse_head(head(kind, length)), Ok((kind, length)));
             }
@@ -233,11 +261,12 @@ mod tests {
 
     #[test]
     fn peer_sends_heads_that_are_none() {
-        assert_eq!(parse_head([1, 0, 0, 4]), Err(Fault::Kind(4)));
+        assert_eq!(parse_head([1, 0, 0, 6]), Err(Fault::Kind(6)));
         assert_eq!(parse_head([0xff; 4]), Err(Fault::Kind(255)));
-        for kind in [Kind::Phases, Kind::Digests, Kind::Blocks, Kind::Done] {
+        for kind in Kind::ALL {
             let (least, most) = kind.lengths();
-            for length in [0, least - 1, most + 1, 16 * MIB - 1] {
+            let short = least.checked_sub(1);
+            for length in [most + 1, 16 * MIB - 1].into_iter().chain(short) {
                 assert_eq!(parse_head(head(kind, length)), Err(Fault::Length(kind, length)));
             }
         }

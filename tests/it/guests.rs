@@ -20,6 +20,8 @@ use crate::migrations::assert_same;
 use crate::relay::{Relay, Then, Trap, message};
 use crate::writer::Ledger;
 
+mod inside;
+
 const SIZE: u64 = 16 << 20;
 /// Mebibytes of a guest's memory.
 const MEMORY: &str = "48";
@@ -135,7 +137,11 @@ impl Scene {
 
     /// A migration whose state is on its way, slowly.
     fn migrate_slowly(&self) -> Migration {
-        let migration = self.a.start_migrate(&self.relay.address, &["--hold"]);
+        self.migrate_slowly_to(&self.relay.address, &[])
+    }
+
+    fn migrate_slowly_to(&self, to: &str, options: &[&str]) -> Migration {
+        let migration = self.a.start_migrate(to, &[&["--hold"], options].concat());
         migration.until_held();
         self.a.ask(&["set", "--bandwidth", SLOW]).well();
         self.a.ask(&["switch"]).well();

@@ -3,6 +3,7 @@
 // Disks are small here.
 #![allow(clippy::cast_possible_truncation)]
 
+mod descriptor;
 mod digests;
 mod faults;
 mod load;

@@ -32,9 +32,12 @@ pub(crate) mod message {
     pub(crate) const RUNNING: u8 = 8;
     pub(crate) const ABORT: u8 = 9;
     pub(crate) const UNSEALED: u8 = 10;
+    pub(crate) const STREAM: u8 = 19;
+    pub(crate) const STREAMING: u8 = 20;
     pub(crate) const STATE: u8 = 21;
     pub(crate) const STATE_READY: u8 = 22;
     pub(crate) const STATE_QUESTION: u8 = 23;
+    pub(crate) const STATE_IS: u8 = 24;
     /// No message: the first bytes of a data connection.
     pub(crate) const DATA: u8 = u8::MAX;
 }
@@ -116,6 +119,8 @@ struct Shared {
 struct State {
     closed: bool,
     refuse: bool,
+    /// What the destination does not say that it can do.
+    hidden: u64,
     /// Connections that are let through, from the first on.
     most: Option<usize>,
     silent: bool,
@@ -217,6 +222,11 @@ impl Relay {
     /// Lets so many through, and nobody after them.
     pub(crate) fn refuse_after(&self, most: usize) {
         self.change(|state| state.most = Some(most));
+    }
+
+    /// Makes the destination one that has not learnt this yet: bits of its hello's capabilities.
+    pub(crate) fn hide(&self, capabilities: u64) {
+        self.change(|state| state.hidden = capabilities);
     }
 
     /// Stops to pass anything, without a sign to either side; connections are still accepted.
@@ -452,7 +462,10 @@ fn empty(shared: &Shared, number: usize, way: Way, mut to: TcpStream) {
                 act(shared, message::DATA, true);
             }
         }
-        for unit in units {
+        for mut unit in units {
+            if way == Way::Down {
+                hide(&mut unit.bytes, shared.lock().hidden);
+            }
             if let Some(message) = unit.message {
                 act(shared, message, false);
             }
@@ -497,6 +510,15 @@ fn empty(shared: &Shared, number: usize, way: Way, mut to: TcpStream) {
     let connection = &mut state.connections[number];
     connection.ended += 1;
     connection.dead |= connection.ended == 2;
+}
+
+/// Clears bits of the capabilities of a hello, if these bytes hold one.
+fn hide(bytes: &mut [u8], hidden: u64) {
+    let hello = bytes.windows(MAGIC.len()).position(|window| window == MAGIC).filter(|_| hidden != 0);
+    let Some(capabilities) = hello.and_then(|at| bytes.get_mut(at + 16..at + 24)) else { return };
+    for (byte, hidden) in capabilities.iter_mut().zip(hidden.to_le_bytes()) {
+        *byte &= !hidden;
+    }
 }
 
 /// The next bytes of a queue, none at its end; `None` if the connection is cut.
@@ -555,6 +577,8 @@ struct PhaseReader {
     data: bool,
     /// Half a message.
     rest: Vec<u8>,
+    /// The stream path: everything follows in frames.
+    framed: bool,
     /// The guest's state follows: bytes that are nobody's messages.
     raw: bool,
 }
@@ -597,9 +621,10 @@ impl PhaseReader {
             if self.rest.len() < end {
                 break;
             }
-            let message = (kind == 0).then_some(self.rest[4]);
+            let message = (kind == 0).then(|| self.rest[4]);
             units.push(Unit { bytes: self.rest.drain(..end).collect(), message });
-            if matches!(message, Some(message::STATE | message::STATE_READY)) {
+            self.framed |= matches!(message, Some(message::STREAM | message::STREAMING));
+            if matches!(message, Some(message::STATE | message::STATE_READY)) && !self.framed {
                 self.raw = true;
                 units.push(Unit { bytes: std::mem::take(&mut self.rest), message: None });
                 break;

@@ -1,9 +1,9 @@
 //! The guest's state at the destination: takes it in, and knows how far it is (M11).
 //!
-//! The state comes on a connection of its own; the thread that serves it has the VMM wait, says that it is ready, and
-//! from then on a [`Relay`] carries. Whoever else wants to know asks [`Loading::standing`]. It has a lock of its own: a
-//! VMM that is asked may take its time, and nobody under the stage's lock waits for that but who ends the VMM before
-//! "unsealed".
+//! The state comes on a connection of its own or inside the phase connection; a thread has the VMM wait, says that it
+//! is ready, and from then on a [`Relay`] carries. Whoever else wants to know asks [`Loading::standing`]. It has a lock
+//! of its own: a VMM that is asked may take its time, and nobody under the stage's lock waits for that but who ends the
+//! VMM before "unsealed".
 //!
 //! What has loaded here lives in the VMM, and this process only remembers that it saw it. One that was restarted while
 //! it was sealed finds the VMM by its monitor: it lets the guest run after GO, and ends it before "unsealed".
@@ -14,9 +14,10 @@ use std::time::{Duration, Instant};
 use crate::guest::Guest;
 use crate::limits::{REPLY_TIMEOUT, STATE_START_MAX, VMM_END_MAX, VMM_RUN_MAX};
 use crate::migrate::link::Link;
-use crate::migrate::state::Relay;
+use crate::migrate::state::{Carrier, Relay};
 use crate::migrate::wire::{Message, Standing, cut};
 use crate::ownership::Stamp;
+use crate::trunk::{Channel, Trunk};
 use crate::vmm::{About, Arriving};
 
 /// What a driver may tell of an attempt.
@@ -75,19 +76,52 @@ impl Loading {
     /// # Errors
     /// One line: the connection ends, and the source has been told why.
     pub(super) fn take(&self, guest: &Guest, link: &mut Link, stamp: Stamp, ran: bool) -> Result<(), String> {
+        let carrier = Carrier::Own(Arc::clone(link.socket()));
+        self.carry(guest, stamp, ran, carrier, |answer| {
+            link.send(answer, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())
+        })
+    }
+
+    /// The same for a state that comes inside the phase connection.
+    ///
+    /// # Errors
+    /// As there; the connection lives on.
+    pub(super) fn take_inside(
+        &self,
+        guest: &Guest,
+        trunk: &Trunk,
+        channel: Channel,
+        stamp: Stamp,
+        ran: bool,
+    ) -> Result<(), String> {
+        // Nothing comes before the other side knows how much fits, and it speaks only once it has heard that all is
+        // ready.
+        channel.invite().map_err(|ended| ended.to_string())?;
+        self.carry(guest, stamp, ran, Carrier::Inside(channel), |answer| {
+            Link::say(trunk, answer, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())
+        })
+    }
+
+    fn carry(
+        &self,
+        guest: &Guest,
+        stamp: Stamp,
+        ran: bool,
+        carrier: Carrier,
+        mut answer: impl FnMut(&Message) -> Result<(), String>,
+    ) -> Result<(), String> {
         let begun = guest.vmm.arriving(&about(&stamp), ran, Instant::now() + STATE_START_MAX);
         let (vmm, socket) = match begun {
             Ok(begun) => begun,
             Err(cause) => {
-                let failed = Message::Failed { stamp, cause: cut(&cause), region: None };
-                let _ = link.send(&failed, Instant::now() + REPLY_TIMEOUT);
+                let _ = answer(&Message::Failed { stamp, cause: cut(&cause), region: None });
                 return Err(cause);
             }
         };
         *self.lock() =
             Some(Loaded { stamp, ran, vmm: Some(vmm), relay: None, standing: Standing::Loading, cause: String::new() });
-        link.send(&Message::StateReady { stamp }, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
-        let relay = Relay::start(socket, Arc::clone(link.socket()), None)?;
+        answer(&Message::StateReady { stamp })?;
+        let relay = Relay::start(socket, carrier, None)?;
         if let Some(loaded) = self.lock().as_mut().filter(|loaded| loaded.stamp.matches(&stamp)) {
             loaded.relay = Some(Arc::clone(&relay));
         }

@@ -18,6 +18,8 @@ impl<'a> Drive<'a> {
             match self.final_pass() {
                 Ok(passed) => break passed,
                 Err(NotYet::Stop(stop)) => return Err(stop),
+                // The guest stands, and does so until it has arrived or goes on here.
+                Err(NotYet::GoOn(cause)) if !self.mends => return Err(cause.into()),
                 Err(NotYet::GoOn(cause)) => {
                     tries += 1;
                     log::warn!("migration: switchover put off: {cause}");

@@ -26,6 +26,11 @@ impl Drive<'_> {
     /// D4: a connection was lost. Ends all data connections, has the destination fence their epoch, gives back what
     /// was in flight on them, and opens a new set; dials again for as long as it takes.
     pub(super) fn recover(&mut self, cause: &str) -> Result<(), NotYet> {
+        if !self.job.address.can_be_dialled_again() {
+            self.down = true;
+            self.link_lost = true;
+            return stop(&self.job.lost_for_good(cause));
+        }
         log::warn!("migration: {cause}; reconnecting");
         let began = Instant::now();
         self.down = true;
@@ -133,6 +138,9 @@ impl Drive<'_> {
 
     /// Dials until somebody answers or `deadline` passes.
     pub(super) fn redial(&mut self, cause: &str, deadline: Instant) -> Result<(), NotYet> {
+        if !self.job.address.can_be_dialled_again() {
+            return stop(&self.job.lost_for_good(cause));
+        }
         self.job.lose(self.owed.unwrap_or_else(Instant::now), cause);
         self.outage = Outage::default();
         let mut pause = RECONNECT_PAUSE.0;
@@ -200,7 +208,7 @@ impl Drive<'_> {
             return self.lanes.start_stream(&self.mirrors, &trunk).map_err(NotYet::GoOn);
         }
         let Some(address) = self.job.address.address().cloned() else {
-            return stop("a command has no data connections");
+            return stop("there are no data connections beside one connection");
         };
         let most = self.prepared.disks.iter().map(|disk| disk.connections).min().unwrap_or(1).max(1);
         let most = most.min(u8::try_from(CONNECTIONS_PER_DISK_MAX).unwrap_or(u8::MAX));

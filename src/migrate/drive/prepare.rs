@@ -17,6 +17,10 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
     let (mut link, theirs) = wait_for(&dialled, TICK, || job.cancelled().map_or(Ok(()), Err))?
         .map_err(|no_link| format!("{}: {no_link}", job.address))?;
     let stream = choose_transport(job, &theirs)?.then(Arc::default);
+    let state_inside = stream.is_some() && theirs.capabilities.has(Capabilities::STATE);
+    if leaving.is_some() && !state_inside && !job.address.can_be_dialled_again() {
+        return Err(format!("{}: the destination takes no guest's state inside the phase connection", job.address));
+    }
     let stamp = course::stamp(guest, job, theirs.host)?;
     let message = Message::Prepare(Prepare {
         stamp,
@@ -53,6 +57,9 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
         withdraw(&mut link, stamp, &cause, job.cancelled().is_none());
         return Err(cause);
     }
+    // What cannot be dialled again leads nobody there later; its own door may.
+    let remembered =
+        if job.address.can_be_dialled_again() { cut(&job.address.to_string()) } else { cut(&theirs.address) };
     // The destination receives from here on: a link that is lost now is dialled again like any later one.
     let round_trip = measure_round_trip(&mut link);
     let layers = match base::ask(job, &mut link, &stamp, &prepared, &theirs) {
@@ -69,7 +76,7 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
         stamp,
         epoch: prepared.epoch,
         prepared,
-        peer: Peer { host: theirs.host, address: cut(&job.address.to_string()) },
+        peer: Peer { host: theirs.host, address: remembered },
         link,
         layers,
         stream,
@@ -86,6 +93,8 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
         synchrony: Synchrony::new(job.request.synchronous),
         owed: None,
         state: leaving.map(State::new),
+        state_inside,
+        mends: true,
         written_ahead: false,
         pinged: Instant::now(),
     })
@@ -109,11 +118,12 @@ fn try_data_connection(job: &Job, address: &Address, prepared: &Prepared, link: 
 
 /// Whether the disks travel inside the phase connection; shows how, and why.
 fn choose_transport(job: &Job, theirs: &Hello) -> Result<bool, String> {
-    let (alone, asked) = (job.address.address().is_none(), job.request.transport);
-    let why_not_nbd = match theirs.capabilities.has(Capabilities::NBD) {
-        _ if alone => Some("the command is one connection"),
-        false => Some("the destination can take no data connections"),
-        true => None,
+    let asked = job.request.transport;
+    let why_not_nbd = match (&job.address, theirs.capabilities.has(Capabilities::NBD)) {
+        (Place::Through(_), _) => Some("the command is one connection"),
+        (Place::Passed(_), _) => Some("the descriptor is one connection, and is not opened again when it is lost"),
+        (_, false) => Some("the destination can take no data connections"),
+        (_, true) => None,
     };
     let stream = match (asked, why_not_nbd) {
         (wire::Transport::Nbd, Some(why)) => {
@@ -128,7 +138,8 @@ fn choose_transport(job: &Job, theirs: &Hello) -> Result<bool, String> {
     }
     job.show(|progress| {
         progress.transport = if stream { wire::Transport::Stream } else { wire::Transport::Nbd };
-        progress.transport_cause = why_not_nbd.filter(|_| asked == wire::Transport::Auto).map(text).unwrap_or_default();
+        let is_news = asked == wire::Transport::Auto || !job.address.can_be_dialled_again();
+        progress.transport_cause = why_not_nbd.filter(|_| is_news).map(text).unwrap_or_default();
     });
     if let Some(why) = why_not_nbd {
         log::info!("migration: {why}: the disks travel inside the phase connection");

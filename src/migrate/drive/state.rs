@@ -4,24 +4,32 @@
 //! Called by `drive::run` between PERFORM and FINISH; without a VMM driver there is nothing to do here. Until the VMM
 //! is silent for good the gates stay open (D6): QEMU flushes and may write until then, and hangs where it cannot.
 //!
-//! While the guest runs a lost connection is mended as ever. Once it stands nothing is waited for that can take long:
-//! whatever breaks ends the attempt, and the guest goes on here (`abort.rs`).
+//! On the stream path the state travels inside the phase connection, if the destination knows that; else on a
+//! connection of its own, for which the command of an `exec:` is run once more.
+//!
+//! While the guest runs a lost connection is mended as ever, unless the state was on it. Once the guest stands nothing
+//! is waited for that can take long: whatever breaks ends the attempt, and the guest goes on here (`abort.rs`).
 
 use super::*;
 use crate::limits::{
-    STANDING_TICK, STATE_DRAIN_MAX, STATE_LOAD_MAX, STATE_STALL_MAX, STATE_START_MAX, VMM_LAST_WORD, VMM_RUN_MAX,
+    STANDING_TICK, STATE_DRAIN_MAX, STATE_LOAD_MAX, STATE_STALL_MAX, STATE_START_MAX, STREAM_STATE_ROOM_BACK,
+    VMM_LAST_WORD, VMM_RUN_MAX,
 };
-use crate::migrate::state::Relay;
+use crate::migrate::state::{Carrier, Relay};
 use crate::migrate::wire::Standing;
+use crate::socket::Socket;
+use crate::trunk::Channel;
 use crate::vmm::{Going, Leaving};
 
 /// The guest's state, on its way.
 #[derive(Debug)]
 pub(super) struct State {
     vmm: Leaving,
+    /// The VMM was told to send it, and may have begun.
+    started: bool,
     relay: Option<Arc<Relay>>,
-    /// What the state travels on; a command that is the way to the other host ends with it.
-    carrier: Option<Link>,
+    /// The connection of its own that it travels on; a command that is the way to the other host ends with it.
+    connection: Option<Link>,
     /// Since when the guest stands.
     stands: Option<Instant>,
     /// Until it was heard to run at the destination.
@@ -30,7 +38,13 @@ pub(super) struct State {
 
 impl State {
     pub(super) fn new(vmm: Leaving) -> Self {
-        Self { vmm, relay: None, carrier: None, stands: None, pause: None }
+        Self { vmm, started: false, relay: None, connection: None, stands: None, pause: None }
+    }
+
+    /// Has the VMM send the state. Whatever comes of it, it may have begun.
+    pub(super) fn start(&mut self, downtime: Duration) -> Result<Arc<Socket>, String> {
+        self.started = true;
+        self.vmm.start(downtime, Instant::now() + STATE_START_MAX)
     }
 
     /// Bytes of the state, if it has begun to move.
@@ -49,8 +63,12 @@ impl State {
     /// # Errors
     /// One line, for the user: it stands.
     pub(super) fn resume(&mut self) -> Result<(), String> {
-        let Some(relay) = &self.relay else { return Ok(()) };
-        relay.end();
+        if !self.started {
+            return Ok(());
+        }
+        if let Some(relay) = &self.relay {
+            relay.end();
+        }
         self.vmm.resume(Instant::now() + VMM_RUN_MAX)
     }
 }
@@ -62,19 +80,32 @@ impl Drive<'_> {
         let Some(mut state) = self.state.take() else { return Ok(()) };
         let moved = self.move_it(&mut state);
         self.state = Some(state);
-        moved
+        moved.map_err(|stop| self.blame_the_way(stop))
+    }
+
+    /// A connection that is lost takes the state with it; whoever notices first, a VMM or a disk, does not know why.
+    fn blame_the_way(&mut self, stop: Stop) -> Stop {
+        let broken = self.link.trunk().filter(|_| self.state_inside).and_then(|trunk| trunk.broken());
+        match (broken, stop) {
+            (Some(broken), Stop::Abort(_)) => Stop::Abort(self.lost_link(broken.into())),
+            (_, stop) => stop,
+        }
     }
 
     fn move_it(&mut self, state: &mut State) -> Result<(), Stop> {
         // What takes the time of a disk is done while the guest runs.
         self.write_ahead()?;
         self.show_phase(Phase::State);
-        let carrier = self.open_carrier(state.vmm.ran())?;
-        let began = state.vmm.start(self.job.downtime_limit(), Instant::now() + STATE_START_MAX);
-        let vmm = began.inspect_err(|_| carrier.socket().shutdown())?;
-        let relay = Relay::start(vmm, Arc::clone(carrier.socket()), Some(Arc::clone(&self.job.budget)))?;
+        let ran = state.vmm.ran();
+        let carrier = if self.state_inside {
+            Carrier::Inside(self.open_channel(ran)?)
+        } else {
+            let connection = self.open_connection(ran)?;
+            Carrier::Own(Arc::clone(state.connection.insert(connection).socket()))
+        };
+        let vmm = state.start(self.job.downtime_limit())?;
+        let relay = Relay::start(vmm, carrier, Some(Arc::clone(&self.job.budget)))?;
         state.relay = Some(Arc::clone(&relay));
-        state.carrier = Some(carrier);
         while state.vmm.poll(Duration::ZERO)? == Going::Active {
             check(&relay)?;
             self.look()?;
@@ -83,6 +114,7 @@ impl Drive<'_> {
             self.show_state(&counts, relay.bytes());
         }
         state.stands = Some(Instant::now());
+        self.mends = false;
         relay.hurry();
         self.drain_standing()?;
         state.vmm.go_on(Instant::now() + VMM_RUN_MAX)?;
@@ -92,8 +124,24 @@ impl Drive<'_> {
         loaded
     }
 
+    /// The state's part of the phase connection, at whose other end a VMM waits.
+    fn open_channel(&mut self, ran: bool) -> Result<Channel, Stop> {
+        let deadline = Instant::now() + STATE_START_MAX;
+        let trunk = self.link.trunk().cloned().ok_or_else(|| SILENT.to_owned())?;
+        let channel = Channel::open(&trunk, STREAM_STATE_ROOM_BACK).ok_or("the guest's state has moved before")?;
+        self.mends = false;
+        self.say(&Message::State { stamp: self.stamp, ran })?;
+        while Instant::now() < deadline {
+            if let Some(Message::StateReady { .. }) = self.look_for(TICK)? {
+                channel.invite().map_err(|ended| format!("the guest's state: {ended}"))?;
+                return Ok(channel);
+            }
+        }
+        Err("the guest's state: the destination's VMM does not get ready".into())
+    }
+
     /// A connection of its own for the state, at whose other end a VMM waits.
-    fn open_carrier(&mut self, ran: bool) -> Result<Link, Stop> {
+    fn open_connection(&mut self, ran: bool) -> Result<Link, Stop> {
         let deadline = Instant::now() + STATE_START_MAX;
         let dialled = dial_aside(self.guest, &self.job.address, deadline);
         let (mut link, theirs) = wait_for(&dialled, TICK, || self.look())?
@@ -222,22 +270,9 @@ impl Drive<'_> {
         }
     }
 
-    /// As [`Drive::look`], while the guest stands: nothing is mended.
+    /// As [`Drive::look`], more often: the guest stands.
     fn watch(&mut self) -> Result<(), Stop> {
-        if let Some(cause) = self.job.cancelled() {
-            return Err(cause.into());
-        }
-        if let Some(failure) = self.mirrors.iter().find_map(|mirror| mirror.failure()) {
-            return Err(failure.text.into());
-        }
-        if let Some(cause) = self.mirrors.iter().find_map(|mirror| mirror.lost()) {
-            self.down = true;
-            return Err(cause.into());
-        }
-        match self.listen_for(STANDING_TICK)? {
-            Some(Message::Failed { cause, .. }) => Err(format!("the destination: {cause}").into()),
-            _ => Ok(()),
-        }
+        self.look_for(STANDING_TICK).map(drop)
     }
 }
 

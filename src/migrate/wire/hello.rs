@@ -98,6 +98,8 @@ impl Capabilities {
     pub const STREAM: Self = Self(1 << 1);
     /// Answers LAYERS-QUESTION.
     pub const LAYERS: Self = Self(1 << 2);
+    /// Can move the guest's state inside the phase connection, where blocks do.
+    pub const STATE: Self = Self(1 << 3);
 
     /// The bits of both.
     #[must_use]

@@ -1,8 +1,8 @@
 //! Every bound of the program: sizes, counts and times.
 //!
 //! A number that limits memory, work or waiting stands here and nowhere else, beside the other numbers it must agree
-//! with; the `const` assertions at the end say how. Those of VMM drivers are in `limits/vmm.rs`. Times are [`Duration`]s, sizes are bytes unless the name says
-//! otherwise.
+//! with; the `const` assertions at the end say how. Those of VMM drivers are in `limits/vmm.rs`. Times are
+//! [`Duration`]s, sizes are bytes unless the name says otherwise.
 
 use std::time::Duration;
 

@@ -86,6 +86,13 @@ pub fn half(fd: OwnedFd, sends: bool) -> Result<OwnedFd, String> {
     }
 }
 
+/// Where the other end of a TCP connection is; `None` of anything else.
+#[must_use]
+pub fn peer(fd: impl AsFd) -> Option<Address> {
+    let ip = SocketAddr::try_from(getpeername(fd).ok()??).ok()?;
+    Some(Address::Tcp { host: ip.ip().to_string(), port: ip.port() })
+}
+
 fn look(fd: OwnedFd) -> Result<Taken, String> {
     match socket_type(&fd) {
         Ok(SocketType::STREAM) => {}
@@ -112,11 +119,10 @@ fn own(number: u32) -> Result<OwnedFd, String> {
 }
 
 impl Taken {
-    /// Where the other end of a TCP connection is.
+    /// As [`peer`].
     #[must_use]
     pub fn peer(&self) -> Option<Address> {
-        let ip = SocketAddr::try_from(getpeername(&self.fd).ok()??).ok()?;
-        Some(Address::Tcp { host: ip.ip().to_string(), port: ip.port() })
+        peer(&self.fd)
     }
 
     /// Where it listens or was connected to, if that is a place that can be dialled from here. An abstract Unix socket

@@ -26,20 +26,20 @@
 //!   the top layer proves the word false, and ends the migration.
 //! - **`--verify full`** reads everything and finds a base that differs anywhere.
 //!
-//! What is left to the word: two chains of the same length that differ where no sample is; and a base that somebody
-//! changes (a commit into it) before or while it is asked about.
+//! What is left to the word: two chains that show as deep and differ where no sample is, as when a snapshot was made on
+//! one side over a layer that hides its base everywhere; and a chain that somebody changes (a snapshot, a commit into the
+//! base) before or while it is asked about.
 
 use crate::digest::{place, region_bytes};
 use crate::disk::{Depths, Disk};
 use crate::error::reason;
-use crate::limits::{BACKEND_CONNECTIONS_MAX, DIGEST_REGION_MIN};
+use crate::limits::BACKEND_CONNECTIONS_MAX;
 
-/// Most regions of what has the same base that are compared all the same, and most bytes of them; at least one.
+/// Most regions of what has the same base that are compared all the same.
 const SAMPLES: u64 = 64;
-const SAMPLES_BYTES: u64 = 256 * DIGEST_REGION_MIN;
 
 /// How often a server is asked to which connections are opened meanwhile: more often than there can be more of them.
-const TRIES: usize = BACKEND_CONNECTIONS_MAX + 1;
+pub const TRIES: usize = BACKEND_CONNECTIONS_MAX + 1;
 
 const TOP: u64 = 1;
 const WORD: u64 = 64;
@@ -179,6 +179,9 @@ impl Base {
         if here.size != there.size {
             return Err("the two sides' sizes differ".to_owned());
         }
+        if here.deepest.min(there.deepest) <= TOP {
+            return Err("no base shows below the top layer".to_owned());
+        }
         if here.deepest != there.deepest {
             let (here, there) = (here.deepest, there.deepest);
             return Err(format!("the chains differ: the source's is {here} deep, the destination's {there}"));
@@ -188,7 +191,7 @@ impl Base {
         let below = |region: &u64| !here.top.has(*region) && !there.top.has(*region);
         let regions = 0..size.div_ceil(region_bytes(size));
         let count = regions.clone().filter(below).count() as u64;
-        let stride = count.div_ceil((SAMPLES_BYTES / region_bytes(size)).clamp(1, SAMPLES));
+        let stride = count.div_ceil(SAMPLES);
         for (number, region) in (0..).zip(regions.filter(below)) {
             if number % stride == 0 {
                 base.samples.add(region);
@@ -246,6 +249,7 @@ impl Base {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::DIGEST_REGION_MIN;
 
     const REGION: u64 = DIGEST_REGION_MIN;
 
@@ -297,12 +301,14 @@ mod tests {
     }
 
     #[test]
-    fn small_disks_are_sampled_whole_and_nothing_is_taken_where_all_is_written() {
+    fn small_disks_are_sampled_whole_and_nothing_is_taken_where_no_base_shows() {
         let size = 5 * REGION;
         let all = Base::of(&layers(size, &[(0, size, 2)]), &layers(size, &[(0, size, 2)])).expect("as deep");
         assert_eq!((all.bytes(), rest(&all)), (0, vec![(0, size)]));
-        let full = Base::of(&layers(size, &[(0, size, 1)]), &layers(size, &[(0, size, 1)])).expect("as deep");
-        assert_eq!((full.bytes(), rest(&full)), (0, vec![(0, size)]));
+        let (full, below) = (layers(size, &[(0, size, 1)]), layers(size, &[(0, size, 2)]));
+        for (here, there) in [(&full, &full), (&full, &below), (&below, &full)] {
+            assert_eq!(Base::of(here, there).expect_err("no base"), "no base shows below the top layer");
+        }
     }
 
     #[test]

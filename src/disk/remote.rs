@@ -60,7 +60,7 @@ struct Pool {
 impl Remote {
     /// Opens an export and asks what it can do.
     pub(super) fn open(uri: &NbdUri, access: Access) -> std::result::Result<Self, OpenError> {
-        let client = dial(uri).map_err(|error| OpenError::Server(reason(&error)))?;
+        let mut client = dial(uri).map_err(|error| OpenError::Server(reason(&error)))?;
         let info = *client.info();
         let lacks = |what: &str| OpenError::Server(format!("the server {what}"));
         if access != Access::ReadOnly && info.has(wire::FLAG_READ_ONLY) {
@@ -71,6 +71,11 @@ impl Remote {
         }
         if info.size == 0 || !info.size.is_multiple_of(SECTOR) {
             return Err(OpenError::OddSize(info.size));
+        }
+        if access != Access::ReadOnly {
+            // What a process before this one has left unflushed would be lost unnoticed with the server (D9): nobody
+            // here counts it.
+            client.flush().map_err(|error| lacks(&format!("cannot make durable what it holds: {}", told(&error))))?;
         }
         Ok(Self {
             uri: uri.clone(),

@@ -27,6 +27,8 @@ pub const STATE_START_MAX: Duration = Duration::from_secs(20);
 pub const STATE_LOAD_MAX: Duration = Duration::from_secs(30);
 /// How long a guest may stand until the rest of its disks is copied, before that of its state follows.
 pub const STATE_DRAIN_MAX: Duration = QUIESCE_MAX;
+/// How long the rest of the state may take while its guest stands, beyond twice the allowed downtime.
+pub const STATE_FOLLOW_MAX: Duration = Duration::from_secs(60);
 /// How long the state may stand still while its guest waits.
 pub const STATE_STALL_MAX: Duration = Duration::from_secs(20);
 /// How often is looked around while a guest stands.

@@ -345,6 +345,10 @@ impl Destination {
         taken.map(drop).map_err(|error| format!("no thread for the guest's state: {error}"))
     }
 
+    /// Whether the guest's state is expected, with that attempt.
+    ///
+    /// # Errors
+    /// One line: it is not, or not any more.
     fn expects_state(&self, stamp: &Stamp) -> Result<(), String> {
         match &self.lock().stage {
             Stage::Receiving(reception) if stamp.matches(&reception.stamp) && reception.state => Ok(()),

@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::drive;
+use crate::address::Address;
 use crate::control::link::Passengers;
 use crate::control::server::News;
 use crate::control::wire::{Done, MigrateRequest, Progress, SetRequest, Transport, text};
@@ -133,6 +134,12 @@ impl Source {
             .stack_size(DRIVER_STACK)
             .spawn(move || {
                 let done = drive::run(&passenger, &driver);
+                if let Place::Passed(passed) = &driver.address
+                    && let Some(unused) = passed.take()
+                {
+                    // Others may hold it still, and the other end is to hear that nobody comes.
+                    unused.shutdown();
+                }
                 driver.finish(done);
                 // What is left to be said from now on, another thread says.
                 passenger.settle.ring();
@@ -184,6 +191,9 @@ fn bring(to: &Passed, passed: Passengers, insecure_plaintext: bool) -> Result<()
     let passed = match (passed.next(), passed.next(), to.numbers()) {
         (Some(input), Some(output), (_, Some(_))) => {
             let (input, output) = (inherited::half(input, false)?, inherited::half(output, true)?);
+            for half in [&input, &output] {
+                check_peer(inherited::peer(half), insecure_plaintext)?;
+            }
             to.bring(join(input, output).map_err(|error| reason(&error))?);
             return Ok(());
         }
@@ -191,11 +201,15 @@ fn bring(to: &Passed, passed: Passengers, insecure_plaintext: bool) -> Result<()
         _ => return Err("no such descriptor came with the request: a control door's Unix socket passes it".to_owned()),
     };
     let taken = inherited::connected(passed)?;
-    if let Some(peer) = taken.peer() {
-        peer.check_plaintext("migrate", insecure_plaintext).map_err(|problem| format!("{peer}: {}", problem.cause))?;
-    }
+    check_peer(taken.peer(), insecure_plaintext)?;
     to.bring(Socket::new(taken.into_connection().map_err(|error| reason(&error))?));
     Ok(())
+}
+
+/// Whether what is at the other end of a TCP connection may be spoken with in the clear.
+fn check_peer(peer: Option<Address>, insecure_plaintext: bool) -> Result<(), String> {
+    let Some(peer) = peer else { return Ok(()) };
+    peer.check_plaintext("migrate", insecure_plaintext).map_err(|problem| format!("{peer}: {}", problem.cause))
 }
 
 /// The exports that move: by the rule, or those that were named.

@@ -219,9 +219,11 @@ impl Checker {
         self.disks.iter().for_each(|disk| disk.mirror.end_comparison());
     }
 
-    /// The destination cannot be asked: nothing can be verified. What could only be compared is copied.
+    /// The destination cannot be asked: nothing can be verified. What could only be compared is copied, unless
+    /// more than that was taken as equal on the user's word, of which nobody has seen a sample.
     fn give_up(&self, cause: &str) {
-        for disk in self.disks.iter().filter(|disk| disk.mirror.verifies()) {
+        let must = |mirror: &Mirror| mirror.verifies() || mirror.is_comparing() && mirror.counts().based > 0;
+        for disk in self.disks.iter().filter(|disk| must(&disk.mirror)) {
             let text = format!("verify: disk {}: the destination cannot be asked: {cause}", disk.mirror.name());
             disk.mirror.fail(Failure { text });
         }

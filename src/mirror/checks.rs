@@ -13,6 +13,7 @@ use super::{Failure, Mirror};
 use crate::digest::{Digest, Hasher, Table, Verified, place, question_regions};
 use crate::dirty::{Claim, Found};
 use crate::disk::Depths;
+use crate::layers::TRIES;
 use crate::limits::{ASSUMED_HASH_RATE, LANE_LOOK, VERIFY_PERIOD};
 
 /// The checks of one mirror.
@@ -227,8 +228,12 @@ impl Mirror {
         }
         // The word that the bases are the same is false, if this is still what the base has.
         let stray = self.base.get().filter(|_| compares).and_then(|base| {
-            let mut sampled = (first..first + claim.count() as u64).filter(|region| base.samples(*region));
-            sampled.find(|region| !same(*region) && self.is_below_the_top(*region))
+            let sampled = (first..first + claim.count() as u64).filter(|region| base.samples(*region));
+            let mut strange = sampled.filter(|region| !same(*region));
+            strange.find_map(|region| match self.is_below_the_top(region) {
+                Some(false) => None,
+                told => Some((region, told.is_some())),
+            })
         });
         // D2: a guest write is on the disk before it is marked, and what was read here may be in between. While the
         // claim is held no copy of it begins, so the mark is still there when that write is done.
@@ -254,9 +259,13 @@ impl Mirror {
                 format!("verify: disk {name}, {length} bytes at {offset}: the destination holds something else {what}");
             self.fail(Failure { text });
         }
-        if let Some(region) = stray {
+        if let Some((region, told)) = stray {
             let (offset, length) = place(self.size(), region);
-            let what = "both sides have it from their bases, and the bases differ (--same-base)";
+            let what = if told {
+                "both sides have it from their bases, and the bases differ (--same-base)"
+            } else {
+                "it differs, and whether both sides have it from their bases is not told any more (--same-base)"
+            };
             let text = format!("compare: disk {}, {length} bytes at {offset}: {what}", self.name());
             self.fail(Failure { text });
         }
@@ -265,13 +274,15 @@ impl Mirror {
         }
     }
 
-    /// Whether this side's top layer holds nothing of a region. Asked after it was hashed: what had come into the layer
-    /// before that would be seen now.
-    fn is_below_the_top(&self, region: u64) -> bool {
+    /// Whether this side's top layer holds nothing of a region; `None`: it is not told. Asked after it was hashed: what
+    /// had come into the layer before that would be seen now.
+    fn is_below_the_top(&self, region: u64) -> Option<bool> {
         let (offset, length) = place(self.size(), region);
-        let mut below = true;
-        let told = self.disk.depths(offset, offset + length, &mut |_, _, depth| below &= depth != 1);
-        below && matches!(told, Ok(Depths::Told))
+        (0..TRIES).find_map(|_| {
+            let mut below = true;
+            let told = self.disk.depths(offset, offset + length, &mut |_, _, depth| below &= depth != 1);
+            matches!(told, Ok(Depths::Told)).then_some(below)
+        })
     }
 
     /// Bytes that were taken as equal on the user's word, and that nobody has hashed since.

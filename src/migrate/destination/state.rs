@@ -120,6 +120,11 @@ impl Loading {
         };
         *self.lock() =
             Some(Loaded { stamp, ran, vmm: Some(vmm), relay: None, standing: Standing::Loading, cause: String::new() });
+        // The attempt may have ended while the VMM was got ready, and whoever ended it found nothing to end (M11).
+        if let Err(cause) = guest.destination.expects_state(&stamp) {
+            self.end(guest, &stamp);
+            return Err(cause);
+        }
         answer(&Message::StateReady { stamp })?;
         let relay = Relay::start(socket, carrier, None)?;
         if let Some(loaded) = self.lock().as_mut().filter(|loaded| loaded.stamp.matches(&stamp)) {
@@ -157,8 +162,11 @@ impl Loading {
                     Ok(()) => loaded.standing = Standing::Running,
                     Err(cause) => loaded.fail(cause),
                 }
-                // The monitor is free for its user.
+                // The monitor is free for its user, and nothing comes or goes any more.
                 loaded.vmm = None;
+                if let Some(relay) = &loaded.relay {
+                    relay.end();
+                }
                 run
             }
             None => guest.vmm.run_again(&About::default(), deadline),

@@ -97,13 +97,16 @@ fn hear(job: &Job, link: &mut Link, stamp: &Stamp, about: (u8, u32)) -> Result<P
             Some(Message::Record { stamp: of, .. }) if of.matches(stamp) => {
                 return Err("the destination has ended this attempt".to_owned());
             }
-            None if Instant::now() >= deadline => return Err("the destination does not tell its layers".to_owned()),
+            _ if Instant::now() >= deadline => return Err("the destination does not tell its layers".to_owned()),
             // While it works it says so.
             None if heard.elapsed() > LINK_SILENCE_MAX => return Err(SILENT.to_owned()),
             _ => {}
         }
     }
 }
+
+/// Why the user's word saves nothing, if it was given; or why a disk cannot be scanned.
+pub(super) type Scanned = Result<Option<String>, String>;
 
 /// The same of a plain NBD server's export, which is asked from here.
 pub(super) fn layers_of(job: &Job, compare: bool, there: Option<&Disk>) -> Option<Told> {
@@ -117,7 +120,7 @@ pub(super) fn layers_of(job: &Job, compare: bool, there: Option<&Disk>) -> Optio
 ///
 /// # Errors
 /// The disk cannot say what it holds.
-pub(super) fn scan(mirror: &Mirror, reads_as_zero: bool, there: Option<Told>) -> Result<Option<String>, String> {
+pub(super) fn scan(mirror: &Mirror, reads_as_zero: bool, there: Option<Told>) -> Scanned {
     match there {
         Some(Ok(there)) if !reads_as_zero => Ok(mirror.scan_over(&there).err()),
         there => {

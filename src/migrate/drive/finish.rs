@@ -193,6 +193,14 @@ impl<'a> Drive<'a> {
         Err("the destination does not answer to SEAL".into())
     }
 
+    /// Where the destination is dialled once a lost connection matters: its own door, where the connection was one that
+    /// nobody can open again.
+    pub(super) fn way_back(&self) -> Place {
+        let own = || Place::parse(&self.peer.address).ok();
+        let once = !self.job.address.can_be_dialled_again();
+        once.then(own).flatten().unwrap_or_else(|| self.job.address.clone())
+    }
+
     /// GO, until the destination says that it owns, or until the patience of whoever waits is at its end. Any process
     /// of the destination can answer: what it needs to own, it has on its disks.
     fn give(&mut self, since: Instant, deadline: Instant) -> Handed {
@@ -215,11 +223,12 @@ impl<'a> Drive<'a> {
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(RECONNECT_PAUSE.1);
-            match dial(self.guest, &self.job.address, Role::Source, deadline) {
-                Ok((link, _)) => {
+            match dial(self.guest, &self.way_back(), Role::Source, deadline) {
+                Ok((link, theirs)) if theirs.host == self.peer.host => {
                     self.link = link;
                     self.job.find();
                 }
+                Ok(_) => self.job.still_lost("another host answers there"),
                 Err(no_link) => {
                     log::info!("migration: {no_link}");
                     self.job.still_lost(&no_link.to_string());

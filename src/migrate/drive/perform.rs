@@ -3,6 +3,7 @@
 //! Called by `drive::run` after PREPARE; `finish.rs` comes back to `copy_until_converged` when a switchover is put off.
 
 use super::*;
+use crate::layers::Layers;
 
 impl Drive<'_> {
     /// Copies until the final pass would be short enough, and, with `--hold`, until somebody says switch.
@@ -21,7 +22,11 @@ impl Drive<'_> {
             let plan = Plan { verified, compare, bell: Arc::clone(&bells[number % bells.len()]) };
             let mirror = Mirror::arm(export, &self.job.budget, &plan).map_err(fault)?;
             // D1: the first extent is asked for after arming.
-            causes.add(&mirror, base::scan(&mirror, ready.reads_as_zero, layers.next()).map_err(fault)?);
+            let cause = match layers.next() {
+                Some(Ok(there)) => self.scan_over(&mirror, ready.reads_as_zero, there)?,
+                there => base::scan(&mirror, ready.reads_as_zero, there),
+            };
+            causes.add(&mirror, cause.map_err(fault)?);
             self.mirrors.push(mirror);
         }
         causes.show(self.job);
@@ -39,6 +44,17 @@ impl Drive<'_> {
             }
         }
         self.copy_until_converged()
+    }
+
+    /// Asks for the layers here, which may take its time: the destination hears from us meanwhile, and a cancel is
+    /// obeyed. A link that is lost is mended later.
+    fn scan_over(&mut self, mirror: &Arc<Mirror>, zero: bool, there: Layers) -> Result<base::Scanned, Stop> {
+        let (scanned, job) = (Arc::clone(mirror), self.job);
+        let work = aside("layers", move || base::scan(&scanned, zero, Some(Ok(there))));
+        wait_for(&work, TICK, || {
+            let _ = self.listen_for(Duration::ZERO);
+            job.cancelled().map_or(Ok(()), |cause| Err(Stop::Abort(cause)))
+        })
     }
 
     /// D12: what the destination has already is found out first; what differs is dirty, and copied later.

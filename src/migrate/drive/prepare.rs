@@ -62,7 +62,10 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
         if job.address.can_be_dialled_again() { cut(&job.address.to_string()) } else { cut(&theirs.address) };
     // The destination receives from here on: a link that is lost now is dialled again like any later one.
     let round_trip = measure_round_trip(&mut link);
-    let layers = match base::ask(job, &mut link, &stamp, &prepared, &theirs) {
+    // One that is lost already tells nothing; it is mended later.
+    let asked =
+        if round_trip.is_err() { Ok(Vec::new()) } else { base::ask(job, &mut link, &stamp, &prepared, &theirs) };
+    let layers = match asked {
         Ok(layers) => layers,
         Err(cause) => {
             withdraw(&mut link, stamp, &cause, job.cancelled().is_none());

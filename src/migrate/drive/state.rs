@@ -12,8 +12,8 @@
 
 use super::*;
 use crate::limits::{
-    STANDING_TICK, STATE_DRAIN_MAX, STATE_LOAD_MAX, STATE_STALL_MAX, STATE_START_MAX, STREAM_STATE_ROOM_BACK,
-    VMM_LAST_WORD, VMM_RUN_MAX,
+    STANDING_TICK, STATE_DRAIN_MAX, STATE_FOLLOW_MAX, STATE_LOAD_MAX, STATE_STALL_MAX, STATE_START_MAX,
+    STREAM_STATE_ROOM_BACK, VMM_LAST_WORD, VMM_RUN_MAX,
 };
 use crate::migrate::state::{Carrier, Relay};
 use crate::migrate::wire::Standing;
@@ -103,6 +103,9 @@ impl Drive<'_> {
             let connection = self.open_connection(ran)?;
             Carrier::Own(Arc::clone(state.connection.insert(connection).socket()))
         };
+        // From here on the guest may stand at any moment (a hook's does at once), and while a connection is mended nobody
+        // looks after it.
+        self.mends = false;
         let vmm = state.start(self.job.downtime_limit())?;
         let relay = Relay::start(vmm, carrier, Some(Arc::clone(&self.job.budget)))?;
         state.relay = Some(Arc::clone(&relay));
@@ -114,7 +117,6 @@ impl Drive<'_> {
             self.show_state(&counts, relay.bytes());
         }
         state.stands = Some(Instant::now());
-        self.mends = false;
         relay.hurry();
         self.drain_standing()?;
         state.vmm.go_on(Instant::now() + VMM_RUN_MAX)?;
@@ -198,6 +200,7 @@ impl Drive<'_> {
 
     /// The rest of the state, until the VMM is silent for good.
     fn follow(&mut self, state: &mut State, relay: &Relay) -> Result<(), Stop> {
+        let deadline = Instant::now() + STATE_FOLLOW_MAX + self.job.downtime_limit() * 2;
         while state.vmm.poll(STANDING_TICK)? != Going::Gone {
             self.watch()?;
             if let Err(broken) = check(relay) {
@@ -206,6 +209,9 @@ impl Drive<'_> {
                     Going::Gone => Ok(()),
                     _ => Err(broken),
                 };
+            }
+            if Instant::now() >= deadline {
+                return Err("the guest stands, and the rest of its state takes too long".into());
             }
         }
         Ok(())
@@ -245,6 +251,10 @@ impl Drive<'_> {
         if let Err(cause) = state.vmm.end(Instant::now() + VMM_RUN_MAX) {
             log::warn!("migration: {cause}");
         }
+        if let Some(relay) = &state.relay {
+            // All of it was carried; who does not hang up holds nobody here.
+            relay.end();
+        }
         self.state = Some(state);
         runs
     }
@@ -260,7 +270,7 @@ impl Drive<'_> {
             if !self.link_lost || Instant::now() >= deadline {
                 return Err(format!("whether the guest runs there is not known: {cause}"));
             }
-            match dial(self.guest, &self.job.address, Role::Source, deadline) {
+            match dial(self.guest, &self.way_back(), Role::Source, deadline) {
                 Ok((link, _)) => (self.link, self.link_lost, self.owed) = (link, false, None),
                 Err(no_link) => {
                     log::info!("migration: {no_link}");

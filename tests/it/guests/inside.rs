@@ -9,7 +9,7 @@ use crate::host::{PATIENCE, executable};
 const STREAM: [&str; 3] = ["--transport", "stream", "--json"];
 
 /// The capability of whoever takes a state inside the phase connection.
-const STATE: u64 = 1 << 2;
+const STATE: u64 = 1 << 3;
 
 /// A way to a host by a command that leaves its number, a line each time it is run, in a file.
 fn through(folder: &Path, host: &Host) -> (String, PathBuf) {

@@ -96,7 +96,7 @@ pub const SLOTS: usize = 16;
 /// Stack of a connection's worker, in bytes; it touches a few KiB.
 pub const WORKER_STACK: usize = 64 * KIB;
 /// Stack of a thread that serves a connection or runs a door, in bytes.
-pub const CONNECTION_STACK: usize = 128 * KIB;
+pub const CONNECTION_STACK: usize = 256 * KIB;
 /// Most extents in one block status reply.
 pub const STATUS_EXTENTS_MAX: usize = 128;
 /// Most connections through one door.

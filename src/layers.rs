@@ -27,8 +27,8 @@
 //! - **`--verify full`** reads everything and finds a base that differs anywhere.
 //!
 //! What is left to the word: two chains that show as deep and differ where no sample is, as when a snapshot was made on
-//! one side over a layer that hides its base everywhere; and a chain that somebody changes (a snapshot, a commit into the
-//! base) before or while it is asked about.
+//! one side over a layer that hides its base everywhere; and a chain that somebody changes (a snapshot, a commit into
+//! the base) before or while it is asked about.
 
 use crate::digest::{place, region_bytes};
 use crate::disk::{Depths, Disk};

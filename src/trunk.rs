@@ -452,8 +452,8 @@ impl Inlet<'_> {
                     got += received.min(wanted);
                     self.end = received.saturating_sub(wanted);
                 }
-                // A receive timeout that somebody has set before; or whoever has passed the connection on shares it, and
-                // has it wait for nothing.
+                // A receive timeout that somebody has set before; or whoever has passed the connection on shares it,
+                // and has it wait for nothing.
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     self.socket.wait(true, false, None)?;
                 }

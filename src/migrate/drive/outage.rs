@@ -68,8 +68,8 @@ impl Drive<'_> {
         // FENCED: now, and not before, they may be copied again.
         self.unknown.drain(..).for_each(Lost::give_back);
         self.mirrors.iter().for_each(|mirror| mirror.resume());
-        // While it is found out what the destination has already, nobody copies: a lane would send what is the same there,
-        // and what is compared to see whether the bases are the same.
+        // While it is found out what the destination has already, nobody copies: a lane would send what is the same
+        // there, and what is compared to see whether the bases are the same.
         let compares = self.mirrors.iter().any(|mirror| mirror.is_comparing());
         let opened = if compares { self.open_stream() } else { self.open_lanes() };
         if opened.is_err() {

@@ -103,8 +103,8 @@ impl Drive<'_> {
             let connection = self.open_connection(ran)?;
             Carrier::Own(Arc::clone(state.connection.insert(connection).socket()))
         };
-        // From here on the guest may stand at any moment (a hook's does at once), and while a connection is mended nobody
-        // looks after it.
+        // From here on the guest may stand at any moment (a hook's does at once), and while a connection is mended
+        // nobody looks after it.
         self.mends = false;
         let vmm = state.start(self.job.downtime_limit())?;
         let relay = Relay::start(vmm, carrier, Some(Arc::clone(&self.job.budget)))?;

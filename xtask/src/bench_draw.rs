@@ -7,7 +7,7 @@ use crate::bench::Table;
 use std::fmt::Write;
 
 const LINE: usize = 16;
-const NAME: usize = 150;
+const NAME: usize = 250;
 const PANEL: usize = 260;
 const BAR: usize = 170;
 const TOP: usize = 44;

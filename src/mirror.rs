@@ -94,6 +94,13 @@ struct State {
     failure: Option<Failure>,
 }
 
+impl State {
+    /// How long a lane listens until it looks again. D7: who begins to wait while it listens is not seen before.
+    fn look(&self) -> Duration {
+        if self.synchronous { SYNCHRONOUS_LOOK } else { LANE_LOOK }
+    }
+}
+
 /// The one flush that may be wanted at a time, by number.
 #[derive(Debug, Default)]
 struct Flush {
@@ -512,8 +519,6 @@ impl Mirror {
             state.flush.sent = state.flush.wanted;
             return Orders::Flush(state.flush.wanted);
         }
-        // D7: who begins to wait while a lane listens is not seen before it looks again.
-        let look = if state.synchronous { SYNCHRONOUS_LOOK } else { LANE_LOOK };
         if !load.room {
             return Orders::Listen(LANE_LOOK);
         }
@@ -547,7 +552,7 @@ impl Mirror {
             return Orders::Send(region, Haste::Waited);
         }
         if load.flying || load.flushing {
-            return Orders::Listen(look);
+            return Orders::Listen(state.look());
         }
         let rest = if state.urgent { LANE_LOOK } else { state.rest_until.saturating_duration_since(now) };
         drop(state);

@@ -10,9 +10,7 @@ use super::{Failure, Mirror};
 use crate::dirty::Region;
 use crate::disk::AlignedBuffer;
 use crate::error::reason;
-use crate::limits::{
-    LANE_LOOK, LANE_REGIONS_MAX, LANE_SILENCE_MAX, REGION_MAX, REGION_REQUESTS_MAX, SYNCHRONOUS_LOOK, WINDOW_MAX,
-};
+use crate::limits::{LANE_LOOK, LANE_REGIONS_MAX, LANE_SILENCE_MAX, REGION_MAX, REGION_REQUESTS_MAX, WINDOW_MAX};
 use crate::nbd::client::{Event, Lost, Submitted};
 
 /// What a lane does next.
@@ -146,7 +144,7 @@ impl<'a> Lane<'a> {
             let seen = self.mirror.map.rung();
             let (urgent, stop, look) = {
                 let state = self.mirror.lock();
-                (state.urgent, state.stop, if state.synchronous { SYNCHRONOUS_LOOK } else { LANE_LOOK })
+                (state.urgent, state.stop, state.look())
             };
             if stop {
                 return Err(LaneEnd::Stopped);

@@ -27,8 +27,8 @@ pub(crate) fn path(path: &Path) -> &str {
 
 /// A server on a Unix socket, as soon as it listens, and the URI of its export.
 pub(crate) fn serve(command: &mut Command, listener: &Path, export: &str) -> (Program, String) {
-    let program = Program::start(command);
-    until("a server", || listener.exists().then_some(()));
+    let mut program = Program::start(command);
+    program.until_listens(listener);
     (program, format!("nbd+unix:///{export}?socket={}", listener.display()))
 }
 

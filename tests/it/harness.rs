@@ -134,6 +134,20 @@ impl Program {
         let _ = self.child.wait();
     }
 
+    /// Waits until it listens at the Unix socket `path`, which is there a moment before. Is no client: some programs
+    /// serve only one.
+    pub(crate) fn until_listens(&mut self, path: &Path) {
+        /// Among the flags of a socket: it accepts connections.
+        const ACCEPTS: &str = "00010000";
+        let path = path.display().to_string();
+        until(&format!("listener at {path}"), || {
+            assert!(self.ended().is_none(), "{} has ended", self.name);
+            let sockets = std::fs::read_to_string("/proc/net/unix").expect("the kernel's list");
+            let mut lines = sockets.lines().map(|line| line.split_whitespace());
+            lines.any(|mut fields| fields.nth(3) == Some(ACCEPTS) && fields.last() == Some(&path)).then_some(())
+        });
+    }
+
     /// Connects to the Unix socket where it listens, as soon as it does.
     #[must_use]
     pub(crate) fn connect_unix(&mut self, path: &Path) -> Arc<Socket> {

@@ -34,5 +34,4 @@ mod plain;
 mod relay;
 mod remains;
 mod torture;
-mod vmm;
 mod writer;

@@ -51,6 +51,8 @@ pub(crate) enum Kind {
     Phases,
     /// Requests to a disk.
     Data,
+    /// A guest's state, and nothing else any more.
+    State,
 }
 
 /// From where to where bytes go.
@@ -73,6 +75,8 @@ pub(crate) enum Then {
     CutAndSilence,
     /// Every open connection falls silent; new ones pass.
     Stall,
+    /// Those of one kind do.
+    StallKind(Kind),
 }
 
 /// Waits for a certain message.
@@ -237,6 +241,11 @@ impl Relay {
     /// Stops to pass anything on the connections of `kind` that are open now.
     pub(crate) fn silence_open(&self, kind: Kind) {
         self.change(|state| state.connections.iter_mut().filter(|c| c.kind == kind).for_each(|c| c.silent = true));
+    }
+
+    /// Passes everything again on connections of `kind`.
+    pub(crate) fn speak(&self, kind: Kind) {
+        self.change(|state| state.connections.iter_mut().filter(|c| c.kind == kind).for_each(|c| c.silent = false));
     }
 
     /// Bounds what each direction of each connection passes.
@@ -482,12 +491,17 @@ fn empty(shared: &Shared, number: usize, way: Way, mut to: TcpStream) {
                 state.refuse |= trap.then == Then::CutAndRefuse;
                 state.silent |= trap.then == Then::CutAndSilence;
                 for connection in &mut state.connections {
-                    if trap.then == Then::Stall { connection.silent = true } else { connection.cut() }
+                    match trap.then {
+                        Then::Stall => connection.silent = true,
+                        Then::StallKind(kind) => connection.silent |= connection.kind == kind,
+                        Then::Cut | Then::CutAndRefuse | Then::CutAndSilence => connection.cut(),
+                    }
                 }
                 state.sprung += 1;
+                let cut = state.connections[number].dead;
                 drop(state);
                 shared.changed.notify_all();
-                if trap.then != Then::Stall {
+                if cut {
                     return;
                 }
             }
@@ -586,6 +600,9 @@ struct PhaseReader {
 impl PhaseReader {
     /// What the connection carries, as far as its beginning tells: the client's flags and the first option.
     fn kind(&self) -> Option<Kind> {
+        if self.raw {
+            return Some(Kind::State);
+        }
         let option = self.head.get(12..16)?;
         Some(if option == OPT_BLOCKFERRY_PHASES.to_be_bytes() { Kind::Phases } else { Kind::Data })
     }

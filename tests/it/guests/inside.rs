@@ -46,7 +46,7 @@ fn a_command_carries_a_guest_there_and_back_and_is_run_once() {
     scene.arrived();
     assert_eq!(runs(&file).len(), 1, "one connection");
     scene.guest.until_state("gone");
-    scene.guest = Qemu::start(scene.folder.path(), &scene.a, "a", MEMORY, &["-incoming", "defer", "-S"]).unwrap();
+    scene.guest = Qemu::start(scene.folder.path(), &scene.a, "a", MEMORY, &WAITS).unwrap();
     let (to, file) = through(scene.folder.path(), &scene.a);
     scene.b.start_migrate(&to, &["--copy-storage-inc", "--downtime-limit", "1000"]).wait().well();
     scene.guest.until_state("running");
@@ -78,7 +78,7 @@ fn the_command_is_killed_while_the_state_moves() {
     assert!(began.elapsed() < Duration::from_secs(20), "the state was lost with it: {:?}", began.elapsed());
     scene.waiting.until_state("gone");
     // A second try, with another QEMU there, works.
-    scene.waiting = Qemu::start(scene.folder.path(), &scene.b, "b", MEMORY, &["-incoming", "defer", "-S"]).unwrap();
+    scene.waiting = Qemu::start(scene.folder.path(), &scene.b, "b", MEMORY, &WAITS).unwrap();
     scene.waiting.until_state("inmigrate");
     scene.b.until_state("incoming");
     scene.a.start_migrate(&to, &["--overwrite"]).wait().well();
@@ -135,7 +135,7 @@ fn cancelled_or_without_a_vmm_there_while_the_state_moves_the_connection_lives()
     scene.waiting.until_state("gone");
     scene.b.until_state("incoming");
 
-    scene.waiting = Qemu::start(scene.folder.path(), &scene.b, "b", MEMORY, &["-incoming", "defer", "-S"]).unwrap();
+    scene.waiting = Qemu::start(scene.folder.path(), &scene.b, "b", MEMORY, &WAITS).unwrap();
     scene.waiting.until_state("inmigrate");
     let migration = scene.migrate_slowly_to(&scene.relay.address, &["--transport", "stream", "--overwrite"]);
     let before = scene.relay.accepted();

@@ -142,6 +142,16 @@ fn a_file_that_became_shorter_is_an_error_and_not_zeroes() {
 }
 
 #[test]
+fn what_lives_in_memory_is_read_without_waiting() {
+    let Ok(dir) = tempfile::tempdir_in("/dev/shm") else { return };
+    let (_, disk) = new_disk(&dir, 1);
+    disk.write(&[7; 8192], 4096, false).expect("written");
+    let mut back = [1; 12288];
+    assert!(disk.read_cached(&mut back, 0), "no worker is needed");
+    assert!(back[..4096].iter().all(|byte| *byte == 0) && back[4096..].iter().all(|byte| *byte == 7));
+}
+
+#[test]
 fn a_file_system_that_does_not_count_its_blocks_is_not_full() {
     assert_eq!(super::free_space_beside(std::path::Path::new("/proc/disk")).expect("looked"), None);
     let dir = scratch();

@@ -117,7 +117,7 @@ pub(super) const KNOWN: &[Call] = &[
     old("fstat", "size and identity of an image"),
     old("newfstatat", "what a path is"),
     old("statfs", "room for an image; whether the state folder outlives a reboot"),
-    old("fstatfs", "room for an image"),
+    old("fstatfs", "room for an image; whether it lives in memory"),
     old("access", "whether a path is there, whether a file can be made"),
     old("faccessat", "the same, where there is no access"),
     old("fchmod", "who may open a socket or the record"),

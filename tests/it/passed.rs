@@ -106,6 +106,40 @@ fn a_service_managers_sockets_are_the_doors_of_their_names() {
 }
 
 #[test]
+fn systemd_itself_opens_the_doors() {
+    let Some(systemd) = peer("systemd-socket-activate") else { return };
+    let folder = disk_scratch();
+    let (disk, state) = (disk(folder.path()), folder.path().join("state"));
+    let [nbd, control] = ["nbd", "control"].map(|name| folder.path().join(name));
+    let mut command = Command::new(&systemd);
+    command.arg("--listen").arg(&control).arg("--listen").arg(&nbd).arg("--fdname=control:nbd");
+    command.arg(blockferry().get_program()).args(["serve", "g1", "--disk", &format!("vda,file={disk}"), "--state"]);
+    command.arg(&state).arg("--volatile-state");
+    let mut program = Program::start(&mut command);
+    program.until_listens(&nbd);
+    // Only now it starts the program, with the sockets of both.
+    let claimed = output(blockferry().args(["claim", "g1", "--control", &format!("unix://{}", control.display())]));
+    assert!(claimed.status.success(), "{claimed:?}");
+    is_served(&format!("nbd+unix:///vda?socket={}", nbd.display()));
+    is_served(&format!("nbd+unix:///vda?socket={}", nbd.display()));
+}
+
+#[test]
+fn systemd_gives_each_client_a_process_of_its_own() {
+    let Some(systemd) = peer("systemd-socket-activate") else { return };
+    let folder = disk_scratch();
+    let (door, disk) = (folder.path().join("door"), disk(folder.path()));
+    let mut command = Command::new(&systemd);
+    command.args(["--accept", "--inetd", "--listen"]).arg(&door).arg(blockferry().get_program());
+    command.args(["export", &disk, "--read-only", "--nbd", "fd:0"]);
+    let mut program = Program::start(&mut command);
+    program.until_listens(&door);
+    for _ in 0..3 {
+        is_served(&at(&door));
+    }
+}
+
+#[test]
 fn unnamed_sockets_are_guest_doors_of_either_family() {
     let folder = disk_scratch();
     let disk = disk(folder.path());

@@ -27,6 +27,8 @@ const PEERS: &[(&str, &[&str])] = &[
     ("mkfs.ext4", &["e2fsprogs"]),
     ("ip", &["iproute2"]),
     ("qemu-system-x86_64", &["qemu-system-x86"]),
+    // The service manager's own program that opens sockets and passes them on.
+    ("systemd-socket-activate", &["systemd"]),
 ];
 
 /// Sees to it that every peer is here: installs what is missing, as root. The error names the packages, or the

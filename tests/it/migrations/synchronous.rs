@@ -4,11 +4,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{MIB, Pair, assert_same};
-use crate::harness::throughout;
+use super::{MIB, Pair, assert_same, file};
+use crate::harness::{scratch, throughout};
+use crate::host::{Host, exactly_one_takes};
 use crate::json::Json;
 use crate::relay::Relay;
-use crate::writer::{Load, Mix, OnLoss, Writer};
+use crate::writer::{Ledger, Load, Mix, OnLoss, Writer};
 
 /// What a link carries here, in bytes a second: a fraction of what the guests write.
 const LINK: u64 = 8 * MIB;
@@ -44,6 +45,41 @@ fn d7_a_guest_that_is_faster_than_the_link_moves_in_auto_and_is_told_why() {
     );
     assert_same(&pair.at_a(), &pair.at_b());
     pair.arrived(&ledger);
+}
+
+/// Two disks whose guests are each faster than the link, over NBD and inside the one connection of the stream path.
+#[test]
+fn d7_two_disks_move_together_over_either_transport() {
+    for (seed, transport) in [(114, "nbd"), (116, "stream")] {
+        let folder = scratch();
+        let at = |name: &str| folder.path().join(name);
+        let names = ["vda", "vdb"];
+        let ledgers = [seed, seed + 1].map(|seed| Ledger::format(&at(&format!("a.{seed}")), 8 * MIB, seed, 50));
+        let disks = |host: &str| {
+            let places = [seed, seed + 1].map(|seed| at(&format!("{host}.{seed}")));
+            [file(names[0], &places[0]), file(names[1], &places[1])]
+        };
+        let (of_a, of_b) = (disks("a"), disks("b"));
+        let a = Host::owner(folder.path(), "a", &[&of_a[0], &of_a[1]]);
+        let b = Host::start(folder.path(), "b", &[&of_b[0], &of_b[1]]);
+        let mut ledgers = ledgers.into_iter();
+        let writers = names.map(|name| {
+            let load = as_fast_as_it_can(seed, 8);
+            Writer::start(load, ledgers.next().expect("one each"), name, &[&a.door, &b.door])
+        });
+        let relay = Relay::to(&b.listen);
+        relay.throttle(LINK);
+        let options = ["--synchronous", "auto", "--verify", "none", "--transport", transport];
+        let migration = a.start_migrate(&relay.address, &options);
+        migration.until_line("synchronous", is_synchronous);
+        migration.wait().well();
+        for (writer, (name, number)) in writers.into_iter().zip(names.into_iter().zip([seed, seed + 1])) {
+            let ledger = writer.finish();
+            assert_same(&at(&format!("a.{number}")), &at(&format!("b.{number}")));
+            ledger.verify_file(&at(&format!("b.{number}"))).assert_whole();
+            exactly_one_takes(name, 0, &b, &a);
+        }
+    }
 }
 
 #[test]

@@ -757,8 +757,8 @@ fn lock(file: &OwnedFd, access: Access) -> std::result::Result<(), OpenError> {
 /// Whether every byte is zero.
 #[must_use]
 pub fn is_zero(bytes: &[u8]) -> bool {
-    // Whole lines first, eight words at a time. Written out: a compiler that is told to save room compares two arrays by
-    // a call, a byte at a time.
+    // Whole lines first, eight words at a time. Written out: a compiler that is told to save room compares two arrays
+    // by a call, a byte at a time.
     let (lines, tail) = bytes.as_chunks::<64>();
     let is_empty = |line: &[u8; 64]| {
         let [a, b, c, d, e, f, g, h] = line.as_chunks::<8>().0 else { return false };

@@ -15,7 +15,8 @@
 //!
 //! - **W1 write out.** Before the gates close, while the guest's writes pass, every attached device is synced; then the
 //!   map is waited for once more. It takes as long as the cache is large, so it stands outside of the switchover and
-//!   outside of every lock. It has a maximum; past it the switchover is put off and the migration goes on.
+//!   outside of every lock. It has a maximum; past it the switchover is put off and the migration goes on. A guest
+//!   that a hook stops has had most of it written out before; what is left must not keep it standing for long.
 //! - **W2 prove.** With the gates *closed* every device is synced again. A sync of a cache that holds nothing sends one
 //!   FLUSH, which a closed gate serves. A sync of a cache that holds a byte sends a WRITE, which waits at the gate, and
 //!   the sync with it. That it ends is therefore the proof that nothing was in the cache at some moment when nothing
@@ -28,7 +29,7 @@
 //!   it is lost. A disconnect before GIVEN would therefore protect nothing, and an abort after it would have failed the
 //!   guest's requests. So an abort leaves every device as it was, and the disconnect follows the fence.
 //! - **W5 still.** Between W3's proof and GIVEN nothing can stop a process that writes into the page cache; only the
-//!   VMM can be still. Without a VMM driver that is the caller's part of `switch`, and a migration that would switch by
+//!   VMM can be still. Without a hook that is the caller's part of `switch`, and a migration that would switch by
 //!   itself while somebody has a device open is refused. What a VMM that did not keep still wrote in that moment is
 //!   found by one more sync after the fence, which fails then (a FLUSH succeeds there, a WRITE does not), and is said:
 //!   exit 4.

@@ -300,6 +300,12 @@ impl Guest {
         self.keeper().promise(live, asked)
     }
 
+    /// W5: who has a device open that the guest's disk can be written through, and is made still by no driver.
+    #[must_use]
+    pub fn restless_user(&self) -> Option<String> {
+        if self.vmm.stills_devices() { None } else { self.attached.user() }
+    }
+
     /// Why the guest door is shut, and who owns: for whoever knocks at a fenced export.
     #[must_use]
     pub fn why_fenced(&self) -> String {

@@ -43,6 +43,8 @@ mod unwinder;
 mod util;
 mod vm;
 mod vm_guest;
+mod vm_hook;
+mod vm_host;
 mod vm_machine;
 mod vm_pair;
 

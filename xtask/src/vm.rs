@@ -10,7 +10,7 @@ use crate::kernel::{self, Kernel};
 use crate::live::Nursery;
 use crate::util::{self, Error, QUESTION, Result};
 use crate::vm_machine::{Blueprint, Machine, QEMU};
-use crate::{build, initramfs, peers, vm_guest, vm_pair};
+use crate::{build, initramfs, peers, vm_guest, vm_hook, vm_pair};
 use std::cell::OnceCell;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,7 +25,7 @@ const DISK: u64 = 16 << 20;
 type Test = fn(&Lab) -> Result<String>;
 
 /// The tests, the cheapest first.
-const TESTS: [(&str, Test); 13] = [
+const TESTS: [(&str, Test); 14] = [
     ("image_is_reproducible", image_is_reproducible),
     ("version_is_printed_and_the_machine_powers_off", version_is_printed),
     ("bad_command_line_is_one_line_and_powers_off", bad_command_line),
@@ -38,6 +38,7 @@ const TESTS: [(&str, Test); 13] = [
     ("serve_comes_up_with_its_address", serve_comes_up),
     ("guest_that_runs_is_moved_there_and_back", vm_guest::driven),
     ("guest_that_runs_is_moved_by_hand", vm_guest::by_hand),
+    ("guest_on_a_device_is_moved_there_and_back_by_a_hook", vm_hook::run),
     ("guest_moves_there_and_back_through_crash_outage_and_power_loss", vm_pair::run),
 ];
 

@@ -1,5 +1,5 @@
 //! What runs inside the machines of `cargo xtask vm`: it stands for a guest on /dev/nbdN, and is the test's hand on the
-//! inside. It is in the test's image only.
+//! inside. It is in the test's image only. Called with an argument it is the hook of that point.
 //!
 //! It answers lines at the virtio port `test`, one line each, `ok ...` or `error ...`:
 //!
@@ -22,8 +22,10 @@
 //! | `report` | says what it has seen |
 //! | `check` | compares the whole device with what it remembers |
 //! | `disks` | the names of the machine's disks, with their bytes, `,ro`, or that they are empty drives |
+//! | `fail POINT` | the hook fails the next time that it is called at that point ([`hook`]) |
 //! | `netem IFACE DELAY_MS LOSS_PERMILLE` | everything that leaves the interface is late, some of it is lost |
 
+mod hook;
 mod live;
 mod netem;
 mod port;
@@ -34,6 +36,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use hook::Vmm;
 use live::Live;
 use rustix::io::Errno;
 use writer::Writer;
@@ -42,11 +45,15 @@ use writer::Writer;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
+    if let Some(point) = std::env::args().nth(1) {
+        return hook::call(&point);
+    }
     match port::open("test") {
         Ok(mut port) => {
-            let (mut writer, mut live) = (None, None);
+            let vmm = Vmm::listening();
+            let mut live = None;
             while let Some(line) = port.line() {
-                let said = match answer(&line, &mut writer, &mut live) {
+                let said = match answer(&line, &mut hook::lock(&vmm), &mut live) {
                     Ok(text) => format!("ok {text}\n"),
                     Err(cause) => format!("error {cause}\n"),
                 };
@@ -61,9 +68,10 @@ fn main() -> ExitCode {
     }
 }
 
-fn answer(line: &str, writer: &mut Option<Writer>, live: &mut Option<Live>) -> Result<String, String> {
+fn answer(line: &str, vmm: &mut Vmm, live: &mut Option<Live>) -> Result<String, String> {
     let number = |text: &str| text.parse::<u64>().map_err(|_| format!("'{text}' is no number"));
     let words: Vec<&str> = line.split_ascii_whitespace().collect();
+    let writer = &mut vmm.writer;
     match words.as_slice() {
         ["write", device, seed] if writer.is_none() => {
             *writer = Some(Writer::start(device, number(seed)?)?);
@@ -90,6 +98,10 @@ fn answer(line: &str, writer: &mut Option<Writer>, live: &mut Option<Live>) -> R
         ["kill", "serve"] => process::kill("serve"),
         ["kill", "steward"] => process::kill_parent(),
         ["die-after", device] => die_after(device),
+        ["fail", point] => {
+            vmm.fails = Some((*point).to_owned());
+            Ok(String::new())
+        }
         ["netem", interface, delay_ms, loss] => {
             netem::set(interface, number(delay_ms)?, number(loss)?).map(|()| String::new())
         }
@@ -98,7 +110,7 @@ fn answer(line: &str, writer: &mut Option<Writer>, live: &mut Option<Live>) -> R
 }
 
 /// Waits until the kernel knows how large a device is: an nbd device has no size before it is attached.
-fn wait_for(device: &str) -> Result<String, String> {
+pub(crate) fn wait_for(device: &str) -> Result<String, String> {
     let name = device.strip_prefix("/dev/").ok_or("no device")?;
     let size = format!("/sys/block/{name}/size");
     let deadline = Instant::now() + PATIENCE;

@@ -23,6 +23,7 @@ const SYNC_EVERY: u64 = 64;
 
 /// A writer that runs.
 pub(crate) struct Writer {
+    seed: u64,
     shared: Arc<Shared>,
     thread: JoinHandle<()>,
 }
@@ -52,16 +53,21 @@ impl Shared {
 impl Writer {
     /// Starts writing to a device.
     pub(crate) fn start(device: &str, seed: u64) -> Result<Self, String> {
+        Self::start_after(device, seed, 0)
+    }
+
+    /// The same for a writer that has issued so many writes already, which are all on stable storage.
+    pub(crate) fn start_after(device: &str, seed: u64, issued: u64) -> Result<Self, String> {
         let file = OpenOptions::new().read(true).write(true).open(device).map_err(|e| format!("{device}: {e}"))?;
         let blocks = blocks(&file)?;
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared { issued: issued.into(), synced: issued.into(), ..Shared::default() });
         let ours = Arc::clone(&shared);
         let thread = thread::spawn(move || {
             if let Err(cause) = ours.run(&file, seed, blocks) {
                 *ours.failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(cause);
             }
         });
-        Ok(Self { shared, thread })
+        Ok(Self { seed, shared, thread })
     }
 
     /// How far it is.
@@ -82,6 +88,16 @@ impl Writer {
         Ok(self.shared.say())
     }
 
+    /// Lets one that was paused go on.
+    pub(crate) fn go_on(&self) {
+        self.shared.pause.store(false, Ordering::SeqCst);
+    }
+
+    /// Its seed, and how many writes it has issued: all that another needs to go on for it.
+    pub(crate) fn memory(&self) -> (u64, u64) {
+        (self.seed, self.shared.issued.load(Ordering::SeqCst))
+    }
+
     /// Ends it after a last sync, or without one if it is paused. The device is closed then.
     pub(crate) fn stop(self) -> Result<String, String> {
         self.shared.stop.store(true, Ordering::SeqCst);
@@ -96,16 +112,17 @@ impl Writer {
 impl Shared {
     fn run(&self, file: &File, seed: u64, blocks: u64) -> Result<(), String> {
         let mut content = vec![0; BLOCK];
-        for number in 1.. {
+        for number in self.issued.load(Ordering::SeqCst) + 1.. {
+            while self.pause.load(Ordering::SeqCst) {
+                self.paused.store(true, Ordering::SeqCst);
+                if self.stop.load(Ordering::SeqCst) {
+                    return Ok(());
+                }
+                thread::sleep(PERIOD);
+            }
+            self.paused.store(false, Ordering::SeqCst);
             if self.stop.load(Ordering::SeqCst) {
                 break;
-            }
-            if self.pause.load(Ordering::SeqCst) {
-                self.paused.store(true, Ordering::SeqCst);
-                while !self.stop.load(Ordering::SeqCst) {
-                    thread::sleep(PERIOD);
-                }
-                return Ok(());
             }
             let block = place(seed, number, blocks);
             fill(&mut content, seed, number, block);

@@ -94,8 +94,9 @@ impl<'a> Drive<'a> {
         let held =
             guest.attached.hold().ok_or_else(|| NotYet::GoOn("a disk is being attached or detached".to_owned()))?;
         if !held.is_empty() {
-            self.write_out(&held)?;
-            self.copy_until_converged().map_err(NotYet::Stop)?;
+            let stands = !self.mends;
+            self.write_out(&held, if stands { STATE_DRAIN_MAX } else { ATTACHED_SYNC_MAX })?;
+            if stands { self.drain_standing() } else { self.copy_until_converged() }.map_err(NotYet::Stop)?;
         }
         self.show_phase(Phase::Final);
         let deadline = Instant::now() + QUIESCE_MAX;
@@ -107,18 +108,38 @@ impl<'a> Drive<'a> {
         Ok((held, quiesced))
     }
 
+    /// W1 for a guest that a driver is about to stop: what the kernel has not written yet of its devices is written and
+    /// copied while it runs, again while that takes longer than the guest may stand and less than the time before. What
+    /// is left, and what comes meanwhile, the final pass finds.
+    pub(super) fn write_out_while_it_runs(&mut self) -> Result<(), Stop> {
+        let guest = self.guest;
+        let mut before = Duration::MAX;
+        // Devices that come or go just now are the final pass's business.
+        while let Some(held) = guest.attached.hold().filter(|held| !held.is_empty()) {
+            let began = Instant::now();
+            self.write_out(&held, ATTACHED_SYNC_MAX)?;
+            drop(held);
+            self.copy_until_converged()?;
+            let took = began.elapsed();
+            if took <= self.job.downtime_limit() || took > before / 2 {
+                break;
+            }
+            before = took;
+        }
+        Ok(())
+    }
+
     /// W1: has the kernel write out what the guest has written through `/dev/nbdN`, while the gates are open and the
-    /// mirror runs.
-    fn write_out(&mut self, held: &Held<'_>) -> Result<(), NotYet> {
-        if let Some(user) = self.guest.attached.user().filter(|_| !self.job.request.hold) {
+    /// mirror runs, within `limit`.
+    fn write_out(&mut self, held: &Held<'_>, limit: Duration) -> Result<(), NotYet> {
+        if let Some(user) = self.guest.restless_user().filter(|_| !self.job.request.hold) {
             return stop(&format!("{user}, and would be switched without a word: use --hold, and switch"));
         }
-        let deadline = Instant::now() + ATTACHED_SYNC_MAX;
+        let deadline = Instant::now() + limit;
         let mut syncs = held.sync().map_err(NotYet::GoOn)?;
         while !syncs.wait(Instant::now()).map_err(|cause| NotYet::Stop(cause.into()))? {
             if Instant::now() >= deadline {
-                let seconds = ATTACHED_SYNC_MAX.as_secs();
-                return Err(NotYet::GoOn(format!("{}: not written back in {seconds} s", syncs.slowest())));
+                return Err(NotYet::GoOn(format!("{}: not written back in {} s", syncs.slowest(), limit.as_secs())));
             }
             self.look().map_err(NotYet::Stop)?;
         }

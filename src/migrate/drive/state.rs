@@ -12,8 +12,8 @@
 
 use super::*;
 use crate::limits::{
-    STANDING_TICK, STATE_DRAIN_MAX, STATE_FOLLOW_MAX, STATE_LOAD_MAX, STATE_STALL_MAX, STATE_START_MAX,
-    STREAM_STATE_ROOM_BACK, VMM_LAST_WORD, VMM_RUN_MAX,
+    STANDING_TICK, STATE_FOLLOW_MAX, STATE_LOAD_MAX, STATE_STALL_MAX, STATE_START_MAX, STREAM_STATE_ROOM_BACK,
+    VMM_LAST_WORD, VMM_RUN_MAX,
 };
 use crate::migrate::state::{Carrier, Relay};
 use crate::migrate::wire::Standing;
@@ -95,6 +95,7 @@ impl Drive<'_> {
     fn move_it(&mut self, state: &mut State) -> Result<(), Stop> {
         // What takes the time of a disk is done while the guest runs.
         self.write_ahead()?;
+        self.write_out_while_it_runs()?;
         self.show_phase(Phase::State);
         let ran = state.vmm.ran();
         let carrier = if self.state_inside {
@@ -169,7 +170,7 @@ impl Drive<'_> {
 
     /// The guest stands and its VMM may still flush: copies what is left, flushes and verifies, with open gates. What
     /// is true when this returns is established again under quiesce (D5); it only makes that short.
-    fn drain_standing(&mut self) -> Result<(), Stop> {
+    pub(super) fn drain_standing(&mut self) -> Result<(), Stop> {
         let deadline = Instant::now() + STATE_DRAIN_MAX;
         self.mirrors.iter().for_each(|mirror| mirror.rush());
         let mut flushes: Option<Vec<u64>> = None;

@@ -17,22 +17,23 @@ const AFTER: u64 = 300;
 
 /// There and back, each host drives its own QEMU (`--vmm qmp:`).
 pub(crate) fn driven(lab: &Lab) -> Result<String> {
-    there_and_back(lab, true, |pair| pair.migrate(&["--overwrite"], false))
+    there_and_back(lab, true, |pair, how| pair.migrate(&[&["--overwrite"], how].concat(), false))
 }
 
 /// There and back, the caller drives both QEMUs (`--vmm none`).
 pub(crate) fn by_hand(lab: &Lab) -> Result<String> {
-    there_and_back(lab, false, |pair| pair.migrate_by_hand(&["--overwrite"]))
+    there_and_back(lab, false, |pair, how| pair.migrate_by_hand(&[&["--overwrite"], how].concat()))
 }
 
 /// Moves the guest to and fro, and looks at everything after each move.
-fn there_and_back(lab: &Lab, driven: bool, migrate: impl Fn(&mut Pair) -> Result<Moved>) -> Result<String> {
+fn there_and_back(lab: &Lab, driven: bool, migrate: impl Fn(&mut Pair, &[&str]) -> Result<Moved>) -> Result<String> {
     let pair = &mut Pair::start(lab.nursery()?, DISK, driven, &util::fresh_log("vm-guest")?)?;
     expect("the guest's disks", &live_pair::disks_inside(DISK), &pair.here.tell("disks")?)?;
     let mut seen = Vec::new();
-    for _ in 0..2 {
+    // Back with guest writes that wait for the mirror (D7).
+    for how in [&[][..], &["--synchronous", "always"]] {
         pair.here.writes_on(BEFORE)?;
-        let moved = migrate(pair)?;
+        let moved = migrate(pair, how)?;
         pair.here.writes_on(AFTER)?;
         let report = pair.here.report()?;
         let checked = pair.here.check()?;

@@ -110,7 +110,12 @@ impl Loading {
         carrier: Carrier,
         mut answer: impl FnMut(&Message) -> Result<(), String>,
     ) -> Result<(), String> {
-        let begun = guest.vmm.arriving(&about(&stamp), ran, Instant::now() + STATE_START_MAX);
+        let begun = self.begin(stamp, ran).and_then(|()| {
+            let begun = guest.vmm.arriving(&about(&stamp), ran, Instant::now() + STATE_START_MAX);
+            begun.inspect_err(|cause| {
+                self.of(&stamp, |loaded| loaded.fail(cause));
+            })
+        });
         let (vmm, socket) = match begun {
             Ok(begun) => begun,
             Err(cause) => {
@@ -118,21 +123,43 @@ impl Loading {
                 return Err(cause);
             }
         };
-        *self.lock() =
-            Some(Loaded { stamp, ran, vmm: Some(vmm), relay: None, standing: Standing::Loading, cause: String::new() });
         // The attempt may have ended while the VMM was got ready, and whoever ended it found nothing to end (M11).
+        let mut vmm = Some(vmm);
+        self.of(&stamp, |loaded| loaded.vmm = vmm.take());
+        if let Some(mut vmm) = vmm {
+            let ended = vmm.end(Instant::now() + VMM_END_MAX);
+            return Err(ended.err().unwrap_or_else(|| "the attempt has ended".to_owned()));
+        }
         if let Err(cause) = guest.destination.expects_state(&stamp) {
             self.end(guest, &stamp);
             return Err(cause);
         }
         answer(&Message::StateReady { stamp })?;
         let relay = Relay::start(socket, carrier, None)?;
-        if let Some(loaded) = self.lock().as_mut().filter(|loaded| loaded.stamp.matches(&stamp)) {
-            loaded.relay = Some(Arc::clone(&relay));
+        if !self.of(&stamp, |loaded| loaded.relay = Some(Arc::clone(&relay))) {
+            // Nobody else would.
+            relay.end();
         }
         relay.wait();
         log::info!("migration: {} bytes of the guest's state were carried", relay.bytes());
         Ok(())
+    }
+
+    /// A state begins to come, the only one of its attempt.
+    fn begin(&self, stamp: Stamp, ran: bool) -> Result<(), String> {
+        let mut inner = self.lock();
+        if inner.as_ref().is_some_and(|loaded| loaded.stamp.matches(&stamp)) {
+            return Err("the guest's state has come before".to_owned());
+        }
+        *inner = Some(Loaded { stamp, ran, vmm: None, relay: None, standing: Standing::Loading, cause: String::new() });
+        Ok(())
+    }
+
+    /// Does something to the state of that attempt. `false`: it has been ended meanwhile.
+    fn of(&self, stamp: &Stamp, change: impl FnOnce(&mut Loaded)) -> bool {
+        let mut inner = self.lock();
+        let loaded = inner.as_mut().filter(|loaded| loaded.stamp.matches(stamp));
+        loaded.map(change).is_some()
     }
 
     /// How far the state of that attempt is.
@@ -197,5 +224,34 @@ impl Loading {
 
     fn lock(&self) -> MutexGuard<'_, Option<Loaded>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ownership::{Attempt, Host, Lineage, Order, Word};
+
+    fn stamp(attempt: u8) -> Stamp {
+        Stamp {
+            lineage: Lineage([1; 16]),
+            word: Word([4; 16]),
+            attempt: Attempt([attempt; 16]),
+            source: Host([2; 16]),
+            destination: Host([3; 16]),
+            order: Order { term: 1, generation: 2 },
+        }
+    }
+
+    #[test]
+    fn a_second_state_of_an_attempt_does_not_take_the_place_of_the_first() {
+        let loading = Loading::default();
+        loading.begin(stamp(1), true).expect("the first");
+        loading.begin(stamp(1), true).expect_err("it is being loaded");
+        assert!(loading.of(&stamp(1), |loaded| loaded.fail("for a test")));
+        loading.begin(stamp(1), true).expect_err("and is not resumed");
+        assert_eq!(loading.standing(&stamp(1)), (Standing::Failed, "for a test".to_owned()));
+        loading.begin(stamp(2), true).expect("another attempt");
+        assert!(!loading.of(&stamp(1), |_| ()), "the first has ended");
     }
 }

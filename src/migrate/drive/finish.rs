@@ -216,7 +216,7 @@ impl<'a> Drive<'a> {
 
     /// Where the destination is dialled once a lost connection matters: its own door, where the connection was one that
     /// nobody can open again.
-    pub(super) fn way_back(&self) -> Place {
+    fn way_back(&self) -> Place {
         let own = || Place::parse(&self.peer.address).ok();
         let once = !self.job.address.can_be_dialled_again();
         once.then(own).flatten().unwrap_or_else(|| self.job.address.clone())
@@ -244,17 +244,25 @@ impl<'a> Drive<'a> {
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(RECONNECT_PAUSE.1);
-            match dial(self.guest, &self.way_back(), Role::Source, deadline) {
-                Ok((link, theirs)) if theirs.host == self.peer.host => {
+            match self.dial_back(deadline) {
+                Ok(link) => {
                     self.link = link;
                     self.job.find();
                 }
-                Ok(_) => self.job.still_lost("another host answers there"),
-                Err(no_link) => {
-                    log::info!("migration: {no_link}");
-                    self.job.still_lost(&no_link.to_string());
+                Err(cause) => {
+                    log::info!("migration: {cause}");
+                    self.job.still_lost(&cause);
                 }
             }
+        }
+    }
+
+    /// A new connection to any process of the destination, once it is given to.
+    pub(super) fn dial_back(&self, deadline: Instant) -> Result<Link, String> {
+        match dial(self.guest, &self.way_back(), Role::Source, deadline) {
+            Ok((link, theirs)) if theirs.host == self.peer.host => Ok(link),
+            Ok(_) => Err("another host answers there".to_owned()),
+            Err(no_link) => Err(no_link.to_string()),
         }
     }
 }

@@ -271,8 +271,8 @@ impl Drive<'_> {
             if !self.link_lost || Instant::now() >= deadline {
                 return Err(format!("whether the guest runs there is not known: {cause}"));
             }
-            match dial(self.guest, &self.way_back(), Role::Source, deadline) {
-                Ok((link, _)) => (self.link, self.link_lost, self.owed) = (link, false, None),
+            match self.dial_back(deadline) {
+                Ok(link) => (self.link, self.link_lost, self.owed) = (link, false, None),
                 Err(no_link) => {
                     log::info!("migration: {no_link}");
                     std::thread::sleep(RECONNECT_PAUSE.1.min(deadline.saturating_duration_since(Instant::now())));

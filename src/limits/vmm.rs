@@ -37,6 +37,8 @@ pub const STANDING_TICK: Duration = Duration::from_millis(1);
 pub const VMM_LAST_WORD: Duration = Duration::from_millis(500);
 /// How long a VMM may take until its guest runs, or until it has ended.
 pub const VMM_RUN_MAX: Duration = Duration::from_secs(10);
+/// How long a VMM may take until it lets its guest go on whose attempt has come to nothing: it may be flushing a disk.
+pub const VMM_RESUME_MAX: Duration = Duration::from_secs(60);
 /// How long a VMM may take to end before "unsealed" is said.
 pub const VMM_END_MAX: Duration = Duration::from_secs(3);
 /// How long a hook's `stop` may take until its VMM is silent.

@@ -129,6 +129,10 @@ fn converse(guest: &Arc<Guest>, link: &mut Link, alone: bool) -> Result<(), Stri
                     link.send(&answer, heard + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
                 }
             }
+            Ok(Some(Message::StateEnd { stamp, bytes })) => {
+                heard = Instant::now();
+                guest.destination.state.set_length(&stamp, bytes);
+            }
             Ok(Some(Message::StateQuestion { stamp })) => {
                 heard = Instant::now();
                 let (standing, cause) = guest.destination.state.standing(&stamp);
@@ -147,11 +151,13 @@ fn converse(guest: &Arc<Guest>, link: &mut Link, alone: bool) -> Result<(), Stri
                 heard = Instant::now();
                 let Some(answer) = answer else { continue };
                 log::debug!("migration door: answered {}", answer.name());
-                link.send(&answer, Instant::now() + REPLY_TIMEOUT).map_err(|error| error.to_string())?;
+                let sent = link.send(&answer, Instant::now() + REPLY_TIMEOUT);
                 if matches!(answer, Message::Running { .. }) {
-                    guest.destination.state.run(guest);
+                    // Whether anybody hears it or not: this host owns.
+                    let _ = guest.destination.run_guest(guest);
                     guest.destination.keep_receipt(guest);
                 }
+                sent.map_err(|error| error.to_string())?;
                 // The answer may have taken long; the peer's silence begins now.
                 heard = Instant::now();
             }
@@ -195,7 +201,8 @@ pub(super) fn answer_digests(guest: &Arc<Guest>, link: &mut Link, theirs: Hello)
 /// peer sees. Beside a connection that is `alone` no others can be opened.
 pub fn hello(guest: &Guest, role: Role, challenge: Challenge, socket: &Socket, alone: bool) -> Hello {
     let address = guest.migration_address.as_ref().map(|door| door.seen_at(socket.local_ip()).to_string());
-    let inside = Capabilities::STREAM.with(Capabilities::LAYERS).with(Capabilities::STATE);
+    let inside =
+        Capabilities::STREAM.with(Capabilities::LAYERS).with(Capabilities::STATE).with(Capabilities::STATE_END);
     Hello {
         versions: (VERSION_LOWEST, VERSION_HIGHEST),
         role,
@@ -425,9 +432,22 @@ impl Destination {
         }
     }
 
-    /// This host owns, and has not been told so on a connection of the source's: lets the guest run.
-    pub(super) fn run_guest(&self, guest: &Guest) {
-        self.state.run(guest);
+    /// This host owns: lets the guest run.
+    ///
+    /// # Errors
+    /// One line, for the user: it does not run.
+    pub(super) fn run_guest(&self, guest: &Guest) -> Result<(), String> {
+        self.state.run(guest)
+    }
+
+    /// The operator takes a sealed guest over (M2): nobody will say GO.
+    ///
+    /// # Errors
+    /// As [`Guest::apply`].
+    pub(super) fn take_over(&self, guest: &Guest, event: &Event) -> Result<Answer, KeepError> {
+        let _inner = self.lock();
+        forget_shared(guest);
+        guest.apply(event)
     }
 
     /// Keeps the receipt of the attempt by which this host owns, if there is one. The switchover is over.
@@ -611,6 +631,8 @@ impl Inner {
         if reception.state {
             guest.destination.state.end(guest, &stamp);
         }
+        // M11: from VOID on the source may be told "unsealed", and what was read here may be old.
+        end_guest_connections(guest);
         self.stop_receiving();
         self.clean_up(guest, fate);
         if let Err(error) = guest.apply(&Event::AbortReceiving { attempt: stamp.attempt }) {
@@ -687,9 +709,13 @@ fn shut_guest_doors(guest: &Guest, stamp: &Stamp) {
     let record = guest.record().ok().flatten();
     if record.and_then(|record| record.stamp()).is_some_and(|mine| mine.matches(stamp)) {
         guest.destination.state.end(guest, stamp);
-        for export in guest.exports() {
-            let _ = export.end_connections(Door::Guest);
-        }
+        end_guest_connections(guest);
+    }
+}
+
+fn end_guest_connections(guest: &Guest) {
+    for export in guest.exports() {
+        let _ = export.end_connections(Door::Guest);
     }
 }
 

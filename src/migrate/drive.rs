@@ -213,6 +213,8 @@ struct Drive<'a> {
     state: Option<State>,
     /// It travels inside the phase connection.
     state_inside: bool,
+    /// The destination wants to know how long it is.
+    wants_length: bool,
     /// A lost connection is mended. Not while the guest stands: that takes as long as the link pleases. Nor when its
     /// state is lost with the connection.
     mends: bool,

@@ -47,6 +47,7 @@ pub fn recover(guest: &Guest, word: Word) -> Result<Recovered, Problem> {
                 Err(KeepError::Refused(Refusal { why: Why::PeerDecides, record: now.clone().map(Box::new) }))
             }
             Word::Forget => guest.destination.forget(guest, &event),
+            Word::TakeOwnership => guest.destination.take_over(guest, &event),
             _ => guest.apply(&event),
         };
         match spoken {
@@ -57,7 +58,19 @@ pub fn recover(guest: &Guest, word: Word) -> Result<Recovered, Problem> {
             }
             Err(error @ KeepError::Unknown(_)) => return Err(unknown(&error)),
         }
+        // As after GO: what has been loaded here, waits.
+        let was_sealed = before.as_ref().is_some_and(|record| matches!(record.state, State::Sealed { .. }));
+        let runs = if word == Word::TakeOwnership && was_sealed {
+            let runs = guest.destination.run_guest(guest);
+            guest.destination.keep_receipt(guest);
+            runs
+        } else {
+            Ok(())
+        };
         told.done = text(match word {
+            Word::TakeOwnership if runs.is_err() => {
+                "this host owns the guest from now on; its VMM does not let it run, and the log says why"
+            }
             Word::TakeOwnership => "this host owns the guest from now on",
             Word::ForgetPeer => "the other host is not waited for any more: this host owns the guest",
             Word::Forget if rejected.is_some() => "the record that counted for nothing is thrown away",

@@ -277,7 +277,7 @@ fn take_in(guest: &Guest, answer: &Message, peer: &Peer) -> Result<Option<Messag
         Message::Go { .. } | Message::Promise { promise: Promise::NotGiven, .. } => {
             let said = guest.destination.hear(guest, answer).map_err(Trouble::NotDurable);
             if matches!(said, Ok(Some(Message::Running { .. }))) {
-                guest.destination.run_guest(guest);
+                let _ = guest.destination.run_guest(guest);
                 guest.destination.keep_receipt(guest);
             }
             return said;

@@ -79,6 +79,9 @@ pub(super) struct Relay {
     /// The guest stands: nothing waits for the budget.
     urgent: AtomicBool,
     bytes: AtomicU64,
+    /// Of these, what came out of the VMM, and what went into it.
+    out: AtomicU64,
+    into: AtomicU64,
     began: Instant,
     /// When bytes last moved, in milliseconds since it began.
     moved_ms: AtomicU64,
@@ -92,6 +95,9 @@ pub(super) struct Relay {
 struct Ends {
     /// So many have.
     count: u32,
+    /// That out of the VMM is one of them, and that into it.
+    drained: bool,
+    filled: bool,
     /// Why one was broken.
     failure: Option<String>,
 }
@@ -115,6 +121,8 @@ impl Relay {
             budget,
             urgent: AtomicBool::new(false),
             bytes: AtomicU64::new(0),
+            out: AtomicU64::new(0),
+            into: AtomicU64::new(0),
             began: Instant::now(),
             moved_ms: AtomicU64::new(0),
             ends: Mutex::default(),
@@ -137,9 +145,28 @@ impl Relay {
         self.bytes.load(Ordering::Relaxed)
     }
 
+    /// Bytes that have come out of the VMM and been sent.
+    pub(super) fn out(&self) -> u64 {
+        self.out.load(Ordering::Acquire)
+    }
+
+    /// Bytes that the VMM has been given.
+    pub(super) fn into(&self) -> u64 {
+        self.into.load(Ordering::Acquire)
+    }
+
     /// The guest stands: the state waits for nobody any more.
     pub(super) fn hurry(&self) {
         self.urgent.store(true, Ordering::Release);
+    }
+
+    /// Its quiet is counted anew: nothing could have come before now.
+    pub(super) fn expect(&self) {
+        self.moved_ms.store(self.now_ms(), Ordering::Relaxed);
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
     /// For how long nothing has moved.
@@ -151,6 +178,17 @@ impl Relay {
     /// Why it broke, if it did.
     pub(super) fn failure(&self) -> Option<String> {
         self.ends().failure.clone()
+    }
+
+    /// Whether all that the VMM had to say has been sent.
+    pub(super) fn is_drained(&self) -> bool {
+        self.ends().drained
+    }
+
+    /// Whether the direction into the VMM has come to its end, or the whole has broken.
+    pub(super) fn is_over(&self) -> bool {
+        let ends = self.ends();
+        ends.filled || ends.failure.is_some()
     }
 
     /// Waits until both directions have come to their end, as they do when either side is gone.
@@ -175,6 +213,8 @@ impl Relay {
         let carried = self.carry_to_the_end(way);
         let mut ends = self.ends();
         ends.count += 1;
+        ends.drained |= way == Way::FromVmm;
+        ends.filled |= way == Way::ToVmm;
         if let Err(cause) = carried {
             ends.failure.get_or_insert(cause);
             self.end();
@@ -214,9 +254,10 @@ impl Relay {
                 Way::FromVmm => self.carrier.send_all(&buffer[..count]).map_err(other)?,
                 Way::ToVmm => self.vmm.send_all(&buffer[..count]).map_err(vmm)?,
             }
+            let one_way = if way == Way::FromVmm { &self.out } else { &self.into };
+            one_way.fetch_add(count as u64, Ordering::Release);
             self.bytes.fetch_add(count as u64, Ordering::Relaxed);
-            let now = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
-            self.moved_ms.store(now, Ordering::Relaxed);
+            self.expect();
         }
     }
 }

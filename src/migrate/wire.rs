@@ -379,10 +379,17 @@ pub enum Message {
         /// Why that is not known; empty: it is.
         cause: Cause,
     },
+    /// S to D: all of the guest's state was sent, and it is so long. A connection that ends early looks like its end.
+    StateEnd {
+        /// The attempt.
+        stamp: Stamp,
+        /// Its length.
+        bytes: u64,
+    },
 }
 
 /// How many messages there are.
-const MESSAGES: u8 = 27;
+const MESSAGES: u8 = 28;
 
 impl Message {
     /// The message's name in logs and errors.
@@ -416,6 +423,7 @@ impl Message {
             Self::StateIs { .. } => "STATE-IS",
             Self::LayersQuestion { .. } => "LAYERS-QUESTION",
             Self::Layers { .. } => "LAYERS",
+            Self::StateEnd { .. } => "STATE-END",
         }
     }
 
@@ -447,7 +455,8 @@ impl Message {
             | Self::StateQuestion { stamp }
             | Self::StateIs { stamp, .. }
             | Self::LayersQuestion { stamp, .. }
-            | Self::Layers { stamp, .. } => Some(stamp),
+            | Self::Layers { stamp, .. }
+            | Self::StateEnd { stamp, .. } => Some(stamp),
             Self::Ping { .. } | Self::Pong { .. } => None,
         }
     }

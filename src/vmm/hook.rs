@@ -225,7 +225,16 @@ impl Run {
     fn kill(&mut self) {
         let Some(mut child) = self.child.take() else { return };
         let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
-        let _ = child.wait();
+        // One that the kernel holds (a long fsync, a file server that is away) is waited for by nobody else.
+        let deadline = Instant::now() + HOOK_LAST_LINE;
+        while matches!(child.try_wait(), Ok(None)) {
+            if Instant::now() >= deadline {
+                let thread = std::thread::Builder::new().name("hook end".to_owned()).stack_size(WORKER_STACK);
+                let _ = thread.spawn(move || child.wait());
+                return;
+            }
+            std::thread::sleep(HOOK_LOOK);
+        }
     }
 }
 

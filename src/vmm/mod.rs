@@ -39,6 +39,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::limits::{HOOK_STATE_MAX, STATE_FOLLOW_MAX, STATE_LOAD_MAX};
 use crate::socket::Socket;
 
 /// Which driver, as `--vmm` names it.
@@ -220,6 +221,35 @@ impl Leaving {
         }
     }
 
+    /// Looks again, right before the other side is told: the guest may have been paused, or started, since it was
+    /// found.
+    ///
+    /// # Errors
+    /// One line: it cannot leave any more.
+    pub fn look_again(&mut self, deadline: Instant) -> Result<(), String> {
+        match self {
+            Self::Qmp(leaving) => leaving.look_again(deadline),
+            Self::Hook(leaving) => leaving.look_again(deadline),
+        }
+    }
+
+    /// Whether the VMM that takes the state knows by itself that it is whole. Else its length has to be told.
+    #[must_use]
+    pub fn knows_the_end(&self) -> bool {
+        matches!(self, Self::Qmp(_))
+    }
+
+    /// How long the rest of the state may take to be sent while the guest stands, and to be loaded after that, where
+    /// `downtime` was allowed.
+    #[must_use]
+    pub fn patience(&self, downtime: Duration) -> (Duration, Duration) {
+        match self {
+            Self::Qmp(_) => (STATE_FOLLOW_MAX + downtime * 2, STATE_LOAD_MAX),
+            // All of it is sent while the guest stands.
+            Self::Hook(_) => (HOOK_STATE_MAX, HOOK_STATE_MAX),
+        }
+    }
+
     /// Has the VMM send its state; returns the socket that it comes from. `downtime`: what may be left when the guest
     /// is stopped.
     ///
@@ -290,15 +320,21 @@ impl Arriving {
         }
     }
 
-    /// OWNER is durable: the guest runs.
+    /// OWNER is durable: the guest runs, if it ran.
     ///
     /// # Errors
     /// One line, for the user: the guest stands here.
-    pub fn run(&mut self, deadline: Instant) -> Result<(), String> {
+    pub fn run(&mut self, ran: bool, deadline: Instant) -> Result<(), String> {
         match self {
-            Self::Qmp(arriving) => arriving.run(deadline),
-            Self::Hook(arriving) => arriving.run(deadline),
+            Self::Qmp(arriving) => arriving.run(ran, deadline),
+            Self::Hook(arriving) => arriving.run(ran, deadline),
         }
+    }
+
+    /// Whether the VMM knows by itself that a state is whole. Else its length has to be compared.
+    #[must_use]
+    pub fn knows_the_end(&self) -> bool {
+        matches!(self, Self::Qmp(_))
     }
 
     /// This host will not own: ends the VMM.

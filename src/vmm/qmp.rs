@@ -30,6 +30,8 @@ pub struct Qmp {
     /// Of the input, in front: it has been taken.
     taken: usize,
     events: VecDeque<Event>,
+    /// Of the last command: an answer to an earlier one, which nobody waited for, is none to it.
+    id: u64,
 }
 
 /// Something that QEMU says without having been asked.
@@ -99,7 +101,7 @@ impl Qmp {
         let fault = |cause: String| format!("the VMM at {}: {cause}", path.display());
         let socket = Address::Unix(path.to_owned()).connect(left).map_err(|error| fault(reason(&error)))?;
         let input = Vec::with_capacity(QMP_LINE_MAX);
-        let mut qmp = Self { path: path.to_owned(), socket, input, taken: 0, events: VecDeque::new() };
+        let mut qmp = Self { path: path.to_owned(), socket, input, taken: 0, events: VecDeque::new(), id: 0 };
         let deadline = deadline.min(Instant::now() + QMP_TIMEOUT);
         match qmp.line(deadline)? {
             Some(line) if json::find(&line, &["QMP", "version"]).is_some() => {}
@@ -115,10 +117,12 @@ impl Qmp {
     /// # Errors
     /// One line: QEMU says no, or nothing before `deadline`, or has gone.
     pub fn execute(&mut self, command: &str, arguments: &str, deadline: Instant) -> Result<String, String> {
+        self.id += 1;
+        let id = self.id.to_string();
         let line = if arguments.is_empty() {
-            format!("{{\"execute\":\"{command}\"}}\r\n")
+            format!("{{\"execute\":\"{command}\",\"id\":\"{id}\"}}\r\n")
         } else {
-            format!("{{\"execute\":\"{command}\",\"arguments\":{arguments}}}\r\n")
+            format!("{{\"execute\":\"{command}\",\"id\":\"{id}\",\"arguments\":{arguments}}}\r\n")
         };
         log::debug!("qmp: {}", line.trim_end());
         let sent = self.socket.send_all_before(line.as_bytes(), deadline);
@@ -127,6 +131,10 @@ impl Qmp {
             let Some(line) = self.line(deadline)? else {
                 return Err(self.fault(format_args!("{command}: no answer")));
             };
+            if json::string(&line, &["id"]).is_some_and(|other| other != id) {
+                log::debug!("qmp: late: {}", line.trim_end());
+                continue;
+            }
             if json::find(&line, &["return"]).is_some() {
                 return Ok(line);
             }
@@ -234,6 +242,11 @@ impl Qmp {
             }
         }
         Err(self.fault(format_args!("it was told to quit, and is still there")))
+    }
+
+    /// Whether QEMU has hung up.
+    fn is_gone(&self) -> bool {
+        self.socket.has_hung_up()
     }
 
     /// Takes one line in, if one comes, and keeps it if it is an event. `true`: there was one.

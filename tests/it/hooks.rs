@@ -17,6 +17,7 @@ use tempfile::TempDir;
 
 use crate::harness::{peer, scratch, until_within};
 use crate::host::{Finished, Host, PATIENCE};
+use crate::relay::{Kind, Relay, message};
 
 const BLOCK: usize = 4096;
 const BLOCKS: usize = 2048;
@@ -167,7 +168,7 @@ impl Vmm {
                 inner.memory = numbers.collect();
                 inner.writes = inner.memory.iter().copied().max().unwrap_or_default();
             }
-            "run" => self.set_running(true),
+            "run" => self.set_running(!line.contains(" destination 0 ")),
             "abort" if line.contains(" source 1 ") => self.set_running(true),
             "abort" | "gone" => self.set_running(false),
             _ => {}
@@ -281,7 +282,7 @@ fn a_guest_in_any_vmm_moves_there_and_back() {
         assert_eq!([pair.hosts[from].state(), pair.hosts[1 - from].state()], ["given", "owner"], "{done}");
         let calls = pair.vmms[1 - from].lock().calls.clone();
         assert!(calls.iter().all(|call| call.starts_with("ready g1") || call.contains(" g1 destination 1 vda ")));
-        assert_eq!(pair.vmms[from].calls(), ["ready", "stop", "state-out", "gone"]);
+        assert_eq!(pair.vmms[from].calls(), ["ready", "ready", "stop", "state-out", "gone"]);
         assert_eq!(pair.vmms[1 - from].calls(), ["ready", "state-in", "run"]);
     }
 }
@@ -292,9 +293,57 @@ fn a_guest_that_its_user_paused_stays_paused() {
     pair.vmms[0].set_running(false);
     pair.vmms[0].fail("ready", Fault::Exit(3));
     pair.migrate(0).well();
-    assert_eq!(pair.vmms[1].calls(), ["ready", "state-in"], "it was not told to run");
+    let calls = pair.vmms[1].lock().calls.clone();
+    assert!(calls.last().is_some_and(|call| call.starts_with("run g1 destination 0 ")), "{calls:?}");
+    assert!(!pair.vmms[1].lock().runs, "it was paused");
     assert_eq!(pair.hosts[1].state(), "owner");
     pair.vmms[1].check();
+}
+
+/// A guest that its user pauses while its disks are copied, and one that goes on meanwhile.
+#[test]
+fn a_guest_that_is_paused_or_goes_on_meanwhile_is_at_the_destination_as_it_was_last() {
+    for paused in [true, false] {
+        let Some(pair) = Pair::new() else { return };
+        let told = |pair: &Pair, paused: bool| {
+            pair.vmms[0].set_running(!paused);
+            pair.vmms[0].heal();
+            if paused {
+                pair.vmms[0].fail("ready", Fault::Exit(3));
+            }
+        };
+        told(&pair, !paused);
+        let migration = pair.hosts[0].start_migrate(&pair.hosts[1].listen, &["--hold"]);
+        migration.until_held();
+        told(&pair, paused);
+        pair.hosts[0].ask(&["switch"]).well();
+        migration.wait().well();
+        assert_eq!(pair.vmms[1].lock().runs, !paused);
+        assert!(!pair.vmms[0].lock().runs, "two guests run");
+        pair.vmms[1].check();
+    }
+}
+
+/// The connection of the state ends early, and looks as if the state had ended: who reads it cannot know.
+#[test]
+fn a_state_that_was_cut_off_is_not_taken_for_a_whole_one() {
+    let Some(pair) = Pair::new() else { return };
+    let relay = Relay::to(&pair.hosts[1].listen);
+    let hold = Arc::new(relay);
+    let late = Arc::clone(&hold);
+    hold.on(message::STATE_READY, true, move || late.hoard_kind(Kind::State));
+    let migration = pair.hosts[0].start_migrate(&hold.address, &["--overwrite"]);
+    until_within(PATIENCE, "all of the state", || (hold.hoarded() >= 4 * BLOCKS).then_some(()));
+    assert!(hold.cut_one(Some(Kind::State), 0));
+    let ended = migration.wait();
+    ended.aborted();
+    let cause = ended.done().get("cause").text().to_owned();
+    assert!(cause.contains(&format!("of {} bytes of the guest's state came", 4 * BLOCKS)), "{cause}");
+    assert_eq!(pair.hosts[0].state(), "owner");
+    assert!(!pair.vmms[1].calls().contains(&"run".to_owned()));
+    pair.lives(0);
+    pair.migrate(0).well();
+    pair.lives(1);
 }
 
 #[test]

@@ -43,6 +43,13 @@ impl Inner {
         if may.is_ok() && matches!(&self.stage, Stage::Receiving(reception) if reception.is_poisoned()) {
             self.give_up(guest, "a sync of a disk has failed", Fate::Remove);
         }
+        // A state that has begun to come is not resumed, and the VMM that has taken it cannot take another.
+        if may.is_ok()
+            && matches!(&self.stage, Stage::Receiving(reception)
+                if reception.state && guest.destination.state.has_begun(&reception.stamp))
+        {
+            self.give_up(guest, "another attempt has begun", Fate::Keep);
+        }
         if let Err(cause) = check_vmm(guest, offer) {
             problems.add("", &cause);
         }

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::guest::Guest;
-use crate::limits::{REPLY_TIMEOUT, STATE_START_MAX, VMM_END_MAX, VMM_RUN_MAX};
+use crate::limits::{REPLY_TIMEOUT, STATE_STALL_MAX, STATE_START_MAX, VMM_END_MAX, VMM_RUN_MAX};
 use crate::migrate::link::Link;
 use crate::migrate::state::{Carrier, Relay};
 use crate::migrate::wire::{Message, Standing, cut};
@@ -37,6 +37,8 @@ struct Loaded {
     ran: bool,
     vmm: Option<Arriving>,
     relay: Option<Arc<Relay>>,
+    /// Its length, once the source has said it.
+    length: Option<u64>,
     standing: Standing,
     cause: String,
 }
@@ -56,7 +58,8 @@ impl Loaded {
         if !matches!(self.standing, Standing::Loading | Standing::Loaded) {
             return;
         }
-        match vmm.loaded(Duration::ZERO) {
+        let whole = if vmm.knows_the_end() { Ok(true) } else { is_whole(self.relay.as_deref(), self.length) };
+        match vmm.loaded(Duration::ZERO).and_then(|loaded| Ok(whole? && loaded)) {
             Ok(true) => self.standing = Standing::Loaded,
             Ok(false) if self.standing == Standing::Loaded => self.fail("the VMM does not stand any more"),
             Ok(false) => {
@@ -67,6 +70,20 @@ impl Loaded {
             }
             Err(cause) => self.fail(&cause),
         }
+    }
+}
+
+/// Whether a VMM that cannot tell has been given all of the state: a connection that ends early looks like its end.
+fn is_whole(relay: Option<&Relay>, length: Option<u64>) -> Result<bool, String> {
+    let Some(relay) = relay else { return Ok(false) };
+    match length {
+        Some(length) if relay.into() == length => Ok(true),
+        Some(length) if relay.is_over() || relay.quiet() > STATE_STALL_MAX => Err(relay
+            .failure()
+            .unwrap_or_else(|| format!("{} of {length} bytes of the guest's state came", relay.into()))),
+        Some(_) => Ok(false),
+        // A source that does not say it yet, or never does.
+        None => relay.failure().map_or(Ok(true), Err),
     }
 }
 
@@ -151,7 +168,15 @@ impl Loading {
         if inner.as_ref().is_some_and(|loaded| loaded.stamp.matches(&stamp)) {
             return Err("the guest's state has come before".to_owned());
         }
-        *inner = Some(Loaded { stamp, ran, vmm: None, relay: None, standing: Standing::Loading, cause: String::new() });
+        *inner = Some(Loaded {
+            stamp,
+            ran,
+            vmm: None,
+            relay: None,
+            length: None,
+            standing: Standing::Loading,
+            cause: String::new(),
+        });
         Ok(())
     }
 
@@ -160,6 +185,16 @@ impl Loading {
         let mut inner = self.lock();
         let loaded = inner.as_mut().filter(|loaded| loaded.stamp.matches(stamp));
         loaded.map(change).is_some()
+    }
+
+    /// The source has sent all of it, and so much that is.
+    pub(super) fn set_length(&self, stamp: &Stamp, bytes: u64) {
+        self.of(stamp, |loaded| loaded.length = Some(bytes));
+    }
+
+    /// Whether anything of the state of that attempt has begun to come: it cannot be resumed.
+    pub(super) fn has_begun(&self, stamp: &Stamp) -> bool {
+        self.of(stamp, |_| ())
     }
 
     /// How far the state of that attempt is.
@@ -174,17 +209,18 @@ impl Loading {
     }
 
     /// OWNER is durable: the guest runs, if it ran.
-    pub(super) fn run(&self, guest: &Guest) {
+    ///
+    /// # Errors
+    /// One line, for the user: it does not.
+    pub(super) fn run(&self, guest: &Guest) -> Result<(), String> {
         let mut inner = self.lock();
         let deadline = Instant::now() + VMM_RUN_MAX;
-        let run = match inner.as_mut() {
-            Some(Loaded { standing: Standing::Running | Standing::Failed, .. }) => return,
-            Some(Loaded { ran: false, .. }) => {
-                log::warn!("{}: the guest was paused before it moved, and stays so", guest.name);
-                return;
-            }
+        let (run, ran) = match inner.as_mut() {
+            Some(Loaded { standing: Standing::Running, .. }) => return Ok(()),
+            Some(Loaded { standing: Standing::Failed, cause, .. }) => return Err(cause.clone()),
             Some(loaded) => {
-                let run = loaded.vmm.as_mut().map_or(Ok(()), |vmm| vmm.run(deadline));
+                let ran = loaded.ran;
+                let run = loaded.vmm.as_mut().map_or(Ok(()), |vmm| vmm.run(ran, deadline));
                 match &run {
                     Ok(()) => loaded.standing = Standing::Running,
                     Err(cause) => loaded.fail(cause),
@@ -194,14 +230,17 @@ impl Loading {
                 if let Some(relay) = &loaded.relay {
                     relay.end();
                 }
-                run
+                (run, ran)
             }
-            None => guest.vmm.run_again(&About::default(), deadline),
+            None => (guest.vmm.run_again(&About::default(), deadline), true),
         };
-        match run {
+        match &run {
+            Ok(()) if !guest.vmm.moves_state() => {}
+            Ok(()) if !ran => log::warn!("{}: the guest was paused before it moved, and stays so", guest.name),
             Ok(()) => log::info!("{}: the guest runs here", guest.name),
             Err(cause) => log::error!("{}: this host owns, and the guest does not run: {cause}", guest.name),
         }
+        run
     }
 
     /// This host will not own, or the attempt has ended: ends the VMM that has read what may be old (M11).
@@ -213,7 +252,13 @@ impl Loading {
                 if let Some(relay) = &loaded.relay {
                     relay.end();
                 }
-                loaded.vmm.as_mut().map_or(Ok(()), |vmm| vmm.end(deadline))
+                match &mut loaded.vmm {
+                    Some(vmm) => vmm.end(deadline),
+                    // It could not be got ready.
+                    None if loaded.standing == Standing::Failed => guest.vmm.end_again(&about(stamp), deadline),
+                    // Who gets it ready ends it.
+                    None => Ok(()),
+                }
             }
             None => guest.vmm.end_again(&about(stamp), deadline),
         };

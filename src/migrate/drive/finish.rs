@@ -113,12 +113,21 @@ impl<'a> Drive<'a> {
     /// is left, and what comes meanwhile, the final pass finds.
     pub(super) fn write_out_while_it_runs(&mut self) -> Result<(), Stop> {
         let guest = self.guest;
-        let mut before = Duration::MAX;
+        let (mut before, mut tries) = (Duration::MAX, 0);
         // Devices that come or go just now are the final pass's business.
         while let Some(held) = guest.attached.hold().filter(|held| !held.is_empty()) {
             let began = Instant::now();
-            self.write_out(&held, ATTACHED_SYNC_MAX)?;
+            let written = self.write_out(&held, ATTACHED_SYNC_MAX);
             drop(held);
+            match written {
+                Err(NotYet::GoOn(cause)) if tries < SWITCHOVERS_MAX => {
+                    tries += 1;
+                    log::warn!("migration: switchover put off: {cause}");
+                    self.copy_until_converged()?;
+                    continue;
+                }
+                written => written?,
+            }
             self.copy_until_converged()?;
             let took = began.elapsed();
             if took <= self.job.downtime_limit() || took > before / 2 {

@@ -97,6 +97,7 @@ pub(super) fn prepare<'a>(guest: &'a Arc<Guest>, job: &'a Job) -> Result<Drive<'
         owed: None,
         state: leaving.map(State::new),
         state_inside,
+        wants_length: theirs.capabilities.has(Capabilities::STATE_END),
         mends: true,
         written_ahead: false,
         pinged: Instant::now(),

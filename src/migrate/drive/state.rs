@@ -12,8 +12,7 @@
 
 use super::*;
 use crate::limits::{
-    STANDING_TICK, STATE_FOLLOW_MAX, STATE_LOAD_MAX, STATE_STALL_MAX, STATE_START_MAX, STREAM_STATE_ROOM_BACK,
-    VMM_LAST_WORD, VMM_RUN_MAX,
+    STANDING_TICK, STATE_STALL_MAX, STATE_START_MAX, STREAM_STATE_ROOM_BACK, VMM_LAST_WORD, VMM_RESUME_MAX, VMM_RUN_MAX,
 };
 use crate::migrate::state::{Carrier, Relay};
 use crate::migrate::wire::Standing;
@@ -69,7 +68,7 @@ impl State {
         if let Some(relay) = &self.relay {
             relay.end();
         }
-        self.vmm.resume(Instant::now() + VMM_RUN_MAX)
+        self.vmm.resume(Instant::now() + VMM_RESUME_MAX)
     }
 }
 
@@ -97,6 +96,7 @@ impl Drive<'_> {
         self.write_ahead()?;
         self.write_out_while_it_runs()?;
         self.show_phase(Phase::State);
+        state.vmm.look_again(Instant::now() + STATE_START_MAX)?;
         let ran = state.vmm.ran();
         let carrier = if self.state_inside {
             Carrier::Inside(self.open_channel(ran)?)
@@ -121,8 +121,13 @@ impl Drive<'_> {
         relay.hurry();
         self.drain_standing()?;
         state.vmm.go_on(Instant::now() + VMM_RUN_MAX)?;
-        self.follow(state, &relay)?;
-        let loaded = self.ask_until(Standing::Loaded, Instant::now() + STATE_LOAD_MAX);
+        relay.expect();
+        let (follow_max, load_max) = state.vmm.patience(self.job.downtime_limit());
+        self.follow(state, &relay, Instant::now() + follow_max)?;
+        if !state.vmm.knows_the_end() {
+            self.tell_the_end(&relay)?;
+        }
+        let loaded = self.ask_until(Standing::Loaded, Instant::now() + load_max);
         self.show_state(&self.counts(), relay.bytes());
         loaded
     }
@@ -200,8 +205,7 @@ impl Drive<'_> {
     }
 
     /// The rest of the state, until the VMM is silent for good.
-    fn follow(&mut self, state: &mut State, relay: &Relay) -> Result<(), Stop> {
-        let deadline = Instant::now() + STATE_FOLLOW_MAX + self.job.downtime_limit() * 2;
+    fn follow(&mut self, state: &mut State, relay: &Relay, deadline: Instant) -> Result<(), Stop> {
         while state.vmm.poll(STANDING_TICK)? != Going::Gone {
             self.watch()?;
             if let Err(broken) = check(relay) {
@@ -214,6 +218,18 @@ impl Drive<'_> {
             if Instant::now() >= deadline {
                 return Err("the guest stands, and the rest of its state takes too long".into());
             }
+        }
+        Ok(())
+    }
+
+    /// The VMM has ended its state: waits until the last byte is sent, and says how many there were.
+    fn tell_the_end(&mut self, relay: &Relay) -> Result<(), Stop> {
+        while !relay.is_drained() {
+            self.watch()?;
+            check(relay)?;
+        }
+        if self.wants_length {
+            self.say(&Message::StateEnd { stamp: self.stamp, bytes: relay.out() })?;
         }
         Ok(())
     }
@@ -247,7 +263,7 @@ impl Drive<'_> {
     /// One line: the guest does not run there.
     pub(super) fn see_it_run(&mut self) -> Result<(), String> {
         let Some(mut state) = self.state.take() else { return Ok(()) };
-        let runs = if state.vmm.ran() { self.ask_whether_it_runs() } else { Ok(()) };
+        let runs = self.ask_whether_it_runs();
         state.pause = state.stands.filter(|_| runs.is_ok() && state.vmm.ran()).map(|since| since.elapsed());
         if let Err(cause) = state.vmm.end(Instant::now() + VMM_RUN_MAX) {
             log::warn!("migration: {cause}");

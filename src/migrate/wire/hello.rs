@@ -100,6 +100,8 @@ impl Capabilities {
     pub const LAYERS: Self = Self(1 << 2);
     /// Can move the guest's state inside the phase connection, where blocks do.
     pub const STATE: Self = Self(1 << 3);
+    /// Knows STATE-END.
+    pub const STATE_END: Self = Self(1 << 4);
 
     /// The bits of both.
     #[must_use]

@@ -79,6 +79,7 @@ fn samples(count: usize, length: usize) -> Vec<Message> {
         Message::StateIs { stamp, standing: Standing::Failed, cause: cause.clone() },
         Message::LayersQuestion { stamp, disk: 3, page: 300 },
         Message::Layers { stamp, disk: 3, page: 300, deepest: 2, top: many(&0x88, count.min(LAYERS_PAGE)), cause },
+        Message::StateEnd { stamp, bytes: 1 << 40 },
     ]
 }
 
@@ -130,6 +131,7 @@ fn message_numbers_are_pinned() {
         "STATE-IS",
         "LAYERS-QUESTION",
         "LAYERS",
+        "STATE-END",
     ];
     let samples = samples(1, 3);
     assert_eq!((samples.len(), names.len()), (usize::from(MESSAGES), usize::from(MESSAGES)));

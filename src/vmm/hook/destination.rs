@@ -22,7 +22,6 @@ const SIDE: &str = "destination";
 pub struct Arriving {
     hook: Hook,
     about: About,
-    ran: bool,
     /// `state-in`, until it has ended well.
     run: Option<Run>,
 }
@@ -49,7 +48,7 @@ impl Arriving {
         let (ours, theirs) = UnixStream::pair().map_err(|error| format!("hook: {}", reason(&error)))?;
         let call = Call { ran: Some(ran), input: Some(theirs.into()), ..Call::new(Point::StateIn, SIDE, about) };
         let run = hook.start(call, Instant::now() + HOOK_STATE_MAX)?;
-        let arriving = Self { hook: hook.clone(), about: about.clone(), ran, run: Some(run) };
+        let arriving = Self { hook: hook.clone(), about: about.clone(), run: Some(run) };
         Ok((arriving, Arc::new(Socket::new(ours.into()))))
     }
 
@@ -62,8 +61,8 @@ impl Arriving {
         Ok(done)
     }
 
-    pub(in crate::vmm) fn run(&mut self, deadline: Instant) -> Result<(), String> {
-        let call = Call { ran: Some(self.ran), ..Call::new(Point::Run, SIDE, &self.about) };
+    pub(in crate::vmm) fn run(&mut self, ran: bool, deadline: Instant) -> Result<(), String> {
+        let call = Call { ran: Some(ran), ..Call::new(Point::Run, SIDE, &self.about) };
         self.hook.order(call, deadline)
     }
 

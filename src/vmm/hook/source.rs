@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::{Call, Hook, Point, Run};
 use crate::error::reason;
-use crate::limits::{HOOK_STATE_MAX, HOOK_STOP_MAX};
+use crate::limits::{HOOK_STATE_MAX, HOOK_STOP_MAX, VMM_RUN_MAX};
 use crate::socket::Socket;
 use crate::vmm::{About, Going};
 
@@ -38,6 +38,11 @@ impl Leaving {
 
     pub(in crate::vmm) fn ran(&self) -> bool {
         self.ran
+    }
+
+    pub(in crate::vmm) fn look_again(&mut self, deadline: Instant) -> Result<(), String> {
+        self.ran = self.hook.ready(SIDE, &self.about, deadline)?;
+        Ok(())
     }
 
     fn begin(&mut self, point: Point, output: Option<OwnedFd>, limit: Duration) -> Result<(), String> {
@@ -76,7 +81,7 @@ impl Leaving {
         self.run = None;
         self.state = None;
         let call = Call { ran: Some(self.ran), ..Call::new(Point::Abort, SIDE, &self.about) };
-        self.hook.order(call, deadline)
+        self.hook.order(call, deadline.min(Instant::now() + VMM_RUN_MAX))
     }
 
     pub(in crate::vmm) fn end(&mut self, deadline: Instant) -> Result<(), String> {

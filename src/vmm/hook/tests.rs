@@ -64,7 +64,7 @@ fn a_state_goes_through_both_ends_and_each_point_is_told_what_it_is_about() {
     state.finish_sending();
     assert_eq!(destination.loaded(Duration::from_secs(20)), Ok(true));
     assert_eq!(destination.loaded(Duration::ZERO), Ok(true), "and it stays so");
-    destination.run(soon()).expect("it runs");
+    destination.run(true, soon()).expect("it runs");
     source.end(soon()).expect("it ends");
     let read = |name| fs::read_to_string(directory.path().join(name)).expect("written");
     assert_eq!(read("state").trim(), "300000");

@@ -127,8 +127,9 @@ impl Arriving {
         Ok(state.word == "paused")
     }
 
-    pub(in crate::vmm) fn run(&mut self, deadline: Instant) -> Result<(), String> {
-        run(&mut self.qmp, deadline)
+    pub(in crate::vmm) fn run(&mut self, ran: bool, deadline: Instant) -> Result<(), String> {
+        // A guest that its user had paused is paused here already.
+        if ran { run(&mut self.qmp, deadline) } else { Ok(()) }
     }
 
     pub(in crate::vmm) fn end(&mut self, deadline: Instant) -> Result<(), String> {

@@ -33,25 +33,35 @@ impl Leaving {
     /// # Errors
     /// One line.
     pub fn find(path: &Path, deadline: Instant) -> Result<Self, String> {
-        let mut qmp = Qmp::connect(path, deadline)?;
-        let state = qmp.run_state(soon(deadline))?;
-        if !state.running && state.word != "paused" {
-            return Err(qmp.fault(format_args!("the guest is '{}', neither running nor paused", state.word)));
-        }
-        Ok(Self { qmp, path: path.to_owned(), ran: state.running, going: Going::Active, patience: None })
+        let qmp = Qmp::connect(path, deadline)?;
+        let mut leaving = Self { qmp, path: path.to_owned(), ran: true, going: Going::Active, patience: None };
+        leaving.look_again(deadline)?;
+        Ok(leaving)
     }
 
     pub(in crate::vmm) fn ran(&self) -> bool {
         self.ran
     }
 
-    pub(in crate::vmm) fn start(&mut self, downtime: Duration, deadline: Instant) -> Result<Arc<Socket>, String> {
-        // It may have been paused, or started, since.
+    pub(in crate::vmm) fn look_again(&mut self, deadline: Instant) -> Result<(), String> {
+        self.ran = self.look(deadline)?;
+        Ok(())
+    }
+
+    /// Whether the guest runs; else it was paused.
+    fn look(&mut self, deadline: Instant) -> Result<bool, String> {
         let state = self.qmp.run_state(soon(deadline))?;
-        if !state.running && state.word != "paused" {
-            return Err(self.qmp.fault(format_args!("the guest is '{}', neither running nor paused", state.word)));
+        if state.running || state.word == "paused" {
+            return Ok(state.running);
         }
-        self.ran = state.running;
+        Err(self.qmp.fault(format_args!("the guest is '{}', neither running nor paused", state.word)))
+    }
+
+    pub(in crate::vmm) fn start(&mut self, downtime: Duration, deadline: Instant) -> Result<Arc<Socket>, String> {
+        if self.look(deadline)? != self.ran {
+            // The other side has been told how it was.
+            return Err(self.qmp.fault(format_args!("the guest was paused, or started, a moment ago: try again")));
+        }
         self.qmp.set_capabilities(false, soon(deadline))?;
         // The pace is that of the migration's budget, which holds the socket back. What QEMU may leave for the time
         // when the guest stands it does leave: so it is little at first. Not under emulation: what a guest writes while
@@ -84,7 +94,10 @@ impl Leaving {
         if let Some((_, downtime)) =
             self.patience.take_if(|(until, _)| self.going == Going::Active && Instant::now() >= *until)
         {
-            self.allow(downtime, Instant::now() + QMP_TIMEOUT)?;
+            // It may be about to stop, and says nothing while its disks are flushed: then it needs no more.
+            if let Err(cause) = self.allow(downtime, Instant::now() + QMP_TIMEOUT) {
+                log::info!("migration: {cause}");
+            }
         }
         let deadline = Instant::now() + wait;
         loop {
@@ -123,31 +136,42 @@ impl Leaving {
         Ok(())
     }
 
-    /// Whatever the migration had come to. `query-migrate` is not believed about the guest: after `postmigrate` a
-    /// cancel says yes and does nothing, and only `cont` helps; before, `cont` fails and only the cancel helps.
+    /// Whatever the migration had come to. QEMU says nothing for as long as a disk takes to be flushed; then it is
+    /// asked again.
     pub(in crate::vmm) fn resume(&mut self, deadline: Instant) -> Result<(), String> {
         loop {
-            let (status, _) = self.qmp.migration(soon(deadline))?;
-            match status {
-                Status::Active | Status::PreSwitchover | Status::Device => {
-                    let _ = self.qmp.execute("migrate_cancel", "", soon(deadline));
-                }
-                Status::Cancelling => {}
-                Status::None | Status::Completed | Status::Failed => {
-                    let state = self.qmp.run_state(soon(deadline))?;
-                    if state.running || !self.ran {
-                        return Ok(());
-                    }
-                    if let Err(cause) = self.qmp.execute("cont", "", soon(deadline)) {
-                        log::info!("migration: {cause}");
-                    }
-                }
+            let cause = match self.try_to_resume(deadline) {
+                Ok(true) => return Ok(()),
+                Ok(false) => "the guest does not run again".to_owned(),
+                Err(cause) => cause,
+            };
+            if self.qmp.is_gone() {
+                return Err(cause);
             }
             if Instant::now() >= deadline {
-                return Err(self.qmp.fault(format_args!("the guest does not run again: try 'cont' at its monitor")));
+                return Err(format!("{cause}: try 'migrate_cancel', and then 'cont', at its monitor"));
             }
             let _ = self.qmp.line_soon(Instant::now() + QMP_LOOK)?;
         }
+    }
+
+    /// `query-migrate` is not believed about the guest: after `postmigrate` a cancel says yes and does nothing, and
+    /// only `cont` helps; before, `cont` fails and only the cancel helps. `true`: the guest is as it was.
+    fn try_to_resume(&mut self, deadline: Instant) -> Result<bool, String> {
+        let (status, _) = self.qmp.migration(soon(deadline))?;
+        match status {
+            Status::Active | Status::PreSwitchover | Status::Device => {
+                self.qmp.execute("migrate_cancel", "", soon(deadline))?;
+            }
+            Status::Cancelling => {}
+            Status::None | Status::Completed | Status::Failed => {
+                if !self.ran || self.qmp.run_state(soon(deadline))?.running {
+                    return Ok(true);
+                }
+                self.qmp.execute("cont", "", soon(deadline))?;
+            }
+        }
+        Ok(false)
     }
 
     pub(in crate::vmm) fn end(&mut self, deadline: Instant) -> Result<(), String> {

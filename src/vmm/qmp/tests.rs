@@ -62,7 +62,21 @@ fn answers_and_events_are_told_apart() {
     let gone = qmp.event(later()).expect_err("it hung up");
     assert_eq!(gone, format!("the VMM at {}: it has gone", path.display()));
     let asked = monitor.join().expect("no panic");
-    assert_eq!(asked[1], r#"{"execute":"query-status"}"#);
+    assert_eq!(asked[1], r#"{"execute":"query-status","id":"2"}"#);
+}
+
+#[test]
+fn the_answer_to_a_command_that_nobody_waited_for_is_none_to_the_next() {
+    let (_folder, path, monitor) = monitor(&[
+        "{\"timestamp\": {}}",
+        "{\"return\": {}, \"id\": \"2\"}\n{\"return\": {\"running\": true, \"status\": \"running\"}, \"id\": \"3\"}",
+    ]);
+    let mut qmp = Qmp::connect(&path, later()).expect("connected");
+    let late = qmp.execute("migrate_cancel", "", Instant::now() + Duration::from_millis(50)).expect_err("no answer");
+    assert!(late.ends_with("migrate_cancel: no answer"), "{late}");
+    assert_eq!(qmp.run_state(later()).expect("its own answer").word, "running");
+    drop(qmp);
+    monitor.join().expect("no panic");
 }
 
 #[test]

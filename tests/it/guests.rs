@@ -258,4 +258,8 @@ fn a_guest_that_was_paused_stays_paused_on_both() {
     scene.guest.until_state("gone");
     scene.waiting.tell("cont");
     scene.arrived();
+    // Its monitor is free again: it can leave.
+    scene.guest = Qemu::start(scene.folder.path(), &scene.a, "a", MEMORY, &WAITS).unwrap();
+    scene.b.start_migrate(&scene.a.listen, &["--copy-storage-inc"]).wait().well();
+    scene.guest.until_state("running");
 }

@@ -190,7 +190,30 @@ fn the_link_is_lost_when_both_are_done() {
         let migration = scene.migrate();
         scene.relay.until_sprung();
         scene.stays(migration, "");
+        // Nobody could tell the destination. The next attempt ends the VMM that has loaded the guest, and says so.
+        scene.relay.heal();
+        let refused = scene.a.migrate(&scene.relay.address, &["--overwrite"]);
+        assert_eq!(refused.code, Some(1), "{refused:?}");
+        scene.waiting.until_state("gone");
+        scene.moves_later("running");
     }
+}
+
+/// The source is gone for good, and the operator says who owns: what was loaded here runs.
+#[test]
+fn a_sealed_guest_that_is_taken_over_runs() {
+    let Some(mut scene) = Scene::new(22) else { return };
+    scene.relay.set_trap(Trap { message: message::GO, passes: false, then: Then::CutAndRefuse });
+    let migration = scene.migrate();
+    scene.relay.until_sprung();
+    scene.a.program.kill();
+    scene.guest.program.kill();
+    drop(migration);
+    scene.b.until_state("sealed");
+    scene.waiting.until_state("paused");
+    scene.b.ask(&["recover", "--take-ownership"]).well();
+    scene.b.until_state("owner");
+    scene.waiting.until_state("running");
 }
 
 /// M2, M3: the destination is sealed, the source does not hear it: the attempt ends, and only then the guest goes on.

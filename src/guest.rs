@@ -20,8 +20,8 @@ use crate::migrate::settle::Settle;
 use crate::migrate::source::Source as Sending;
 use crate::options::ServeOptions;
 use crate::ownership::{
-    Answer, Content, Door, Event, Found, Host, How, ImageList, Images, Instance, Journal, KeepError, Keeper, Kind,
-    Order, Promise, Receipt, Record, Stamp, State, Store, show,
+    Answer, Attempt, Content, Door, Event, Found, Host, How, ImageList, Images, Instance, Journal, KeepError, Keeper,
+    Kind, Moving, Order, Promise, Receipt, Record, Stamp, State, Store, show,
 };
 use crate::vmm::Vmm;
 
@@ -65,6 +65,8 @@ pub struct Guest {
     store: Arc<Mutex<Store>>,
     /// Of the last hand-over that this host took part in.
     receipt: Mutex<Option<Receipt>>,
+    /// Whose state moves, or moved when a process before this one died.
+    moving: Mutex<Option<Moving>>,
     /// What there is of a record that counts for nothing.
     rejected: String,
 }
@@ -97,7 +99,10 @@ impl Guest {
                 let _ = std::fs::remove_file(path);
             }
         })?;
-        let receipt = store.lock().unwrap_or_else(PoisonError::into_inner).receipt();
+        let (receipt, moving) = {
+            let store = store.lock().unwrap_or_else(PoisonError::into_inner);
+            (store.receipt(), store.moving())
+        };
         let guest = Self {
             name: options.guest.clone(),
             disks,
@@ -113,6 +118,7 @@ impl Guest {
             attached: Attachments::default(),
             keeper: Mutex::new(keeper),
             receipt: Mutex::new(receipt),
+            moving: Mutex::new(moving),
             store,
             rejected,
         };
@@ -166,6 +172,35 @@ impl Guest {
             log::warn!("receipt: it is lost with this process: {}", reason(&error));
         }
         *self.receipt.lock().unwrap_or_else(PoisonError::into_inner) = Some(receipt);
+    }
+
+    /// The guest whose state moves, or moved when a process before this one died.
+    #[must_use]
+    pub fn moving(&self) -> Option<Moving> {
+        *self.moving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A VMM is about to be told to move this guest: whoever comes after this process is to know that it may stand.
+    ///
+    /// # Errors
+    /// One line: that cannot be made durable.
+    pub fn begin_moving(&self, moving: Moving) -> Result<(), String> {
+        let mut now = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
+        self.store()
+            .keep_moving(Some(&moving))
+            .map_err(|error| format!("the state directory cannot take that the guest moves: {}", reason(&error)))?;
+        *now = Some(moving);
+        Ok(())
+    }
+
+    /// The guest of that attempt runs, or stands for good: nobody has to see to it any more.
+    pub fn end_moving(&self, attempt: Attempt) {
+        let mut now = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
+        if now.take_if(|moving| moving.attempt == attempt).is_some()
+            && let Err(error) = self.store().keep_moving(None)
+        {
+            log::warn!("the state directory: {}", reason(&error));
+        }
     }
 
     /// The images that are here now, which records to come may speak of.

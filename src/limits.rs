@@ -43,6 +43,8 @@ pub const RECORD_FILE_MAX: usize = 4 * KIB;
 pub const JOURNAL_FILE_MAX: usize = KIB + DISKS_MAX * (DISK_NAME_MAX + PATH_MAX + 128);
 /// Longest path, in bytes.
 pub const PATH_MAX: usize = 4 * KIB;
+/// Longest file of a note that a guest moves, in bytes; a test says that it fits.
+pub const MOVING_FILE_MAX: usize = 64;
 /// Longest file of a receipt, in bytes; a test says that the longest one fits.
 pub const RECEIPT_FILE_MAX: usize = 512;
 /// Longest text that shows a record to its operator, in bytes.

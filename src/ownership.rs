@@ -17,6 +17,7 @@ mod id;
 mod images;
 mod journal;
 mod keeper;
+mod moving;
 mod receipt;
 mod store;
 #[cfg(test)]
@@ -34,6 +35,7 @@ pub use id::{Attempt, Host, ID_BYTES, ID_DIGITS, Images, Instance, Lineage, Word
 pub use images::ImageList;
 pub use journal::{Entry, How, Image, Journal};
 pub use keeper::{KeepError, Keeper, Save, Write};
+pub use moving::Moving;
 pub use receipt::Receipt;
 pub use store::{Found, Look, Store, look, show};
 pub use transition::{heard_promise, heard_record, next, promise};

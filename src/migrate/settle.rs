@@ -18,9 +18,12 @@ use super::dial::dial;
 use super::link::Link;
 use super::wire::{Message, Role, cut};
 use crate::guest::Guest;
-use crate::limits::{ASK_PERIOD, DIAL_MAX, DRIVER_STACK, LINK_LOOK, RECONNECT_PAUSE, REPLY_TIMEOUT, REWRITE_PAUSE};
-use crate::ownership::{Attempt, Event, Host, KeepError, Offer, Peer, Promise, Record, Stamp, State, Title};
+use crate::limits::{
+    ASK_PERIOD, DIAL_MAX, DRIVER_STACK, LINK_LOOK, RECONNECT_PAUSE, REPLY_TIMEOUT, REWRITE_PAUSE, VMM_RESUME_MAX,
+};
+use crate::ownership::{Attempt, Event, Host, KeepError, Moving, Offer, Peer, Promise, Record, Stamp, State, Title};
 use crate::place::Place;
+use crate::vmm::About;
 
 /// Wakes the thread that settles.
 #[derive(Debug, Default)]
@@ -62,6 +65,8 @@ enum Business {
     Rewrite,
     /// An attempt of a part of this process that is gone.
     End(Attempt),
+    /// A guest that stands since a process before this one, or an attempt of this one, has died.
+    Resume(Moving),
     /// What a plain NBD server would say if it could say anything.
     Plain(Attempt),
     /// Something to be said to the peer.
@@ -74,7 +79,7 @@ impl Business {
     /// The longest pause between two tries.
     fn pause(self) -> Duration {
         match self {
-            Self::Rewrite | Self::End(_) | Self::Plain(_) => REWRITE_PAUSE,
+            Self::Rewrite | Self::End(_) | Self::Plain(_) | Self::Resume(_) => REWRITE_PAUSE,
             Self::Say(_) => RECONNECT_PAUSE.1,
             Self::Ask(_) => ASK_PERIOD,
         }
@@ -100,6 +105,9 @@ fn business(guest: &Guest) -> Option<Business> {
             Some(Business::Say(attempt))
         }
         State::Sealed { .. } => Some(Business::Ask(attempt)),
+        State::Owner { .. } if guest.source.live_attempt().is_none() => {
+            guest.moving().filter(|moving| !moving.arrives).map(Business::Resume)
+        }
         _ => None,
     }
 }
@@ -125,6 +133,7 @@ fn settle(guest: &Guest) {
             doing = None;
             patience = ASK_PERIOD;
             guest.destination.tidy(guest);
+            forget_who_has_left(guest);
             guest.settle.wait(None);
             continue;
         };
@@ -157,9 +166,35 @@ fn attend(guest: &Guest, business: Business) -> Result<(), String> {
             let event = if receiving { Event::AbortReceiving { attempt } } else { Event::End { attempt } };
             guest.apply(&event).map(drop).map_err(|error| error.to_string())
         }
+        Business::Resume(moving) => resume(guest, &moving),
         Business::Plain(_) => arrived_or_not(guest),
         Business::Say(_) | Business::Ask(_) => call(guest).map(drop).map_err(|trouble| trouble.to_string()),
     }
+}
+
+/// A guest that is at another host is nobody's here.
+fn forget_who_has_left(guest: &Guest) {
+    let record = guest.record().ok().flatten();
+    if record.is_some_and(|record| matches!(record.state, State::Given { arrived: true, .. }))
+        && let Some(moving) = guest.moving()
+    {
+        guest.end_moving(moving.attempt);
+    }
+}
+
+/// This host owns, and nobody has let the guest go on whose state began to move (M3).
+fn resume(guest: &Guest, moving: &Moving) -> Result<(), String> {
+    let about = About { attempt: moving.attempt.to_string(), peer: String::new() };
+    match guest.vmm.resume_again(&about, moving.ran, Instant::now() + VMM_RESUME_MAX) {
+        Ok(true) => log::warn!("{}: the guest stood for an attempt that came to nothing, and goes on here", guest.name),
+        Ok(false) => log::warn!("{}: the guest's state was moving, and its VMM is gone", guest.name),
+        Err(cause) => {
+            log::error!("{}: this host owns, and the guest stands: {cause}", guest.name);
+            return Err(cause);
+        }
+    }
+    guest.end_moving(moving.attempt);
+    Ok(())
 }
 
 /// A plain NBD server is never sealed, and what was given to it was there before GIVEN: both sides of the exchange are

@@ -28,15 +28,16 @@ use rustix::io::Errno;
 use super::file::{self, Content};
 use super::images::ImageList;
 use super::volatile::is_volatile;
-use super::{Attempt, Host, Images, Journal, Offer, Receipt, Record, State, Write, host};
+use super::{Attempt, Host, Images, Journal, Moving, Offer, Receipt, Record, State, Write, host};
 use crate::error::reason;
-use crate::limits::{RECEIPT_FILE_MAX, RECORD_FILE_MAX, RESTART_PATIENCE, RETRY_PAUSE};
+use crate::limits::{MOVING_FILE_MAX, RECEIPT_FILE_MAX, RECORD_FILE_MAX, RESTART_PATIENCE, RETRY_PAUSE};
 
 const LOCK: &str = "lock";
 const ID: &str = "id";
 const RECORD: &str = "record";
 const JOURNAL: &str = "journal";
 const RECEIPT: &str = "receipt";
+const MOVING: &str = "moving";
 /// What ends the name of a file that is nothing yet.
 const TEMPORARY: &str = ".tmp";
 const DIRECTORY_MODE: u32 = 0o700;
@@ -163,9 +164,34 @@ impl Store {
     /// # Errors
     /// The system's word: there is the one before, or this one.
     pub fn keep_receipt(&self, receipt: &Receipt) -> io::Result<()> {
-        let temporary = self.directory.join(format!("{RECEIPT}{TEMPORARY}"));
-        write_whole(&temporary, &receipt.encode())?;
-        fs::rename(temporary, self.directory.join(RECEIPT))?;
+        self.keep(RECEIPT, &receipt.encode())
+    }
+
+    /// The guest that moves, if a process of this directory has seen one begin and none its end.
+    #[must_use]
+    pub fn moving(&self) -> Option<Moving> {
+        Moving::decode(&read_small(&self.directory.join(MOVING), MOVING_FILE_MAX)?)
+    }
+
+    /// Keeps that a guest moves, or that none does any more.
+    ///
+    /// # Errors
+    /// The system's word.
+    pub fn keep_moving(&self, moving: Option<&Moving>) -> io::Result<()> {
+        match moving {
+            Some(moving) => self.keep(MOVING, &moving.encode()),
+            None => match fs::remove_file(self.directory.join(MOVING)) {
+                Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            },
+        }
+    }
+
+    /// Puts a file of that name in the place of the one before, durable.
+    fn keep(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        let temporary = self.directory.join(format!("{name}{TEMPORARY}"));
+        write_whole(&temporary, bytes)?;
+        fs::rename(temporary, self.directory.join(name))?;
         sync_directory(&self.directory)
     }
 
@@ -330,10 +356,14 @@ fn find(directory: &Path, host: Host) -> io::Result<Found> {
 
 /// Reads the receipt; one that cannot be read is none.
 fn find_receipt(directory: &Path) -> Option<Receipt> {
+    Receipt::decode(&read_small(&directory.join(RECEIPT), RECEIPT_FILE_MAX)?)
+}
+
+/// What is in a file, a byte more than it may be long at most.
+fn read_small(path: &Path, bytes_max: usize) -> Option<Vec<u8>> {
     let mut bytes = Vec::new();
-    let file = File::open(directory.join(RECEIPT)).ok()?;
-    file.take(RECEIPT_FILE_MAX as u64 + 1).read_to_end(&mut bytes).ok()?;
-    Receipt::decode(&bytes)
+    File::open(path).ok()?.take(bytes_max as u64 + 1).read_to_end(&mut bytes).ok()?;
+    Some(bytes)
 }
 
 /// A record in one line, with all that tells it from others.
@@ -376,7 +406,7 @@ fn clear(directory: &Path) -> io::Result<()> {
         let entry = entry?;
         let name = entry.file_name();
         let ours = name.to_str().is_some_and(|name| {
-            let begins = [RECORD, RECEIPT, JOURNAL, ID].iter().any(|what| name.starts_with(what));
+            let begins = [RECORD, RECEIPT, MOVING, JOURNAL, ID].iter().any(|what| name.starts_with(what));
             begins && name.ends_with(TEMPORARY)
         });
         if ours {

@@ -185,16 +185,31 @@ impl Vmm {
         }
     }
 
+    /// On the source, in a process that has not begun the attempt: this host owns, and the guest goes on, if it ran.
+    /// `false`: there is no VMM any more.
+    ///
+    /// # Errors
+    /// One line, for the user: the guest stands.
+    pub fn resume_again(&self, about: &About, ran: bool, deadline: Instant) -> Result<bool, String> {
+        match self {
+            Self::None => Ok(false),
+            Self::Qmp(path) => qmp::source::resume_again(path, ran, deadline),
+            Self::Hook(hook) => hook::source::resume_again(hook, about, ran, deadline).map(|()| true),
+        }
+    }
+
     /// On the destination, after OWNER, in a process that has not loaded the state itself (it was restarted while it
-    /// was sealed): lets the guest run if a VMM is there that has loaded one and stands.
+    /// was sealed): lets the guest run if a VMM is there that has loaded one and stands. `ran`: it ran when it left;
+    /// `None`: not known.
     ///
     /// # Errors
     /// One line.
-    pub fn run_again(&self, about: &About, deadline: Instant) -> Result<(), String> {
+    pub fn run_again(&self, about: &About, ran: Option<bool>, deadline: Instant) -> Result<(), String> {
         match self {
             Self::None => Ok(()),
-            Self::Qmp(path) => qmp::destination::run_again(path, deadline),
-            Self::Hook(hook) => hook::destination::run_again(hook, about, deadline),
+            Self::Qmp(path) if ran != Some(false) => qmp::destination::run_again(path, deadline),
+            Self::Qmp(_) => Ok(()),
+            Self::Hook(hook) => hook::destination::run_again(hook, about, ran, deadline),
         }
     }
 

@@ -16,7 +16,7 @@ use crate::limits::{REPLY_TIMEOUT, STATE_STALL_MAX, STATE_START_MAX, VMM_END_MAX
 use crate::migrate::link::Link;
 use crate::migrate::state::{Carrier, Relay};
 use crate::migrate::wire::{Message, Standing, cut};
-use crate::ownership::Stamp;
+use crate::ownership::{Moving, Stamp};
 use crate::trunk::{Channel, Trunk};
 use crate::vmm::{About, Arriving};
 
@@ -128,6 +128,7 @@ impl Loading {
         mut answer: impl FnMut(&Message) -> Result<(), String>,
     ) -> Result<(), String> {
         let begun = self.begin(stamp, ran).and_then(|()| {
+            guest.begin_moving(Moving { attempt: stamp.attempt, arrives: true, ran })?;
             let begun = guest.vmm.arriving(&about(&stamp), ran, Instant::now() + STATE_START_MAX);
             begun.inspect_err(|cause| {
                 self.of(&stamp, |loaded| loaded.fail(cause));
@@ -232,8 +233,14 @@ impl Loading {
                 }
                 (run, ran)
             }
-            None => (guest.vmm.run_again(&About::default(), deadline), true),
+            None => {
+                let ran = guest.moving().filter(|moving| moving.arrives).map(|moving| moving.ran);
+                (guest.vmm.run_again(&About::default(), ran, deadline), ran != Some(false))
+            }
         };
+        if let Some(moving) = guest.moving().filter(|moving| moving.arrives && run.is_ok()) {
+            guest.end_moving(moving.attempt);
+        }
         match &run {
             Ok(()) if !guest.vmm.moves_state() => {}
             Ok(()) if !ran => log::warn!("{}: the guest was paused before it moved, and stays so", guest.name),
@@ -262,6 +269,7 @@ impl Loading {
             }
             None => guest.vmm.end_again(&about(stamp), deadline),
         };
+        guest.end_moving(stamp.attempt);
         if let Err(cause) = ended {
             log::warn!("{}: {cause}", guest.name);
         }

@@ -23,6 +23,9 @@ pub(super) fn abort(mut drive: Drive<'_>, cause: &str) -> Result<(), NotEnded> {
     }
     // M3: it has ended for good, and only now does a guest go on whose VMM was stopped for it.
     let resumed = drive.state.as_mut().map_or(Ok(()), |state| state.resume());
+    if resumed.is_ok() {
+        drive.guest.end_moving(drive.stamp.attempt);
+    }
     tell(drive, cause);
     resumed.map_err(NotEnded::Stands)
 }

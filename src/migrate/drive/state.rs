@@ -16,6 +16,7 @@ use crate::limits::{
 };
 use crate::migrate::state::{Carrier, Relay};
 use crate::migrate::wire::Standing;
+use crate::ownership::Moving;
 use crate::socket::Socket;
 use crate::trunk::Channel;
 use crate::vmm::{Going, Leaving};
@@ -104,6 +105,7 @@ impl Drive<'_> {
             let connection = self.open_connection(ran)?;
             Carrier::Own(Arc::clone(state.connection.insert(connection).socket()))
         };
+        self.guest.begin_moving(Moving { attempt: self.stamp.attempt, arrives: false, ran })?;
         // From here on the guest may stand at any moment (a hook's does at once), and while a connection is mended
         // nobody looks after it.
         self.mends = false;
@@ -268,6 +270,7 @@ impl Drive<'_> {
         if let Err(cause) = state.vmm.end(Instant::now() + VMM_RUN_MAX) {
             log::warn!("migration: {cause}");
         }
+        self.guest.end_moving(self.stamp.attempt);
         if let Some(relay) = &state.relay {
             // All of it was carried; who does not hang up holds nobody here.
             relay.end();

@@ -32,8 +32,13 @@ pub(in crate::vmm) fn check(hook: &Hook, about: &About, deadline: Instant) -> Re
 }
 
 /// `run`, whoever has loaded the guest.
-pub(in crate::vmm) fn run_again(hook: &Hook, about: &About, deadline: Instant) -> Result<(), String> {
-    let call = Call { ran: Some(true), ..Call::new(Point::Run, SIDE, about) };
+pub(in crate::vmm) fn run_again(
+    hook: &Hook,
+    about: &About,
+    ran: Option<bool>,
+    deadline: Instant,
+) -> Result<(), String> {
+    let call = Call { ran, ..Call::new(Point::Run, SIDE, about) };
     hook.order(call, deadline)
 }
 

@@ -29,6 +29,12 @@ pub struct Leaving {
     run: Option<Run>,
 }
 
+/// See [`crate::vmm::Vmm::resume_again`].
+pub(in crate::vmm) fn resume_again(hook: &Hook, about: &About, ran: bool, deadline: Instant) -> Result<(), String> {
+    let call = Call { ran: Some(ran), ..Call::new(Point::Abort, SIDE, about) };
+    hook.order(call, deadline.min(Instant::now() + VMM_RUN_MAX))
+}
+
 impl Leaving {
     pub(in crate::vmm) fn find(hook: &Hook, about: &About, deadline: Instant) -> Result<Self, String> {
         let ran = hook.ready(SIDE, about, deadline)?;

@@ -4,7 +4,8 @@
 //! is copied, `migrate-continue`, `completed`, and then `postmigrate`, in which QEMU writes nothing any more. That QEMU
 //! says `completed` proves nothing about the destination.
 
-use std::os::unix::net::UnixListener;
+use std::io::ErrorKind;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -25,6 +26,17 @@ pub struct Leaving {
     going: Going,
     /// The downtime that QEMU is told when it does not come to its end with less: since when, and how much.
     patience: Option<(Instant, Duration)>,
+}
+
+/// See [`crate::vmm::Vmm::resume_again`].
+pub(in crate::vmm) fn resume_again(path: &Path, ran: bool, deadline: Instant) -> Result<bool, String> {
+    match UnixStream::connect(path) {
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => return Ok(false),
+        _ => {}
+    }
+    let qmp = Qmp::connect(path, deadline)?;
+    let mut leaving = Leaving { qmp, path: path.to_owned(), ran, going: Going::Active, patience: None };
+    leaving.resume(deadline).map(|()| true)
 }
 
 impl Leaving {
@@ -54,7 +66,9 @@ impl Leaving {
         if state.running || state.word == "paused" {
             return Ok(state.running);
         }
-        Err(self.qmp.fault(format_args!("the guest is '{}', neither running nor paused", state.word)))
+        // Where a paused guest is left whose migration came to nothing late: QEMU does not migrate it again like that.
+        let way_out = if state.word == "postmigrate" { ": 'cont' at its monitor, and 'stop' if need be" } else { "" };
+        Err(self.qmp.fault(format_args!("the guest is '{}', neither running nor paused{way_out}", state.word)))
     }
 
     pub(in crate::vmm) fn start(&mut self, downtime: Duration, deadline: Instant) -> Result<Arc<Socket>, String> {

@@ -2,6 +2,7 @@
 //! goes on at the source and none of it runs at the destination.
 
 use super::*;
+use crate::harness::throughout;
 
 /// Bytes of memory that no buffer between two QEMUs holds: sockets grow to some MiB.
 const MORE_THAN_FITS: usize = 28 << 20;
@@ -128,6 +129,53 @@ fn the_network_is_lost_in_pre_switchover() {
     assert!(lost.elapsed() < Duration::from_secs(15), "it stood for {:?}", lost.elapsed());
     scene.stays(migration, "");
     scene.relay.heal();
+    scene.moves_later("running");
+}
+
+/// Whoever would have let the guest go on is dead: the next process of that host does.
+#[test]
+fn the_source_dies_in_pre_switchover() {
+    for paused in [false, true] {
+        let Some(mut scene) = Scene::new(23) else { return };
+        if paused {
+            scene.guest.tell("stop");
+            scene.guest.until_state("paused");
+        }
+        let migration = scene.migrate_until_it_stands();
+        scene.a.program.kill();
+        drop(migration);
+        assert_eq!(scene.guest.migration(), Ok(Status::PreSwitchover), "QEMU does not notice");
+        scene.a = host(scene.folder.path(), "a");
+        until("QEMU whose migration has ended", || (scene.guest.migration() == Ok(Status::Failed)).then_some(()));
+        // QEMU's word for a guest that was paused before it was about to leave.
+        scene.guest.until_state(if paused { "postmigrate" } else { "running" });
+        assert_eq!(scene.a.state(), "owner");
+        if paused {
+            let refused = scene.a.migrate(&scene.relay.address, &[]);
+            assert!(refused.code == Some(1) && refused.stderr.contains("'cont' at its monitor"), "{refused:?}");
+            scene.guest.tell("cont");
+        }
+        scene.moves_later("running");
+    }
+}
+
+/// The same when both VMMs are done and the guest was offered: who owns is settled first.
+#[test]
+fn the_source_dies_when_both_are_done() {
+    let Some(mut scene) = Scene::new(24) else { return };
+    scene.relay.set_trap(Trap { message: message::SEAL, passes: false, then: Then::CutAndRefuse });
+    let migration = scene.migrate();
+    scene.relay.until_sprung();
+    scene.a.program.kill();
+    drop(migration);
+    assert_eq!(scene.guest.state(), "postmigrate");
+    scene.a = host(scene.folder.path(), "a");
+    // The destination may have been sealed: until it says that it is not, the guest stands.
+    throughout(Duration::from_secs(2), || assert_ne!(scene.guest.state(), "running"));
+    scene.relay.heal();
+    scene.guest.until_state("running");
+    scene.a.until_state("owner");
+    scene.waiting.until_state("gone");
     scene.moves_later("running");
 }
 

@@ -164,6 +164,7 @@ fn parse_with(args: &[String], passed: &Passed) -> Result<Parsed, Problem> {
         ("help", [name]) => return plain(Command::Help(find(name)?.0.help())),
         ("help", [_, extra, ..]) => return Err(Problem::usage("help", extra, "one argument too many")),
         ("version" | "--version", []) => return plain(Command::Version),
+        ("version" | "--version", rest) if are_common(rest) => return plain(Command::Version),
         ("version" | "--version" | "--help" | "-h", [extra, ..]) => {
             return Err(Problem::usage("command", extra, "one argument too many"));
         }
@@ -180,6 +181,19 @@ fn parse_with(args: &[String], passed: &Passed) -> Result<Parsed, Problem> {
     }
     let log = matches.read("log", log::parse_level)?;
     Ok(Parsed { json: matches.flag("json"), log, command: read(&matches)? })
+}
+
+/// Options that every command takes, and that say nothing to one that prints a line: `--json`, `--log LEVEL`.
+fn are_common(mut rest: &[String]) -> bool {
+    while let Some((word, after)) = rest.split_first() {
+        rest = match (word.as_str(), after) {
+            ("--json", after) => after,
+            ("--log", [_, after @ ..]) => after,
+            (word, after) if word.starts_with("--log=") => after,
+            _ => return false,
+        };
+    }
+    true
 }
 
 fn find(name: &str) -> Result<Subcommand, Problem> {

@@ -520,13 +520,14 @@ fn open_disk(
             return Err(refuse(&format_args!("has {} bytes, not the {size} of size=", disk.size())));
         }
         (Ok(disk), _) => Some(disk),
+        (Err(OpenError::Missing), _) if !has_directory(path) => return Err(refuse(&"its directory does not exist")),
         (Err(OpenError::Missing), Some(size)) if !spec.read_only => {
             let disk = Disk::create(path, *size, spec.cache).map_err(|error| refuse(&error))?;
             created.push(path.clone());
             Some(disk)
         }
         // Made at PREPARE, when the size is known; but only where it can be.
-        (Err(OpenError::Missing), None) if !spec.read_only && !spec.shared && has_directory(path) => None,
+        (Err(OpenError::Missing), None) if !spec.read_only && !spec.shared => None,
         (Err(error), _) => return Err(refuse(&error)),
     };
     if disk.as_ref().is_some_and(Disk::is_remote) && access == Access::ReadWrite {

@@ -437,6 +437,8 @@ pub const HANG_UP_POLL: Duration = Duration::from_millis(100);
 pub const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 /// Shortest time between two progress lines of the same phase where stdout is no terminal.
 pub const PROGRESS_LINE_INTERVAL: Duration = Duration::from_secs(1);
+/// Longest text that says what is, or what to type and where, in bytes: a place and the words around it.
+pub const WORDS_MAX: usize = PLACE_MAX + CAUSE_MAX;
 /// Longest operation name that travels to the command line, in bytes; longer ones are cut.
 pub const OPERATION_MAX: usize = 32;
 /// Downtime that `migrate` allows when it is not told.
@@ -446,6 +448,10 @@ pub const DOWNTIME_LIMIT_MAX_MS: u32 = 60_000;
 /// Longest line of `--json`, in bytes.
 pub const JSON_LINE_MAX: usize = 64 * KIB;
 
+const _: () = assert!(
+    (7 + NEXT_STEPS_MAX) * (WORDS_MAX + 2) + PLACE_MAX + RECORD_TEXT_MAX + RECEIPT_FILE_MAX < CONTROL_FRAME_MAX,
+    "what recover says must fit a frame"
+);
 const _: () = assert!(ADDRESS_MAX > UNIX_PATH_MAX + "unix://".len(), "every Unix address must be printable");
 const _: () = assert!(PORT_LOOK.as_millis() * 2 < HELLO_REPEAT.as_millis(), "a repeated hello finds the port open");
 const _: () = assert!(HELLO_REPEAT.as_secs() * 5 <= HELLO_TIMEOUT.as_secs(), "a hello is repeated several times");

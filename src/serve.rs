@@ -40,11 +40,14 @@ use crate::standing::{self, Standing};
 ///
 /// # Errors
 /// Something is in use, or a disk is not what it should be.
-pub fn serve(options: ServeOptions) -> Result<(), Problem> {
+pub fn serve(mut options: ServeOptions) -> Result<(), Problem> {
     let control = bind_all("control door", &options.control)?;
     let nbd = bind_all("guest door", &options.nbd)?;
     let listen = options.listen.as_ref().map(|address| bind("migration door", address)).transpose()?;
     let address = listen.as_ref().map(|listener| listener.address().clone());
+    // Where a free port was to be taken, that is known now.
+    let bound = |doors: &[Arc<Listener>]| doors.iter().map(|door| door.at().clone()).collect();
+    (options.control, options.nbd) = (bound(&control), bound(&nbd));
     let guest = Arc::new(Guest::open(&options, address)?);
     settle::start(&guest).map_err(|error| Problem::fatal("serve", &guest.name, error))?;
     guest.attached.resume(&guest);
@@ -240,7 +243,12 @@ impl Desk for ControlDesk {
         let left = if void { guest.journal() } else { None };
         let hint = match (left, ownership.next.as_str()) {
             (Some(left), _) if left.remains().count() > 0 => text(&kept(&guest.name, &left)),
+            // Whoever looks here sees that it owns, and has to know that this is not all.
+            (_, "") if guest.destination.why_it_stands().is_some() => {
+                text(&format!("the guest does not run here: {}", guest.destination.why_it_stands().unwrap_or_default()))
+            }
             (_, "") if ownership.owner != Owner::Here => ownership.text,
+            _ if ownership.rejected => text(&format!("{}; {}", ownership.text, ownership.next)),
             _ => ownership.next,
         };
         Status {

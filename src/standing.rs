@@ -4,7 +4,7 @@
 
 use crate::control::wire::{Kept, Owner, Ownership, Receipt as Told, State as Shown, Verify, text};
 use crate::digest::Verified;
-use crate::ownership::{KeepError, Kind, Offer, Peer, Receipt, Record, State};
+use crate::ownership::{Host, KeepError, Kind, Offer, Peer, Receipt, Record, State};
 
 /// What is known of a guest on this host.
 #[derive(Debug)]
@@ -136,7 +136,13 @@ pub fn ways_out(guest: &str, record: &Record) -> Vec<String> {
         State::Offered { to, offer: Offer::Ended | Offer::Closed, .. } => {
             vec![wait(to), there(to), gone("forget-peer")]
         }
-        State::Given { to, .. } => vec![format!("on {to}: blockferry who-owns {guest}")],
+        // Of a plain server nobody knows anything, and nobody has to.
+        State::Given { to, .. } if to.host == Host::NONE => {
+            vec![format!(
+                "only once nobody uses that export any more, here: blockferry recover {guest} --take-ownership"
+            )]
+        }
+        State::Given { to, .. } => vec![format!("on {to}: blockferry who-owns {guest}"), gone("take-ownership")],
         State::Superseded { by, tie: false } => {
             vec![format!("on {by}: blockferry who-owns {guest}"), gone("take-ownership")]
         }
@@ -150,11 +156,31 @@ pub fn ways_out(guest: &str, record: &Record) -> Vec<String> {
     }
 }
 
+/// The same for who gives up what is here.
+#[must_use]
+pub fn price_of_forgetting(guest: &str, state: &State) -> Option<(String, String)> {
+    match state {
+        State::Given { to, .. } => Some((
+            "nothing that the other host has".to_owned(),
+            format!("this host by 'blockferry claim {guest}', unless {to} is gone for good: there would be two owners"),
+        )),
+        State::Sealed { from, .. } => Some((
+            format!("all of it, if {from} has given it away and its disks are gone"),
+            format!("this host by 'blockferry claim {guest}': what it has may be half of a guest"),
+        )),
+        _ => None,
+    }
+}
+
 /// What the guest may lose when this host is taken in this state, and which host must never be.
 #[must_use]
 pub fn price(state: &State) -> Option<(String, String)> {
     let two = "if it owns the guest and is only switched off, there are two owners until the two hosts meet";
     match state {
+        State::Given { to, .. } if to.host == Host::NONE => Some((
+            format!("what was written to {to} since it was given away"),
+            format!("{to}: it never hears that this host owns again, and takes whatever is written there"),
+        )),
         State::Sealed { from, .. } => {
             Some((format!("what the guest wrote on {from} after this host was sealed"), format!("{from}: {two}")))
         }
@@ -170,7 +196,7 @@ pub fn price(state: &State) -> Option<(String, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ownership::{Address, Attempt, Host, Images, Lineage, Order, Word};
+    use crate::ownership::{Address, Attempt, Images, Lineage, Order, Word};
 
     fn record(state: State) -> Record {
         let order = Order { term: 1, generation: 4 };
@@ -232,6 +258,36 @@ mod tests {
         let unknown = Err(KeepError::Unknown("No space left on device".to_owned()));
         let told = Standing { guest: "g1", record: &unknown, rejected: None }.ownership();
         assert_eq!((told.state, told.next.as_str()), (Shown::Unknown, "blockferry recover g1"));
+    }
+
+    #[test]
+    fn of_a_plain_server_nobody_asks_who_owns() {
+        let to = Peer { host: Host::NONE, address: Address::try_from("nbd://c").expect("fits") };
+        let given = State::Given { attempt: Attempt([4; 16]), to, arrived: true };
+        let ways = ways_out("g1", &record(given.clone()));
+        assert!(ways.len() == 1 && ways[0].ends_with(", here: blockferry recover g1 --take-ownership"), "{ways:?}");
+        assert!(price(&given).expect("a price").1.contains("it never hears that this host owns again"));
+    }
+
+    #[test]
+    fn a_long_way_to_a_host_cuts_no_command_off() {
+        let longest = "x".repeat(crate::limits::PLACE_MAX);
+        let to = Peer { host: Host([0xff; 16]), address: Address::try_from(longest.as_str()).expect("fits") };
+        let guest = "g".repeat(crate::limits::GUEST_NAME_MAX);
+        for state in [
+            State::Given { attempt: Attempt([4; 16]), to: to.clone(), arrived: true },
+            State::Given { attempt: Attempt([4; 16]), to: to.clone(), arrived: false },
+            State::Offered { attempt: Attempt([4; 16]), to: to.clone(), offer: Offer::Closed },
+            State::Sealed { attempt: Attempt([4; 16]), from: to.clone() },
+            State::Superseded { by: to, tie: false },
+        ] {
+            let record = record(state.clone());
+            let words = |text: &str| assert!(text.len() <= crate::limits::WORDS_MAX, "{}: {text}", text.len());
+            words(&record.to_string());
+            ways_out(&guest, &record).iter().for_each(|way| words(way));
+            let prices = [price(&state), price_of_forgetting(&guest, &state)];
+            prices.into_iter().flatten().for_each(|(lose, never)| [lose, never].iter().for_each(|text| words(text)));
+        }
     }
 
     #[test]

@@ -49,7 +49,7 @@ pub(super) const ATTACH: Spec = Spec {
     notes: "Needs the kernel's nbd driver (modprobe nbd), and root for the process that serves the guest. On a host\n\
             that does not own the disk it waits: what was read too early would stay in the page cache.\n\
             The device outlives the process that serves the guest: requests wait until that has been started again.\n\
-            Before a migration hands over, stop the VMM: migrate --hold, stop it, switch.\n\n\
+            Before a migration hands over, stop the VMM: migrate --hold, stop it, switch; or let --vmm hook: do it.\n\n\
             Examples:\n\
             \x20 blockferry attach g1 vda /dev/nbd0\n\
             \x20 blockferry attach g1 vda /dev/nbd0 --wait 60\n",

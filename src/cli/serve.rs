@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::options::{Matches, Spec, Takes, later, opt};
 use super::{Command, guest};
-use crate::address::parse_port;
+use crate::address::{Address, parse_port};
 use crate::domain::{Disk, check_disks, check_guest_name, xml};
 use crate::door_at::DoorAt;
 use crate::error::{Problem, reason};
@@ -145,7 +145,13 @@ fn control_doors(matches: &Matches, guest: &str) -> Result<(Vec<DoorAt>, Vec<Str
                 return Err(matches.error("control", format!("the port {name} is named twice")));
             }
             Some(name) => ports.push(name),
-            None => sockets.push(DoorAt::parse(&text).map_err(|cause| matches.error("control", cause))?),
+            None => {
+                let door = DoorAt::parse(&text).map_err(|cause| matches.error("control", cause))?;
+                if matches!(&door, DoorAt::Bound { address: Address::Tcp { port: 0, .. }, .. }) {
+                    return Err(matches.error("control", format!("'{text}': nobody could learn which port it takes")));
+                }
+                sockets.push(door);
+            }
         }
     }
     if sockets.is_empty() && ports.is_empty() {

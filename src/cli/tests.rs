@@ -430,6 +430,10 @@ fn every_command_of_the_contract_is_known() {
     wrong("", "command: none given");
     assert_eq!(hint("migrate"), "try 'blockferry migrate --help'");
     assert_eq!(hint("command"), "try 'blockferry help'");
+    for words in [&["version", "--json"][..], &["--version", "--log", "info"], &["version", "--log=info", "--json"]] {
+        let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+        assert!(matches!(parse(&words), Ok(Parsed { command: Command::Version, .. })), "{words:?}");
+    }
 }
 
 #[test]

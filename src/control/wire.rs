@@ -17,7 +17,7 @@ use crate::domain::Stays;
 use crate::error::{Dies, Exit, Problem};
 use crate::limits::{
     CAUSE_MAX, DISK_NAME_MAX, DISKS_MAX, GUEST_NAME_MAX, NBD_DEVICE_PATH_MAX, NEXT_STEPS_MAX, OPERATION_MAX, PLACE_MAX,
-    RECORD_TEXT_MAX, REPORT_MAX,
+    RECORD_TEXT_MAX, REPORT_MAX, WORDS_MAX,
 };
 
 /// The version of these messages. Both ends are the same executable as a rule, so there is no older one to speak.
@@ -31,8 +31,10 @@ pub type DiskName = String<DISK_NAME_MAX>;
 pub type AddressText = String<PLACE_MAX>;
 /// A device of the kernel's nbd driver.
 pub type DevicePath = String<NBD_DEVICE_PATH_MAX>;
-/// A cause, or a hint.
+/// A cause.
 pub type Cause = String<CAUSE_MAX>;
+/// What is, or what to type and where: the command must not be cut off behind a long address.
+pub type Words = String<WORDS_MAX>;
 
 /// What the command line asks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -413,7 +415,7 @@ pub struct Status {
     /// Whether a migration can be followed.
     pub migration: Migration,
     /// What to type next; empty: nothing.
-    pub hint: Cause,
+    pub hint: Words,
     /// Every disk, in the order of the command line.
     pub disks: Vec<DiskStatus, DISKS_MAX>,
     /// The disks that are devices of this host.
@@ -697,9 +699,9 @@ pub struct Ownership {
     /// Where that was last reached; empty: it cannot be dialled.
     pub address: AddressText,
     /// All of it in words.
-    pub text: Cause,
+    pub text: Words,
     /// What to type next; empty: nothing.
-    pub next: Cause,
+    pub next: Words,
     /// The record with all that tells it from others; empty: there is none.
     pub record: String<RECORD_TEXT_MAX>,
     /// The record counts for nothing (M7).
@@ -714,17 +716,17 @@ pub struct Recovered {
     /// Who owns after it.
     pub ownership: Ownership,
     /// Who was asked; empty: nobody.
-    pub asked: Cause,
+    pub asked: Words,
     /// What it said.
-    pub heard: Cause,
+    pub heard: Words,
     /// The word was carried out, and this was done; empty: it was not, or there was none.
-    pub done: Cause,
+    pub done: Words,
     /// What the guest may lose by it.
-    pub may_lose: Cause,
+    pub may_lose: Words,
     /// Which host must never be taken, and why; empty: none.
-    pub never_take: Cause,
+    pub never_take: Words,
     /// What to do next, and where.
-    pub next: Vec<Cause, NEXT_STEPS_MAX>,
+    pub next: Vec<Words, NEXT_STEPS_MAX>,
 }
 
 /// As much of `full` as fits, cut at a character.

@@ -62,7 +62,10 @@ impl Opened {
                 let (disk, made) = match Disk::open(path, Access::ReadWrite, Cache::Writeback) {
                     Ok(disk) => (disk, None),
                     Err(OpenError::Missing) => {
-                        let made = Disk::create(path, size, Cache::Writeback).map_err(|error| error.to_string())?;
+                        let made = Disk::create(path, size, Cache::Writeback).map_err(|error| match error {
+                            OpenError::Missing => "its directory does not exist".to_owned(),
+                            error => error.to_string(),
+                        })?;
                         (made, Some(path.clone()))
                     }
                     Err(error) => return Err(error.to_string()),

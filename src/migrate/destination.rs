@@ -440,6 +440,12 @@ impl Destination {
         self.state.run(guest)
     }
 
+    /// Why the guest that this process has received does not run, though this host owns; `None`: it does, as far as is
+    /// known.
+    pub fn why_it_stands(&self) -> Option<String> {
+        self.state.why_it_stands()
+    }
+
     /// The operator takes a sealed guest over (M2): nobody will say GO.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use crate::guest::Guest;
 use crate::ownership::{
     Event, Heard, KeepError, Offer, Promise, Record, Refusal, State, Why, Word as Number, heard_promise, heard_record,
 };
-use crate::standing::{Standing, price, ways_out};
+use crate::standing::{Standing, price, price_of_forgetting, ways_out};
 
 /// Asks, and carries out `word` if the rules let it.
 ///
@@ -58,6 +58,7 @@ pub fn recover(guest: &Guest, word: Word) -> Result<Recovered, Problem> {
             }
             Err(error @ KeepError::Unknown(_)) => return Err(unknown(&error)),
         }
+        guest.source.forget_ended();
         // As after GO: what has been loaded here, waits.
         let was_sealed = before.as_ref().is_some_and(|record| matches!(record.state, State::Sealed { .. }));
         let runs = if word == Word::TakeOwnership && was_sealed {
@@ -67,30 +68,38 @@ pub fn recover(guest: &Guest, word: Word) -> Result<Recovered, Problem> {
         } else {
             Ok(())
         };
+        let shown = rejected.as_ref().map_or("", |(_, shown)| shown);
+        let thrown_away = format!("the record that counted for nothing is thrown away: {shown}");
         told.done = text(match word {
             Word::TakeOwnership if runs.is_err() => {
                 "this host owns the guest from now on; its VMM does not let it run, and the log says why"
             }
             Word::TakeOwnership => "this host owns the guest from now on",
             Word::ForgetPeer => "the other host is not waited for any more: this host owns the guest",
-            Word::Forget if rejected.is_some() => "the record that counted for nothing is thrown away",
+            Word::Forget if rejected.is_some() => &thrown_away,
             Word::Forget => "what was here is given up",
             Word::Ask => "",
         });
-        if let (Word::TakeOwnership | Word::ForgetPeer, Some((lose, never))) =
-            (word, before.as_ref().and_then(|record| price(&record.state)))
-        {
+        let price = before.as_ref().and_then(|record| match word {
+            Word::TakeOwnership | Word::ForgetPeer => price(&record.state),
+            Word::Forget => price_of_forgetting(&guest.name, &record.state),
+            Word::Ask => None,
+        });
+        if let Some((lose, never)) = price {
             told.may_lose = text(&lose);
             told.never_take = text(&never);
         }
     }
     let record = guest.record();
-    if told.done.is_empty()
-        && let Ok(Some(record)) = &record
-    {
-        told.next = ways_out(&guest.name, record).iter().map(|way| text(way)).collect();
-    }
     told.ownership = Standing { guest: &guest.name, record: &record, rejected: guest.rejected() }.ownership();
+    if told.done.is_empty() {
+        told.next = match &record {
+            Ok(Some(record)) if !told.ownership.rejected => {
+                ways_out(&guest.name, record).iter().map(|way| text(way)).collect()
+            }
+            _ => Some(told.ownership.next.clone()).into_iter().filter(|next| !next.is_empty()).collect(),
+        };
+    }
     Ok(told)
 }
 

@@ -155,6 +155,11 @@ impl Source {
         self.lock().as_ref().filter(|job| !job.is_over()).map(|job| job.attempt)
     }
 
+    /// Another guest comes, or this one has come back: how the last migration ended is history.
+    pub fn forget_ended(&self) {
+        let _ = self.lock().take_if(|job| job.is_over());
+    }
+
     /// Whether there is a migration: `None`, or whether it still runs.
     #[must_use]
     pub fn is_running(&self) -> Option<bool> {

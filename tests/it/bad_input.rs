@@ -103,7 +103,7 @@ fn serve_refuses_what_is_no_disk() {
         let line = format!("blockferry: open disk vda: {}: {cause}", path.display());
         serve(folder.path(), &["--disk", &disk]).refused(1, &line);
     };
-    refuses(&at("nowhere/x"), "", "no such file");
+    refuses(&at("nowhere/x"), "", "its directory does not exist");
     refuses(&at("missing"), ",ro", "no such file");
     refuses(folder.path(), "", "is a directory, not a file or a block device");
     let nodes = Path::new("/dev/blockferry-none");

@@ -10,7 +10,7 @@ import sys
 path, point = sys.argv[1:]
 vmm = socket.socket(socket.AF_UNIX)
 vmm.connect(path)
-about = [os.environ["BLOCKFERRY_" + name] for name in ("GUEST", "SIDE", "RAN", "DISKS", "PEER", "ATTEMPT")]
+about = [os.environ["BLOCKFERRY_" + name] for name in ("GUEST", "SIDE", "RAN", "DISKS", "PEER", "ATTEMPT", "NBD")]
 vmm.sendall((" ".join([point] + [word or "-" for word in about]) + "\n").encode())
 if point == "state-in":
     while data := os.read(0, 65536):

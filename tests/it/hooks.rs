@@ -282,6 +282,10 @@ fn a_guest_in_any_vmm_moves_there_and_back() {
         assert_eq!([pair.hosts[from].state(), pair.hosts[1 - from].state()], ["given", "owner"], "{done}");
         let calls = pair.vmms[1 - from].lock().calls.clone();
         assert!(calls.iter().all(|call| call.starts_with("ready g1") || call.contains(" g1 destination 1 vda ")));
+        assert!(
+            calls.iter().all(|call| call.contains(" unix://") && !call.contains(":0")),
+            "real addresses: {calls:?}"
+        );
         assert_eq!(pair.vmms[from].calls(), ["ready", "ready", "stop", "state-out", "gone"]);
         assert_eq!(pair.vmms[1 - from].calls(), ["ready", "state-in", "run"]);
     }
@@ -385,6 +389,8 @@ fn a_guest_that_does_not_run_at_its_new_owner_is_said_so() {
     assert_eq!(ended.code, Some(4), "{ended:?}");
     assert!(ended.stderr.contains("hook run: exit status: 1"), "{ended:?}");
     assert_eq!([pair.hosts[0].state(), pair.hosts[1].state()], ["given", "owner"]);
+    let there = pair.hosts[1].ask(&["status"]).well();
+    assert!(there.contains("the guest does not run here: hook run: exit status: 1"), "{there}");
     assert!(!pair.vmms[0].lock().runs, "it does not own any more");
     pair.vmms[1].check();
 }

@@ -124,6 +124,7 @@ impl Inner {
             Prepared { stamp, instance: guest.instance, epoch: reception.epoch, token: reception.token, disks };
         log::info!("migration: attempt {:.8} is received from host {:.8}", stamp.attempt, session.theirs.host);
         self.ended = None;
+        guest.source.forget_ended();
         self.stage = Stage::Receiving(Box::new(reception));
         Ok(Message::Prepared(answer))
     }

@@ -41,6 +41,8 @@ struct Loaded {
     length: Option<u64>,
     standing: Standing,
     cause: String,
+    /// This host owns, and its VMM has not let the guest run.
+    stands: bool,
 }
 
 impl Loaded {
@@ -177,6 +179,7 @@ impl Loading {
             length: None,
             standing: Standing::Loading,
             cause: String::new(),
+            stands: false,
         });
         Ok(())
     }
@@ -209,6 +212,12 @@ impl Loading {
         }
     }
 
+    /// Why the guest was not let run.
+    pub(super) fn why_it_stands(&self) -> Option<String> {
+        let inner = self.lock();
+        inner.as_ref().filter(|loaded| loaded.stands).map(|loaded| loaded.cause.clone())
+    }
+
     /// OWNER is durable: the guest runs, if it ran.
     ///
     /// # Errors
@@ -224,7 +233,10 @@ impl Loading {
                 let run = loaded.vmm.as_mut().map_or(Ok(()), |vmm| vmm.run(ran, deadline));
                 match &run {
                     Ok(()) => loaded.standing = Standing::Running,
-                    Err(cause) => loaded.fail(cause),
+                    Err(cause) => {
+                        loaded.fail(cause);
+                        loaded.stands = true;
+                    }
                 }
                 // The monitor is free for its user, and nothing comes or goes any more.
                 loaded.vmm = None;

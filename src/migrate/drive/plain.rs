@@ -145,8 +145,10 @@ fn target(job: &Job, export: &Export, uri: NbdUri) -> Result<Target, String> {
     }
     let read_back = job.request.verify != wire::Verify::None || job.request.incremental;
     if read_back && !info.has(nbd::FLAG_CAN_MULTI_CONN) {
+        let way_out =
+            if job.request.incremental { "without --copy-storage-inc, --verify none" } else { "--verify none" };
         return Err(format!(
-            "{uri} cannot be read back while it is written: it is not for several connections (--verify none)"
+            "{uri} cannot be read back while it is written: it is not for several connections ({way_out})"
         ));
     }
     Ok(Target { uri, reads_as_zero: content == Content::Hole, disk: read_back.then_some(disk) })

@@ -240,12 +240,15 @@ impl Desk for ControlDesk {
         let ownership = Standing { guest: &guest.name, record: &record, rejected: guest.rejected() }.ownership();
         let known = record.as_ref().ok().and_then(Option::as_ref);
         let void = known.is_some_and(|record| matches!(record.state, State::Void { .. }));
+        let stands = known
+            .filter(|record| matches!(record.state, State::Owner { .. }))
+            .and_then(|record| guest.destination.why_it_stands(record.attempt()?));
         let left = if void { guest.journal() } else { None };
         let hint = match (left, ownership.next.as_str()) {
             (Some(left), _) if left.remains().count() > 0 => text(&kept(&guest.name, &left)),
             // Whoever looks here sees that it owns, and has to know that this is not all.
-            (_, "") if guest.destination.why_it_stands().is_some() => {
-                text(&format!("the guest does not run here: {}", guest.destination.why_it_stands().unwrap_or_default()))
+            (_, "") if stands.is_some() => {
+                text(&format!("the guest was not let run here: {}", stands.unwrap_or_default()))
             }
             (_, "") if ownership.owner != Owner::Here => ownership.text,
             _ if ownership.rejected => text(&format!("{}; {}", ownership.text, ownership.next)),

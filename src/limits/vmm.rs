@@ -39,6 +39,10 @@ pub const VMM_LAST_WORD: Duration = Duration::from_millis(500);
 pub const VMM_RUN_MAX: Duration = Duration::from_secs(10);
 /// How long a VMM may take until it lets its guest go on whose attempt has come to nothing: it may be flushing a disk.
 pub const VMM_RESUME_MAX: Duration = Duration::from_secs(60);
+/// How often it is told to, by the next process of that host too, until it is left to its user.
+pub const RESUMES_MAX: u32 = 5;
+/// The longest pause between two of these.
+pub const RESUME_PAUSE_MAX: Duration = Duration::from_secs(60);
 /// How long a VMM may take to end before "unsealed" is said.
 pub const VMM_END_MAX: Duration = Duration::from_secs(3);
 /// How long a hook's `stop` may take until its VMM is silent.

@@ -440,10 +440,9 @@ impl Destination {
         self.state.run(guest)
     }
 
-    /// Why the guest that this process has received does not run, though this host owns; `None`: it does, as far as is
-    /// known.
-    pub fn why_it_stands(&self) -> Option<String> {
-        self.state.why_it_stands()
+    /// Why the guest was not let run that this host owns by that attempt; `None`: it was, as far as is known.
+    pub fn why_it_stands(&self, attempt: Attempt) -> Option<String> {
+        self.state.outcome(attempt)?.err()
     }
 
     /// The operator takes a sealed guest over (M2): nobody will say GO.

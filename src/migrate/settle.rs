@@ -11,6 +11,7 @@
 //! [`converse`].
 
 use std::fmt;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,7 +20,8 @@ use super::link::Link;
 use super::wire::{Message, Role, cut};
 use crate::guest::Guest;
 use crate::limits::{
-    ASK_PERIOD, DIAL_MAX, DRIVER_STACK, LINK_LOOK, RECONNECT_PAUSE, REPLY_TIMEOUT, REWRITE_PAUSE, VMM_RESUME_MAX,
+    ASK_PERIOD, DIAL_MAX, DRIVER_STACK, LINK_LOOK, RECONNECT_PAUSE, REPLY_TIMEOUT, RESUME_PAUSE_MAX, RESUMES_MAX,
+    REWRITE_PAUSE, VMM_RESUME_MAX,
 };
 use crate::ownership::{Attempt, Event, Host, KeepError, Moving, Offer, Peer, Promise, Record, Stamp, State, Title};
 use crate::place::Place;
@@ -30,6 +32,8 @@ use crate::vmm::About;
 pub struct Settle {
     rung: Mutex<bool>,
     bell: Condvar,
+    /// How often a guest was to go on that does not.
+    resumes: AtomicU32,
 }
 
 impl Settle {
@@ -79,7 +83,8 @@ impl Business {
     /// The longest pause between two tries.
     fn pause(self) -> Duration {
         match self {
-            Self::Rewrite | Self::End(_) | Self::Plain(_) | Self::Resume(_) => REWRITE_PAUSE,
+            Self::Rewrite | Self::End(_) | Self::Plain(_) => REWRITE_PAUSE,
+            Self::Resume(_) => RESUME_PAUSE_MAX,
             Self::Say(_) => RECONNECT_PAUSE.1,
             Self::Ask(_) => ASK_PERIOD,
         }
@@ -129,11 +134,11 @@ fn settle(guest: &Guest) {
     let mut due = Instant::now();
     let mut pause = RECONNECT_PAUSE.0;
     loop {
+        forget_who_has_left(guest);
         let Some(now) = business(guest) else {
             doing = None;
             patience = ASK_PERIOD;
             guest.destination.tidy(guest);
-            forget_who_has_left(guest);
             guest.settle.wait(None);
             continue;
         };
@@ -172,11 +177,11 @@ fn attend(guest: &Guest, business: Business) -> Result<(), String> {
     }
 }
 
-/// A guest that is at another host is nobody's here.
+/// A guest that was given away is let go on by nobody here, whatever becomes of that: only by hand.
 fn forget_who_has_left(guest: &Guest) {
     let record = guest.record().ok().flatten();
-    if record.is_some_and(|record| matches!(record.state, State::Given { arrived: true, .. }))
-        && let Some(moving) = guest.moving()
+    if record.is_some_and(|record| matches!(record.state, State::Given { .. } | State::Superseded { .. }))
+        && let Some(moving) = guest.moving().filter(|moving| !moving.arrives)
     {
         guest.end_moving(moving.attempt);
     }
@@ -188,11 +193,15 @@ fn resume(guest: &Guest, moving: &Moving) -> Result<(), String> {
     match guest.vmm.resume_again(&about, moving.ran, Instant::now() + VMM_RESUME_MAX) {
         Ok(true) => log::warn!("{}: the guest stood for an attempt that came to nothing, and goes on here", guest.name),
         Ok(false) => log::warn!("{}: the guest's state was moving, and its VMM is gone", guest.name),
-        Err(cause) => {
+        Err(cause) if guest.settle.resumes.fetch_add(1, Ordering::Relaxed) + 1 < RESUMES_MAX => {
             log::error!("{}: this host owns, and the guest stands: {cause}", guest.name);
             return Err(cause);
         }
+        Err(cause) => {
+            log::error!("{}: this host owns, and the guest stands: {cause}; it is left to its user", guest.name);
+        }
     }
+    guest.settle.resumes.store(0, Ordering::Relaxed);
     guest.end_moving(moving.attempt);
     Ok(())
 }

@@ -102,6 +102,9 @@ impl Source {
         if let Some(job) = slot.as_ref().filter(|job| !job.is_over()) {
             return Err(refuse(&format_args!("a migration to {} is running", job.address)));
         }
+        if guest.moving().is_some_and(|moving| !moving.arrives) {
+            return Err(refuse(&"its guest is being let go on after an attempt that came to nothing: try again soon"));
+        }
         match guest.record() {
             Ok(Some(record)) if matches!(record.state, State::Owner { .. }) => {}
             Ok(Some(record)) => return Err(refuse(&record)),

@@ -82,6 +82,8 @@ pub(super) struct Relay {
     /// Of these, what came out of the VMM, and what went into it.
     out: AtomicU64,
     into: AtomicU64,
+    /// The VMM is being given something, and takes its time.
+    gives: AtomicBool,
     began: Instant,
     /// When bytes last moved, in milliseconds since it began.
     moved_ms: AtomicU64,
@@ -123,6 +125,7 @@ impl Relay {
             bytes: AtomicU64::new(0),
             out: AtomicU64::new(0),
             into: AtomicU64::new(0),
+            gives: AtomicBool::new(false),
             began: Instant::now(),
             moved_ms: AtomicU64::new(0),
             ends: Mutex::default(),
@@ -153,6 +156,11 @@ impl Relay {
     /// Bytes that the VMM has been given.
     pub(super) fn into(&self) -> u64 {
         self.into.load(Ordering::Acquire)
+    }
+
+    /// For how long nothing has come that the VMM could be given.
+    pub(super) fn starved(&self) -> Duration {
+        if self.gives.load(Ordering::Acquire) { Duration::ZERO } else { self.quiet() }
     }
 
     /// The guest stands: the state waits for nobody any more.
@@ -213,7 +221,7 @@ impl Relay {
         let carried = self.carry_to_the_end(way);
         let mut ends = self.ends();
         ends.count += 1;
-        ends.drained |= way == Way::FromVmm;
+        ends.drained |= way == Way::FromVmm && carried.is_ok();
         ends.filled |= way == Way::ToVmm;
         if let Err(cause) = carried {
             ends.failure.get_or_insert(cause);
@@ -252,7 +260,12 @@ impl Relay {
             }
             match way {
                 Way::FromVmm => self.carrier.send_all(&buffer[..count]).map_err(other)?,
-                Way::ToVmm => self.vmm.send_all(&buffer[..count]).map_err(vmm)?,
+                Way::ToVmm => {
+                    self.gives.store(true, Ordering::Release);
+                    let given = self.vmm.send_all(&buffer[..count]);
+                    self.gives.store(false, Ordering::Release);
+                    given.map_err(vmm)?;
+                }
             }
             let one_way = if way == Way::FromVmm { &self.out } else { &self.into };
             one_way.fetch_add(count as u64, Ordering::Release);

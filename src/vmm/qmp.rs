@@ -100,6 +100,12 @@ impl Qmp {
         let left = deadline.saturating_duration_since(Instant::now()).min(QMP_TIMEOUT);
         let fault = |cause: String| format!("the VMM at {}: {cause}", path.display());
         let socket = Address::Unix(path.to_owned()).connect(left).map_err(|error| fault(reason(&error)))?;
+        Self::over(path, socket, deadline)
+    }
+
+    /// The same on a socket that is connected.
+    fn over(path: &Path, socket: Socket, deadline: Instant) -> Result<Self, String> {
+        let fault = |cause: String| format!("the VMM at {}: {cause}", path.display());
         let input = Vec::with_capacity(QMP_LINE_MAX);
         let mut qmp = Self { path: path.to_owned(), socket, input, taken: 0, events: VecDeque::new(), id: 0 };
         let deadline = deadline.min(Instant::now() + QMP_TIMEOUT);

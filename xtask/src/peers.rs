@@ -71,7 +71,7 @@ mod tests {
         assert_eq!(packages(0, |_| true), Vec::<&str>::new());
         assert_eq!(packages(0, |program| program != "qemu-io"), ["qemu-utils"]);
         let all = "nbdkit libnbd-bin python3-libnbd python3 nbd-server nbd-client fio qemu-utils strace e2fsprogs \
-                   iproute2 qemu-system-x86";
+                   iproute2 qemu-system-x86 systemd";
         assert_eq!(packages(0, |_| false).join(" "), all);
     }
 

@@ -16,7 +16,7 @@ use crate::limits::{REPLY_TIMEOUT, STATE_STALL_MAX, STATE_START_MAX, VMM_END_MAX
 use crate::migrate::link::Link;
 use crate::migrate::state::{Carrier, Relay};
 use crate::migrate::wire::{Message, Standing, cut};
-use crate::ownership::{Moving, Stamp};
+use crate::ownership::{Attempt, Moving, Stamp};
 use crate::trunk::{Channel, Trunk};
 use crate::vmm::{About, Arriving};
 
@@ -29,6 +29,8 @@ pub(super) fn about(stamp: &Stamp) -> About {
 #[derive(Debug, Default)]
 pub(super) struct Loading {
     inner: Mutex<Option<Loaded>>,
+    /// Whether the guest of that attempt was let run, and why not. Asked while a VMM takes its time.
+    outcome: Mutex<Option<(Attempt, Result<(), String>)>>,
 }
 
 #[derive(Debug)]
@@ -41,8 +43,6 @@ struct Loaded {
     length: Option<u64>,
     standing: Standing,
     cause: String,
-    /// This host owns, and its VMM has not let the guest run.
-    stands: bool,
 }
 
 impl Loaded {
@@ -78,9 +78,11 @@ impl Loaded {
 /// Whether a VMM that cannot tell has been given all of the state: a connection that ends early looks like its end.
 fn is_whole(relay: Option<&Relay>, length: Option<u64>) -> Result<bool, String> {
     let Some(relay) = relay else { return Ok(false) };
+    // In this order: what came before the end is counted before it.
+    let over = relay.is_over();
     match length {
         Some(length) if relay.into() == length => Ok(true),
-        Some(length) if relay.is_over() || relay.quiet() > STATE_STALL_MAX => Err(relay
+        Some(length) if over || relay.starved() > STATE_STALL_MAX => Err(relay
             .failure()
             .unwrap_or_else(|| format!("{} of {length} bytes of the guest's state came", relay.into()))),
         Some(_) => Ok(false),
@@ -179,7 +181,6 @@ impl Loading {
             length: None,
             standing: Standing::Loading,
             cause: String::new(),
-            stands: false,
         });
         Ok(())
     }
@@ -204,7 +205,12 @@ impl Loading {
     /// How far the state of that attempt is.
     pub(super) fn standing(&self, stamp: &Stamp) -> (Standing, String) {
         match self.lock().as_mut().filter(|loaded| loaded.stamp.matches(stamp)) {
-            None => (Standing::None, String::new()),
+            // A process that was restarted while it was sealed has loaded nothing itself.
+            None => match self.outcome(stamp.attempt) {
+                None => (Standing::None, String::new()),
+                Some(Ok(())) => (Standing::Running, String::new()),
+                Some(Err(cause)) => (Standing::Failed, cause),
+            },
             Some(loaded) => {
                 loaded.look();
                 (loaded.standing, loaded.cause.clone())
@@ -212,10 +218,10 @@ impl Loading {
         }
     }
 
-    /// Why the guest was not let run.
-    pub(super) fn why_it_stands(&self) -> Option<String> {
-        let inner = self.lock();
-        inner.as_ref().filter(|loaded| loaded.stands).map(|loaded| loaded.cause.clone())
+    /// Whether the guest of that attempt was let run, and why not; `None`: it was not to, yet.
+    pub(super) fn outcome(&self, attempt: Attempt) -> Option<Result<(), String>> {
+        let outcome = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
+        outcome.as_ref().filter(|(about, _)| *about == attempt).map(|(_, outcome)| outcome.clone())
     }
 
     /// OWNER is durable: the guest runs, if it ran.
@@ -233,10 +239,7 @@ impl Loading {
                 let run = loaded.vmm.as_mut().map_or(Ok(()), |vmm| vmm.run(ran, deadline));
                 match &run {
                     Ok(()) => loaded.standing = Standing::Running,
-                    Err(cause) => {
-                        loaded.fail(cause);
-                        loaded.stands = true;
-                    }
+                    Err(cause) => loaded.fail(cause),
                 }
                 // The monitor is free for its user, and nothing comes or goes any more.
                 loaded.vmm = None;
@@ -252,6 +255,9 @@ impl Loading {
         };
         if let Some(moving) = guest.moving().filter(|moving| moving.arrives && run.is_ok()) {
             guest.end_moving(moving.attempt);
+        }
+        if let Some(attempt) = guest.record().ok().flatten().and_then(|record| record.attempt()) {
+            *self.outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some((attempt, run.clone()));
         }
         match &run {
             Ok(()) if !guest.vmm.moves_state() => {}
@@ -295,7 +301,7 @@ impl Loading {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ownership::{Attempt, Host, Lineage, Order, Word};
+    use crate::ownership::{Host, Lineage, Order, Word};
 
     fn stamp(attempt: u8) -> Stamp {
         Stamp {

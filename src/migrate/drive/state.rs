@@ -97,7 +97,7 @@ impl Drive<'_> {
         self.write_ahead()?;
         self.write_out_while_it_runs()?;
         self.show_phase(Phase::State);
-        state.vmm.look_again(Instant::now() + STATE_START_MAX)?;
+        state.vmm.look_again(Instant::now() + REPLY_TIMEOUT)?;
         let ran = state.vmm.ran();
         let carrier = if self.state_inside {
             Carrier::Inside(self.open_channel(ran)?)
@@ -211,6 +211,9 @@ impl Drive<'_> {
         while state.vmm.poll(STANDING_TICK)? != Going::Gone {
             self.watch()?;
             if let Err(broken) = check(relay) {
+                if !state.vmm.knows_the_end() {
+                    return Err(broken);
+                }
                 // A VMM that has just come to its end closes its socket, too.
                 return match state.vmm.poll(VMM_LAST_WORD)? {
                     Going::Gone => Ok(()),
@@ -226,9 +229,12 @@ impl Drive<'_> {
 
     /// The VMM has ended its state: waits until the last byte is sent, and says how many there were.
     fn tell_the_end(&mut self, relay: &Relay) -> Result<(), Stop> {
-        while !relay.is_drained() {
-            self.watch()?;
+        loop {
             check(relay)?;
+            if relay.is_drained() {
+                break;
+            }
+            self.watch()?;
         }
         if self.wants_length {
             self.say(&Message::StateEnd { stamp: self.stamp, bytes: relay.out() })?;

@@ -5,12 +5,13 @@
 //! says `completed` proves nothing about the destination.
 
 use std::io::ErrorKind;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Event, Qmp, Status, soon, state_path, uri};
+use crate::address::Address;
 use crate::error::reason;
 use crate::limits::{QMP_BANDWIDTH, QMP_DOWNTIME_FIRST, QMP_LOOK, QMP_PATIENCE, QMP_TIMEOUT};
 use crate::socket::{self, Socket};
@@ -30,11 +31,11 @@ pub struct Leaving {
 
 /// See [`crate::vmm::Vmm::resume_again`].
 pub(in crate::vmm) fn resume_again(path: &Path, ran: bool, deadline: Instant) -> Result<bool, String> {
-    match UnixStream::connect(path) {
+    let qmp = match Address::Unix(path.to_owned()).connect(QMP_TIMEOUT) {
+        Ok(socket) => Qmp::over(path, socket, deadline)?,
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => return Ok(false),
-        _ => {}
-    }
-    let qmp = Qmp::connect(path, deadline)?;
+        Err(error) => return Err(format!("the VMM at {}: {}", path.display(), reason(&error))),
+    };
     let mut leaving = Leaving { qmp, path: path.to_owned(), ran, going: Going::Active, patience: None };
     leaving.resume(deadline).map(|()| true)
 }
@@ -72,7 +73,8 @@ impl Leaving {
     }
 
     pub(in crate::vmm) fn start(&mut self, downtime: Duration, deadline: Instant) -> Result<Arc<Socket>, String> {
-        if self.look(deadline)? != self.ran {
+        let ran = self.look(deadline)?;
+        if std::mem::replace(&mut self.ran, ran) != ran {
             // The other side has been told how it was.
             return Err(self.qmp.fault(format_args!("the guest was paused, or started, a moment ago: try again")));
         }
@@ -179,7 +181,15 @@ impl Leaving {
             }
             Status::Cancelling => {}
             Status::None | Status::Completed | Status::Failed => {
-                if !self.ran || self.qmp.run_state(soon(deadline))?.running {
+                let state = self.qmp.run_state(soon(deadline))?;
+                if !self.ran || state.running {
+                    return Ok(true);
+                }
+                if ["shutdown", "internal-error", "guest-panicked"].contains(&state.word.as_str()) {
+                    log::warn!(
+                        "{}",
+                        self.qmp.fault(format_args!("the guest is '{}': it has ended by itself", state.word))
+                    );
                     return Ok(true);
                 }
                 self.qmp.execute("cont", "", soon(deadline))?;

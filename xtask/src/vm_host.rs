@@ -40,15 +40,10 @@ pub(crate) fn image(lab: &Lab, name: &str) -> Result<PathBuf> {
     Ok(image)
 }
 
-/// A machine, and what it consists of.
+/// A machine that runs.
 pub(crate) struct Host<'a> {
-    lab: &'a Lab,
-    name: &'static str,
-    /// Its number: of its address, its hardware address and its identity.
-    number: u8,
-    role: Role,
-    image: PathBuf,
-    drives: [PathBuf; 2],
+    /// What it consists of.
+    of: Powerless<'a>,
     pub(crate) machine: Machine,
     /// What is inside, at the guest's port.
     inside: Lines,
@@ -67,20 +62,19 @@ impl<'a> Host<'a> {
 
     /// Waits until it has lost its power.
     pub(crate) fn loses_power(self) -> Result<Powerless<'a>> {
-        let Self { lab, name, number, role, image, drives, machine, .. } = self;
-        machine.ends()?;
-        Ok(Powerless { lab, name, number, role, image, drives })
+        self.machine.ends()?;
+        Ok(self.of)
     }
 
     /// Where another host finds its migration door.
     pub(crate) fn door(&self) -> String {
-        format!("tcp://10.0.0.{}:49152", self.number)
+        format!("tcp://10.0.0.{}:49152", self.of.number)
     }
 
     /// `blockferry WORD g1 ...` from outside of the machine; its stdout.
     pub(crate) fn ask(&self, word: &str, arguments: &[&str]) -> Result<String> {
-        let port = format!("unix://{}", self.lab.scratch.path(&format!("{}.control", self.name)).display());
-        let mut command = Command::new(&self.lab.executable);
+        let port = format!("unix://{}", self.of.lab.scratch.path(&format!("{}.control", self.of.name)).display());
+        let mut command = Command::new(&self.of.lab.executable);
         command.args([word, GUEST]).args(arguments).args(["--control", &port]);
         let said = util::capture(word, &mut command, PATIENCE)?;
         if !said.status.success() {
@@ -141,6 +135,7 @@ impl<'a> Host<'a> {
 pub(crate) struct Powerless<'a> {
     lab: &'a Lab,
     name: &'static str,
+    /// Of its address, its hardware address and its identity.
     number: u8,
     role: Role,
     image: PathBuf,
@@ -150,9 +145,9 @@ pub(crate) struct Powerless<'a> {
 impl<'a> Powerless<'a> {
     /// Switched on (again): waits until it serves.
     pub(crate) fn boot(self) -> Result<Host<'a>> {
-        let Self { lab, name, number, role, image, drives } = self;
+        let Self { lab, name, number, role, image, drives } = &self;
         let at = |name: &str, what: &str| lab.scratch.path(&format!("{name}.{what}")).display().to_string();
-        let other = if name == "A" { "B" } else { "A" };
+        let other = if *name == "A" { "B" } else { "A" };
         let mut more = disks(&[&drives[0], &drives[1]]);
         let mut add = |option: &str, value: String| more.extend([option.to_owned(), value]);
         let [ours, theirs] = [at(name, "net"), at(other, "net")];
@@ -171,12 +166,12 @@ impl<'a> Powerless<'a> {
              --control unix:///run/blockferry/{GUEST}/control.sock --control virtio:org.blockferry.0 {}",
             role.init, role.serve
         );
-        let blueprint = Blueprint { name, kernel: &lab.kernel.image, image: &image, append: &append, more };
+        let blueprint = Blueprint { name, kernel: &lab.kernel.image, image, append: &append, more };
         let mut machine = Machine::start(&lab.scratch, &blueprint)?;
         machine.says(": ready: ")?;
         let port = lab.scratch.path(&format!("{name}.guest"));
         let inside = Lines::open(&port).map_err(|error| machine.wrong(&format!("the guest's port: {error}")))?;
-        Ok(Host { lab, name, number, role, image, drives, machine, inside })
+        Ok(Host { of: self, machine, inside })
     }
 }
 

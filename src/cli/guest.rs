@@ -205,18 +205,21 @@ pub(super) fn status(door: &GuestDoor, as_json: bool) -> Result<String, Problem>
     };
     let mut out = if as_json { json::status(&status) } else { status_text(&status) }.into_bytes();
     if status.migration != Migration::None {
-        client.tell(&Request::Follow)?;
+        let followed = client.tell(&Request::Follow).and_then(|_| client.next_reply());
         let form = if as_json { Form::Json } else { Form::Lines };
         let mut display = Display::new(&mut out, form, &door.guest);
-        match client.next_reply()? {
-            Reply::Progress(progress) => display.show(&progress, Instant::now()),
+        match followed {
+            Ok(Reply::Progress(progress)) => display.show(&progress, Instant::now()),
             // That the last migration failed is news here, no failure of this command.
-            Reply::Done(done) => {
+            Ok(Reply::Done(done)) => {
                 if let (Err(problem), false) = (display.finish(&done), as_json) {
                     out.extend_from_slice(format!("last migration: {}\n", OneLine(&problem.cause)).as_bytes());
                 }
             }
-            _ => {}
+            Ok(_) => {}
+            // It was history a moment ago, and has been forgotten since: another guest comes.
+            Err(_) if status.migration == Migration::Ended => {}
+            Err(problem) => return Err(problem),
         }
     }
     Ok(String::from_utf8_lossy(&out).into_owned())

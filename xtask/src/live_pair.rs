@@ -100,8 +100,10 @@ impl Pair {
         let there = self.late(other, early, || !order.is_finished());
         let ended = order.join().map_err(|_| Error::new("migrate", "the thread", "panicked"))?;
         let took = began.elapsed();
+        // Without the one the other cannot go well, and is only the consequence.
+        let there = there?;
         ended?;
-        self.arrive(there?, took)
+        self.arrive(there, took)
     }
 
     /// The same where no host drives a QEMU: the disks are held until the guest's memory and

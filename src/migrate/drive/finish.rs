@@ -57,7 +57,6 @@ impl<'a> Drive<'a> {
         }
         let since = quiesced.since();
         quiesced.fence();
-        self.guest.end_moving(self.stamp.attempt);
         let farewell = held.given(self.guest);
         self.lanes.end();
         let handed = self.give(since, Instant::now() + RUNNING_PATIENCE);

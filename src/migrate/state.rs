@@ -78,8 +78,7 @@ pub(super) struct Relay {
     budget: Option<Arc<Budget>>,
     /// The guest stands: nothing waits for the budget.
     urgent: AtomicBool,
-    bytes: AtomicU64,
-    /// Of these, what came out of the VMM, and what went into it.
+    /// Bytes that came out of the VMM, and that went into it.
     out: AtomicU64,
     into: AtomicU64,
     /// The VMM is being given something, and takes its time.
@@ -122,7 +121,6 @@ impl Relay {
             carrier,
             budget,
             urgent: AtomicBool::new(false),
-            bytes: AtomicU64::new(0),
             out: AtomicU64::new(0),
             into: AtomicU64::new(0),
             gives: AtomicBool::new(false),
@@ -145,7 +143,7 @@ impl Relay {
 
     /// Bytes that came out of the VMM or went into it, both ways together.
     pub(super) fn bytes(&self) -> u64 {
-        self.bytes.load(Ordering::Relaxed)
+        self.out() + self.into()
     }
 
     /// Bytes that have come out of the VMM and been sent.
@@ -269,7 +267,6 @@ impl Relay {
             }
             let one_way = if way == Way::FromVmm { &self.out } else { &self.into };
             one_way.fetch_add(count as u64, Ordering::Release);
-            self.bytes.fetch_add(count as u64, Ordering::Relaxed);
             self.expect();
         }
     }

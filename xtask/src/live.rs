@@ -132,12 +132,7 @@ fn nbd(door: &Path, export: &str) -> String {
 impl Body {
     /// A line to the guest inside; its answer without `ok`.
     pub(crate) fn tell(&mut self, line: &str) -> Result<String> {
-        let answer = self.inside.say(line).and_then(|()| self.inside.hear(|_| true));
-        match answer.as_deref().map(|answer| answer.strip_prefix("ok")) {
-            Ok(Some(rest)) => Ok(rest.trim().to_owned()),
-            Ok(None) => Err(self.machine.wrong(&format!("{line}: {}", answer.unwrap_or_default()))),
-            Err(error) => Err(self.machine.wrong(&format!("{line}: {error}"))),
-        }
+        self.machine.tell(&mut self.inside, line)
     }
 
     /// Boots done, the writer inside begins. The first disk is written to, the last (the clock) tells the time.

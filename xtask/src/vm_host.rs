@@ -106,12 +106,7 @@ impl<'a> Host<'a> {
 
     /// A line to what is inside; its answer without `ok`.
     pub(crate) fn tell(&mut self, line: &str) -> Result<String> {
-        let answer = self.inside.say(line).and_then(|()| self.inside.hear(|_| true));
-        match answer.as_deref().map(|answer| answer.strip_prefix("ok")) {
-            Ok(Some(rest)) => Ok(rest.trim().to_owned()),
-            Ok(None) => Err(self.machine.wrong(&format!("{line}: {}", answer.unwrap_or_default()))),
-            Err(error) => Err(self.machine.wrong(&format!("{line}: {error}"))),
-        }
+        self.machine.tell(&mut self.inside, line)
     }
 
     /// Waits until the guest has written so much more.

@@ -128,6 +128,16 @@ impl Machine {
         }
     }
 
+    /// A line to what is inside; its answer without `ok`.
+    pub(crate) fn tell(&self, inside: &mut Lines, line: &str) -> Result<String> {
+        let answer = inside.say(line).and_then(|()| inside.hear(|_| true));
+        match answer.as_deref().map(|answer| answer.strip_prefix("ok")) {
+            Ok(Some(rest)) => Ok(rest.trim().to_owned()),
+            Ok(None) => Err(self.wrong(&format!("{line}: {}", answer.unwrap_or_default()))),
+            Err(error) => Err(self.wrong(&format!("{line}: {error}"))),
+        }
+    }
+
     /// An error of this machine, with the end of what it said. Connections of ours that came and went say nothing.
     pub(crate) fn wrong(&self, cause: &str) -> Error {
         let said = self.said();

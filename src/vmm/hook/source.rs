@@ -86,8 +86,7 @@ impl Leaving {
         // What is under way is ended first: a `stop` that comes late would stop the guest again.
         self.run = None;
         self.state = None;
-        let call = Call { ran: Some(self.ran), ..Call::new(Point::Abort, SIDE, &self.about) };
-        self.hook.order(call, deadline.min(Instant::now() + VMM_RUN_MAX))
+        resume_again(&self.hook, &self.about, self.ran, deadline)
     }
 
     pub(in crate::vmm) fn end(&mut self, deadline: Instant) -> Result<(), String> {

@@ -78,6 +78,8 @@ pub struct Hasher {
     state: Box<blake3::Hasher>,
     /// The digest of so many zeroes.
     zeroes: (u64, Digest),
+    /// Nothing of what it has read stays in the page cache, whoever brought it there.
+    sparing: bool,
 }
 
 impl Default for Hasher {
@@ -87,11 +89,19 @@ impl Default for Hasher {
             holds: (0, 0),
             state: Box::new(blake3::Hasher::new()),
             zeroes: (0, [0; 32]),
+            sparing: false,
         }
     }
 }
 
 impl Hasher {
+    /// One that lets go of all that it reads in the page cache, not only of what had to be brought in: for a disk that
+    /// is being received, whose guest is not here yet.
+    #[must_use]
+    pub fn sparing() -> Self {
+        Self { sparing: true, ..Self::default() }
+    }
+
     /// Hashes as many regions from `first` on as `digests` has room for, all of them on the disk. Returns the bytes
     /// that had to be read: holes need not.
     ///
@@ -120,6 +130,10 @@ impl Hasher {
             }
             *digest = self.region(disk, offset, length).map_err(unreadable)?;
             read += length;
+        }
+        if self.sparing && read > 0 {
+            let (start, _) = place(disk.size(), first);
+            disk.forget_range(start, end - start);
         }
         Ok(read)
     }

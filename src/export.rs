@@ -37,6 +37,8 @@
 //! new connection of an export first ends those that have hung up, waits until what they had admitted is finished, and
 //! only then is served; and a write is admitted only if its connection still lives.
 
+mod write_back;
+
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -45,8 +47,9 @@ use std::time::{Duration, Instant};
 
 use crate::dirty::{DirtyMap, Owed};
 use crate::disk::Disk;
-use crate::limits::{DRAIN_MAX, GATE_LOOK, UNSYNCED_MAX, WRITE_BACK_BYTES, WRITE_BACK_PERIOD};
+use crate::limits::{DRAIN_MAX, GATE_LOOK, UNSYNCED_MAX};
 use crate::socket::Socket;
+use write_back::Unsynced;
 
 /// Who may change the disk now. See the table above.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,8 +144,8 @@ struct Inner {
     connections: Vec<Arc<Connection>>,
     /// Connections ever let in.
     visits: usize,
-    /// Bytes received from a migration and not synced yet (D13).
-    unsynced: u64,
+    /// What a migration has brought and nobody has synced yet (D13).
+    unsynced: Unsynced,
     /// Guest writes refused because this host does not own the disk (M11 wants to know).
     refused_guest_writes: u64,
 }
@@ -183,7 +186,7 @@ impl Export {
             waiting: 0,
             connections: Vec::new(),
             visits: 0,
-            unsynced: 0,
+            unsynced: Unsynced::default(),
             refused_guest_writes: 0,
         };
         Arc::new(Self { name: name.to_owned(), read_only, inner: Mutex::new(inner), changed: Condvar::new() })
@@ -380,31 +383,6 @@ impl Export {
                 disk.write_zeroes(0, disk.size(), true, true)
             }
             _ => Err(io::Error::other("not receiving, or in use")),
-        }
-    }
-
-    /// Writes back what a migration brings, while it brings it (D13), so that the sync before SEALED is short. Returns
-    /// when the gate is no longer [`Gate::Receiving`]. A failed sync poisons the disk (D9), and the migration learns of
-    /// it by its next request.
-    pub fn write_back(&self) {
-        let mut inner = self.lock();
-        let mut last = Instant::now();
-        while inner.gate == Gate::Receiving {
-            let due = inner.unsynced > 0 && (inner.unsynced >= WRITE_BACK_BYTES || last.elapsed() >= WRITE_BACK_PERIOD);
-            let Some(disk) = inner.disk.clone().filter(|_| due) else {
-                inner = self.wait(inner, WRITE_BACK_PERIOD);
-                continue;
-            };
-            let bytes = inner.unsynced;
-            drop(inner);
-            if let Err(error) = disk.flush() {
-                log::error!("write back: disk {}: {error}", self.name);
-            }
-            last = Instant::now();
-            inner = self.lock();
-            // The last attempt's thread may still have been at it.
-            inner.unsynced = inner.unsynced.saturating_sub(bytes);
-            self.wake(&inner);
         }
     }
 
@@ -618,7 +596,7 @@ impl Visit {
                 (Gate::Receiving, Door::Migration) if self.disk.is_poisoned() => {
                     return Err(Fault::Disk(io::Error::other("an earlier sync failed")));
                 }
-                (Gate::Receiving, Door::Migration) => inner.unsynced >= UNSYNCED_MAX,
+                (Gate::Receiving, Door::Migration) => inner.unsynced.bytes() >= UNSYNCED_MAX,
                 (Gate::Quiesced, Door::Guest) => true,
                 (Gate::Incoming | Gate::Receiving | Gate::Sealed, Door::Guest) => {
                     inner.refused_guest_writes += 1;
@@ -687,9 +665,7 @@ impl Admission<'_> {
         let drained = inner.in_flight[self.generation] == 0;
         let mut write_back_due = false;
         if self.visit.connection.door == Door::Migration {
-            let before = inner.unsynced;
-            inner.unsynced += self.length;
-            write_back_due = before < WRITE_BACK_BYTES && inner.unsynced >= WRITE_BACK_BYTES;
+            write_back_due = inner.unsynced.add(self.offset, self.length);
         }
         if drained || write_back_due {
             export.wake(&inner);

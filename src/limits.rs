@@ -175,6 +175,8 @@ pub const SLOW_WRITE: Duration = Duration::from_millis(8);
 pub const SLOW_WRITE_MEMORY: u32 = 32;
 /// Longest READ that a connection's own thread serves from the page cache; longer ones go to a worker.
 pub const INLINE_READ_MAX: usize = 64 * KIB;
+/// The largest folio of the page cache, on every machine this is built for: what is in one leaves only with all of it.
+pub const FOLIO_MAX: u64 = 2 * MIB as u64;
 /// Room of the pipe through which a worker serves long reads over a Unix socket, in bytes: what a process without
 /// privileges may have.
 pub const PIPE_ROOM: usize = MIB;
@@ -216,6 +218,11 @@ pub const REGION_MAX: usize = MIB;
 /// Most regions of one disk in flight at once, over all its connections.
 pub const REGIONS_IN_FLIGHT_MAX: usize = CONNECTIONS_PER_DISK_MAX * LANE_REGIONS_MAX;
 /// Most regions in flight on one connection of the mirror.
+/// What was synced leaves the page cache when so much has been synced after it: by then its digests have been taken,
+/// unless the disk is faster than whoever hashes.
+pub const CACHED_BYTES: u64 = 128 * MIB as u64;
+/// ... or so many syncs have been.
+pub const WRITE_BACKS_CACHED: usize = 16;
 pub const LANE_REGIONS_MAX: usize = 32;
 /// A run of zeroes inside a region travels as write-zeroes from this length on, in bytes.
 pub const ZERO_RUN_MIN: usize = 16 * KIB;

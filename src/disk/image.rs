@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::fmt;
 use std::hash::{DefaultHasher, Hasher};
 use std::io::{Error, ErrorKind, IoSlice, IoSliceMut, Result};
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +22,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 use rustix::pipe::SpliceFlags;
 
 use crate::error::reason;
-use crate::limits::{DIRECT_ALIGN, RESTART_LOOK, RESTART_PATIENCE, SECTOR, ZERO_STEP, ZERO_WRITE};
+use crate::limits::{DIRECT_ALIGN, FOLIO_MAX, RESTART_LOOK, RESTART_PATIENCE, SECTOR, ZERO_STEP, ZERO_WRITE};
 
 /// What `statfs` calls tmpfs and ramfs.
 const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6];
@@ -597,7 +598,7 @@ impl Image {
 
     /// Asks for `length` bytes at `offset` to be brought into the page cache; only a hint.
     pub(super) fn prefetch(&self, offset: u64, length: u64) {
-        let _ = rustix::fs::fadvise(&self.file, offset, std::num::NonZeroU64::new(length), Advice::WillNeed);
+        let _ = rustix::fs::fadvise(&self.file, offset, NonZeroU64::new(length), Advice::WillNeed);
     }
 
     /// Forgets what the page cache holds of the disk: somebody else has changed it. Only a hint.
@@ -605,9 +606,14 @@ impl Image {
         let _ = rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed);
     }
 
-    /// Lets go of what the page cache holds of `length` bytes at `offset` and need not be written. Only a hint.
+    /// Lets go of what the page cache holds of `length` bytes at `offset` and need not be written, and of what it may
+    /// hold together with the first of them: the kernel lets go of large folios only as a whole. Only a hint.
     pub(super) fn forget_range(&self, offset: u64, length: u64) {
-        let _ = rustix::fs::fadvise(&self.file, offset, std::num::NonZeroU64::new(length), Advice::DontNeed);
+        let start = offset - offset % FOLIO_MAX;
+        // A length of 0 would be all the rest of the file.
+        if let Some(length) = NonZeroU64::new(offset + length - start) {
+            let _ = rustix::fs::fadvise(&self.file, start, Some(length), Advice::DontNeed);
+        }
     }
 
     /// The extent at `offset`, at most up to `end`. What the file system cannot tell counts as data.

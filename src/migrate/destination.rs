@@ -375,7 +375,7 @@ impl Destination {
         (disk, offset_bytes, regions): (u8, u64, u8),
     ) -> Result<Message, String> {
         let asker = session.asker;
-        let hasher = session.hasher.get_or_insert_default();
+        let hasher = session.hasher.get_or_insert_with(Hasher::sparing);
         let asked = {
             let inner = self.lock();
             match &inner.stage {

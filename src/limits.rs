@@ -95,6 +95,12 @@ pub const REPLY_BUFFER: usize = 256 * KIB;
 pub const SLOT_BUFFER: usize = 128 * KIB;
 /// Most requests of one connection that wait for a disk or at the gate while the connection is read on.
 pub const SLOTS: usize = 16;
+/// The same where every request waits for the device and is longer than that: few and large ones are cheaper there.
+pub const LONG_BUFFER: usize = 512 * KIB;
+/// Workers of one connection that may have such a buffer.
+pub const LONG_SLOTS: usize = 4;
+/// How long a long request waits for one of these when all are busy, before any other worker does it piece by piece.
+pub const LONG_WAIT: Duration = Duration::from_millis(20);
 /// Stack of a connection's worker, in bytes; it touches a few KiB.
 pub const WORKER_STACK: usize = 64 * KIB;
 /// Stack of a thread that serves a connection or runs a door, in bytes.
@@ -347,6 +353,7 @@ pub const ASSUMED_HASH_RATE: u64 = 500 * MIB as u64;
 const _: () = assert!(RECEIVE_BUFFER.is_multiple_of(DIRECT_ALIGN) && SLOT_BUFFER.is_multiple_of(DIRECT_ALIGN));
 const _: () = assert!(WRITE_BACK_BYTES < UNSYNCED_MAX, "writers must not wait before the write-back begins");
 const _: () = assert!(DISKS_MAX <= CONNECTIONS_MAX - PHASE_CONNECTIONS_MAX, "each disk has a connection");
+const _: () = assert!(LONG_BUFFER.is_multiple_of(DIRECT_ALIGN) && LONG_SLOTS <= SLOTS);
 const _: () = assert!(REGION_MAX <= PAYLOAD_MAX as usize, "a region travels as one request");
 const _: () = assert!(CLAIMS_MAX <= REGIONS_IN_FLIGHT_MAX, "what is compared is held where copies are");
 const _: () = assert!(DIGESTS_MAX <= 32 && DIGESTS_MAX * 32 + 256 < FRAME_MAX, "an answer must fit a frame");

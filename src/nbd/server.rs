@@ -9,9 +9,10 @@
 //! are served meanwhile. What is done and waits only for the mirror (D7) is left to the answerer. Workers are started
 //! when first needed and live as long as the connection.
 //!
-//! Memory is one receive buffer, one reply buffer and one buffer for each started worker, allocated once; a request
-//! larger than they are passes through them piece by piece, and a refused write is read to its end and dropped, so
-//! that the connection lives on. Long reads over a Unix socket need no buffer: `pipe.rs`.
+//! Memory is one receive buffer, one reply buffer and one buffer for each started worker; those of four grow when a
+//! disk whose requests all wait (`cache=none`, a server's) is asked for much at once. A request larger than they are
+//! passes through them piece by piece, and a refused write is read to its end and dropped, so that the connection lives
+//! on. Long reads over a Unix socket need no buffer: `pipe.rs`.
 //!
 //! # The life of a request
 //!
@@ -38,7 +39,7 @@ use crate::nbd::handshake::{Agreed, BASE_ALLOCATION_ID, Description};
 use crate::nbd::wire::{self, EXTENDED_REQUEST_LENGTH, Fields, REQUEST_LENGTH, Request};
 use answerer::{Answer, Answers};
 use reply::ReplyHead;
-use worker::{Job, Pool, Ticket, Worker};
+use worker::{Job, Pool, Ticket, Worker, room_of};
 
 mod answerer;
 mod pipe;
@@ -71,6 +72,7 @@ pub fn transmit(visit: &Visit, agreed: Agreed) -> io::Result<()> {
             inbox: Inbox { memory: AlignedBuffer::new(RECEIVE_BUFFER), start: 0, end: 0 },
             outbox: Outbox { memory: vec![0; REPLY_BUFFER], length: 0 },
             slow_writes_left: 0,
+            after_long: false,
         };
         let ended = reader.run();
         let ended = ended.and(reader.flush_replies());
@@ -203,6 +205,9 @@ struct Reader<'s, 'e, 'a> {
     outbox: Outbox,
     /// So many writes still go to the workers because one was slow.
     slow_writes_left: u32,
+    /// The last request was a long write into a worker's own buffer: the next one may be, and only its head is received
+    /// here.
+    after_long: bool,
 }
 
 /// Received bytes that nobody has looked at yet.
@@ -282,20 +287,23 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
                     return Err(io::Error::new(ErrorKind::InvalidData, "a request does not begin with its magic"));
                 };
                 self.inbox.skip(length);
+                self.after_long = false;
                 return Ok(Some(request));
             }
-            if !self.receive()? {
+            let most = if self.after_long { length - self.inbox.bytes().len() } else { usize::MAX };
+            if !self.receive(most)? {
                 let inside = !self.inbox.bytes().is_empty();
                 return if inside { Err(ErrorKind::UnexpectedEof.into()) } else { Ok(None) };
             }
         }
     }
 
-    /// Receives more, after sending the replies that the client may be waiting for. `false` at the end of the stream.
-    fn receive(&mut self) -> io::Result<bool> {
+    /// Receives at most so many bytes, after sending the replies that the client may be waiting for. `false` at the end
+    /// of the stream.
+    fn receive(&mut self, most: usize) -> io::Result<bool> {
         self.flush_replies()?;
         self.inbox.make_room();
-        let room = self.inbox.end..;
+        let room = self.inbox.end..self.inbox.memory.len().min(self.inbox.end.saturating_add(most));
         let got = self.connection.visit.socket().recv(&mut self.inbox.memory[room])?;
         self.inbox.end += got;
         Ok(got > 0)
@@ -350,7 +358,8 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
     fn write(&mut self, request: &Request) -> io::Result<()> {
         let length = usize::try_from(request.length).unwrap_or(usize::MAX);
         if length > SLOT_BUFFER {
-            return self.write_in_pieces(request, length);
+            let is_direct = self.connection.visit.disk().is_direct();
+            return if is_direct { self.write_long(request, length) } else { self.write_in_pieces(request, length) };
         }
         while self.inbox.bytes().len() < length {
             self.receive_payload()?;
@@ -431,6 +440,52 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
         }
     }
 
+    /// The same where every write waits for the device: the workers get few and large pieces, and these are received
+    /// where they are written from.
+    fn write_long(&mut self, request: &Request, length: usize) -> io::Result<()> {
+        let ticket = self.connection.open_ticket();
+        let mut done = 0;
+        while done < length {
+            if self.connection.has_failed(ticket) {
+                self.drain(length - done)?;
+                break;
+            }
+            let chosen = self.idle_worker(true)?;
+            let (offset, room) = (request.offset + done as u64, room_of(chosen));
+            let there = room.min(length - done);
+            let piece = if done + there == length { there } else { up_to_page_end(offset, there) };
+            done += piece;
+            let connection = self.connection;
+            connection.add_piece(ticket);
+            let job = Job::Piece { request: *request, ticket, offset, length: piece };
+            connection.workers[chosen].give_received(job, (piece, room), |buffer| self.take(buffer))?;
+        }
+        self.after_long = true;
+        match self.connection.finish_piece(ticket, request) {
+            Some(error) => self.reply(request, error),
+            None => Ok(()),
+        }
+    }
+
+    /// The next bytes of a payload: from the inbox first, then from the socket.
+    fn take(&mut self, buffer: &mut [u8]) -> io::Result<()> {
+        let visit = self.connection.visit;
+        let there = self.inbox.bytes().len().min(buffer.len());
+        buffer[..there].copy_from_slice(&self.inbox.bytes()[..there]);
+        self.inbox.skip(there);
+        let mut filled = there;
+        while filled < buffer.len() {
+            if visit.is_ended() {
+                return Err(gone());
+            }
+            match visit.socket().recv(&mut buffer[filled..])? {
+                0 => return Err(ErrorKind::UnexpectedEof.into()),
+                got => filled += got,
+            }
+        }
+        Ok(())
+    }
+
     /// Gives the next `length` bytes of the inbox to workers, in as many pieces as their buffers need.
     fn hand_out(&mut self, request: &Request, ticket: usize, mut offset: u64, mut length: usize) -> io::Result<()> {
         while length > 0 {
@@ -461,22 +516,35 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
         if self.connection.visit.is_ended() {
             return Err(gone());
         }
-        if self.receive()? { Ok(()) } else { Err(ErrorKind::UnexpectedEof.into()) }
+        if self.receive(usize::MAX)? { Ok(()) } else { Err(ErrorKind::UnexpectedEof.into()) }
     }
 
-    /// Hands a job, with the next `payload` bytes of the inbox, to an idle worker; starts one if there is none yet, or
-    /// waits for one.
+    /// Hands a job, with the next `payload` bytes of the inbox, to an idle worker.
     fn dispatch(&mut self, job: Job, payload: usize) -> io::Result<()> {
+        let connection = self.connection;
+        let read = matches!(&job, Job::Request(request) if request.command == wire::CMD_READ);
+        let long = matches!(&job, Job::Request(request) if request.length > SLOT_BUFFER as u64);
+        let long = read && long && connection.visit.disk().is_direct();
+        let chosen = self.idle_worker(long)?;
+        let room = match (long, read || payload > 0) {
+            (true, _) => room_of(chosen),
+            (false, true) => SLOT_BUFFER,
+            (false, false) => 0,
+        };
+        connection.workers[chosen].give(job, &self.inbox.bytes()[..payload], room);
+        self.inbox.skip(payload);
+        Ok(())
+    }
+
+    /// An idle worker; starts one if there is none yet, or waits for one.
+    fn idle_worker(&mut self, long: bool) -> io::Result<usize> {
         // Whoever waits for these may be who the worker waits for.
         self.flush_replies()?;
         let (connection, scope) = (self.connection, self.scope);
-        let chosen = connection.idle_worker(|number| {
+        connection.idle_worker(long, |number| {
             let worker = thread::Builder::new().name(format!("nbd worker {number}")).stack_size(WORKER_STACK);
             worker.spawn_scoped(scope, move || connection.work(number, scope)).map(drop)
-        })?;
-        connection.workers[chosen].give(job, &self.inbox.bytes()[..payload]);
-        self.inbox.skip(payload);
-        Ok(())
+        })
     }
 
     fn reply(&mut self, request: &Request, error: u32) -> io::Result<()> {
@@ -508,3 +576,6 @@ fn up_to_page_end(offset: u64, length: usize) -> usize {
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

@@ -377,7 +377,7 @@ fn fio_verifies_what_several_jobs_write() {
     let folder = disk_scratch();
     for image in Image::each(SIZE) {
         let exported = Exported::start(image.arguments("vda"));
-        let sizes = ["--bs=4k", "--bsrange=512-256k"];
+        let sizes = ["--bs=4k", "--bsrange=512-2m"];
         for (uri, size) in [exported.unix("vda"), exported.tcp("vda")].iter().zip(sizes) {
             let mut command = Command::new(&fio);
             command.current_dir(folder.path()).args([

@@ -8,6 +8,7 @@ use std::io::{self, ErrorKind};
 use std::sync::atomic::Ordering;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread::Scope;
+use std::time::Instant;
 
 use super::answerer::Answer;
 use super::pipe::Pipe;
@@ -16,7 +17,7 @@ use super::{Connection, TICKETS, error_number, gone, locked};
 use crate::dirty::Owed;
 use crate::disk::AlignedBuffer;
 use crate::export::{Fault, Patience};
-use crate::limits::{INLINE_READ_MAX, SLOT_BUFFER, SLOTS, STATUS_EXTENTS_MAX};
+use crate::limits::{INLINE_READ_MAX, LONG_BUFFER, LONG_SLOTS, LONG_WAIT, SLOT_BUFFER, SLOTS, STATUS_EXTENTS_MAX};
 use crate::nbd::handshake::BASE_ALLOCATION_ID;
 use crate::nbd::wire::{self, Request};
 
@@ -42,16 +43,46 @@ struct Mail {
 }
 
 impl Worker {
-    /// Gives an idle worker a job, and the payload of a WRITE.
-    pub(super) fn give(&self, job: Job, payload: &[u8]) {
+    /// Gives an idle worker a job, and the payload of a WRITE. `room` bytes of buffer are what the job needs.
+    pub(super) fn give(&self, job: Job, payload: &[u8], room: usize) {
         let mut mail = locked(&self.mail);
-        if !payload.is_empty() || matches!(&job, Job::Request(request) if request.command == wire::CMD_READ) {
-            let buffer = mail.buffer.get_or_insert_with(|| AlignedBuffer::new(SLOT_BUFFER));
-            buffer[..payload.len()].copy_from_slice(payload);
+        if room > 0 {
+            mail.room(room)[..payload.len()].copy_from_slice(payload);
         }
         mail.job = Some(job);
         drop(mail);
         self.arrived.notify_one();
+    }
+
+    /// Gives an idle worker a piece of a long WRITE, of which `receive` puts `length` bytes where the worker wants them;
+    /// `room` as above.
+    pub(super) fn give_received(
+        &self,
+        job: Job,
+        (length, room): (usize, usize),
+        receive: impl FnOnce(&mut [u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut mail = locked(&self.mail);
+        receive(&mut mail.room(room)[..length])?;
+        mail.job = Some(job);
+        drop(mail);
+        self.arrived.notify_one();
+        Ok(())
+    }
+}
+
+/// The buffer that a worker may have.
+pub(super) fn room_of(worker: usize) -> usize {
+    if worker < LONG_SLOTS { LONG_BUFFER } else { SLOT_BUFFER }
+}
+
+impl Mail {
+    /// The buffer, at least that large.
+    fn room(&mut self, room: usize) -> &mut [u8] {
+        if self.buffer.as_ref().is_none_or(|buffer| buffer.len() < room) {
+            self.buffer = Some(AlignedBuffer::new(room));
+        }
+        self.buffer.as_deref_mut().unwrap_or_default()
     }
 }
 
@@ -94,19 +125,28 @@ impl<'a> Connection<'a> {
         self.visit.socket().shutdown();
     }
 
-    pub(super) fn idle_worker(&self, start: impl FnOnce(usize) -> io::Result<()>) -> io::Result<usize> {
+    /// An idle worker; starts one, or waits for one. For a `long` job one of the first [`LONG_SLOTS`], which alone ever
+    /// have a large buffer, if one of them comes free soon; who is there else may be needed by what comes behind it.
+    pub(super) fn idle_worker(&self, long: bool, start: impl Fn(usize) -> io::Result<()>) -> io::Result<usize> {
         let mut pool = locked(&self.pool);
+        let patience = long.then(|| Instant::now() + LONG_WAIT);
         loop {
-            if let Some(number) = pool.idle.pop() {
-                return Ok(number);
+            let left = patience.map(|until| until.saturating_duration_since(Instant::now()));
+            let left = left.filter(|left| !left.is_zero());
+            let end = if left.is_some() { LONG_SLOTS } else { SLOTS };
+            if let Some(at) = pool.idle.iter().rposition(|number| *number < end) {
+                return Ok(pool.idle.swap_remove(at));
             }
-            if pool.started < SLOTS {
+            if pool.started < end {
                 let number = pool.started;
                 start(number)?;
                 pool.started += 1;
                 return Ok(number);
             }
-            pool = self.freed.wait(pool).unwrap_or_else(PoisonError::into_inner);
+            pool = match left {
+                Some(left) => self.freed.wait_timeout(pool, left).unwrap_or_else(PoisonError::into_inner).0,
+                None => self.freed.wait(pool).unwrap_or_else(PoisonError::into_inner),
+            };
         }
     }
 

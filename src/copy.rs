@@ -14,6 +14,7 @@
 
 mod end;
 mod lane;
+mod trail;
 mod verify;
 
 use std::fmt;

@@ -590,9 +590,11 @@ pub const INIT_SYNC_MAX: Duration = Duration::from_secs(10);
 
 // ---- copying -----------------------------------------------------------------------------------------------------
 
-/// Bytes of one request of a copy.
-pub const COPY_PIECE: usize = 256 * KIB;
-/// Requests to an export that is read, on one connection.
+/// Most bytes of a file that a copy reads, and then writes, at once.
+pub const COPY_PIECE: usize = 512 * KIB;
+/// Most bytes that it asks an export for with one request.
+pub const COPY_ASK: usize = 256 * KIB;
+/// Such requests on one connection.
 pub const COPY_SLOTS: usize = 16;
 /// Threads of a copy, each with connections of its own where the servers allow it.
 pub const COPY_LANES: usize = 2;
@@ -600,3 +602,7 @@ pub const COPY_LANES: usize = 2;
 pub const COPY_WINDOW: u64 = 256 * MIB as u64;
 /// Bytes that are read at once to be compared.
 pub const COPY_VERIFY_READ: usize = MIB;
+/// A copy has the kernel write back a file whenever it has written so much of it.
+pub const TRAIL_STEP: u64 = 8 * MIB as u64;
+/// ... and after so many times syncs it, and lets go of it in the page cache.
+pub const TRAIL_STEPS: u32 = 8;

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Side;
+use super::trail::Trail;
 use crate::disk::{Access, Cache, Content, Disk, OpenError};
 use crate::error::reason;
-use crate::limits::{CONNECT_TIMEOUT, COPY_PIECE, GRANULARITY_MIN, ZERO_REQUEST_MAX};
+use crate::limits::{CONNECT_TIMEOUT, COPY_ASK, COPY_PIECE, GRANULARITY_MIN, ZERO_REQUEST_MAX};
 use crate::nbd::client::{Client, Event, Submitted, Wants};
 use crate::nbd::wire;
 use crate::uri::NbdUri;
@@ -18,8 +19,22 @@ use crate::uri::NbdUri;
 /// One end.
 #[derive(Debug)]
 pub(super) enum End {
-    File(Arc<Disk>),
+    File(FileEnd),
     Nbd(Box<Client>),
+}
+
+/// A file or a block device.
+#[derive(Debug)]
+pub(super) struct FileEnd {
+    disk: Arc<Disk>,
+    /// Of what was written.
+    trail: Trail,
+}
+
+impl FileEnd {
+    fn new(disk: Arc<Disk>) -> Self {
+        Self { disk, trail: Trail::default() }
+    }
 }
 
 /// An end, and what is known of it before the first byte.
@@ -39,7 +54,7 @@ impl Opened {
         let end = match side {
             Side::File(path) => {
                 let disk = Disk::open(path, Access::ReadOnly, Cache::Writeback).map_err(|error| error.to_string())?;
-                End::File(Arc::new(disk))
+                End::File(FileEnd::new(Arc::new(disk)))
             }
             Side::Nbd(uri) => connect(uri)?,
         };
@@ -76,7 +91,7 @@ impl Opened {
                     return Err(format!("has {there} bytes, and the source {size}: remove it, or make it that large"));
                 }
                 let reads_as_zero = matches!(disk.content(), Ok(Content::Hole));
-                Ok(Self { size: disk.size(), end: End::File(Arc::new(disk)), reads_as_zero, made })
+                Ok(Self { size: disk.size(), end: End::File(FileEnd::new(Arc::new(disk))), reads_as_zero, made })
             }
             Side::Nbd(uri) => {
                 let End::Nbd(mut client) = connect(uri)? else { return Err("is no export".to_owned()) };
@@ -110,7 +125,7 @@ fn connect(uri: &NbdUri) -> Result<End, String> {
 impl End {
     pub(super) fn size(&self) -> u64 {
         match self {
-            Self::File(disk) => disk.size(),
+            Self::File(file) => file.disk.size(),
             Self::Nbd(client) => client.info().size,
         }
     }
@@ -134,7 +149,7 @@ impl End {
     /// Another one of the same.
     pub(super) fn twin(&self, side: &Side) -> Result<Self, String> {
         match (self, side) {
-            (Self::File(disk), _) => Ok(Self::File(Arc::clone(disk))),
+            (Self::File(file), _) => Ok(Self::File(FileEnd::new(Arc::clone(&file.disk)))),
             (Self::Nbd(_), Side::Nbd(uri)) => connect(uri),
             (Self::Nbd(_), Side::File(_)) => Err("is no export".to_owned()),
         }
@@ -148,11 +163,19 @@ impl End {
         }
     }
 
-    /// Longest piece of data.
-    pub(super) fn piece(&self) -> usize {
+    /// Longest piece of data that is read from it.
+    pub(super) fn piece_read(&self) -> usize {
         match self {
             Self::File(_) => COPY_PIECE,
-            Self::Nbd(client) => COPY_PIECE.min(usize::try_from(client.info().request_max()).unwrap_or(COPY_PIECE)),
+            Self::Nbd(client) => COPY_ASK.min(request_max(client)),
+        }
+    }
+
+    /// Longest piece of data that is written to it.
+    pub(super) fn piece_written(&self) -> usize {
+        match self {
+            Self::File(_) => COPY_PIECE,
+            Self::Nbd(client) => COPY_PIECE.min(request_max(client)),
         }
     }
 
@@ -167,10 +190,10 @@ impl End {
     /// Calls `each(offset, length, zero)` for the extents of a range. Nothing may be in flight.
     pub(super) fn extents(&mut self, from: u64, to: u64, each: &mut dyn FnMut(u64, u64, bool)) -> Result<(), String> {
         match self {
-            Self::File(disk) => {
+            Self::File(file) => {
                 let mut at = from;
                 while at < to {
-                    let extent = disk.extent(at, to).map_err(|error| format!("extents: {}", reason(&error)))?;
+                    let extent = file.disk.extent(at, to).map_err(|error| format!("extents: {}", reason(&error)))?;
                     each(extent.offset, extent.length, extent.hole);
                     at += extent.length;
                 }
@@ -190,7 +213,8 @@ impl End {
     /// Reads a piece whole. Nothing may be in flight.
     pub(super) fn read(&mut self, buffer: &mut [u8], offset: u64) -> Result<(), String> {
         match self {
-            Self::File(disk) => disk
+            Self::File(file) => file
+                .disk
                 .read(buffer, offset)
                 .map_err(|error| format!("read: {} bytes at {offset}: {}", buffer.len(), reason(&error))),
             Self::Nbd(client) => client.read_exact(offset, buffer).map_err(|error| error.to_string()),
@@ -208,9 +232,10 @@ impl End {
     /// Writes a piece, or has it on its way. `false`: replies must be waited for first.
     pub(super) fn write(&mut self, bytes: &[u8], offset: u64) -> Result<bool, String> {
         match self {
-            Self::File(disk) => {
+            Self::File(FileEnd { disk, trail }) => {
                 let written = disk.write(bytes, offset, false);
                 written.map_err(|error| format!("write: {} bytes at {offset}: {}", bytes.len(), reason(&error)))?;
+                trail.wrote(disk, offset, bytes.len() as u64).map_err(|error| format!("flush: {}", reason(&error)))?;
                 Ok(true)
             }
             Self::Nbd(client) => taken(client.submit_write(offset, offset, bytes, false)),
@@ -221,7 +246,7 @@ impl End {
     pub(super) fn write_zeroes(&mut self, offset: u64, length: u64) -> Result<u64, String> {
         let part = length.min(u64::from(ZERO_REQUEST_MAX));
         match self {
-            Self::File(disk) => {
+            Self::File(FileEnd { disk, .. }) => {
                 let written = disk.write_zeroes(offset, part, true, false);
                 written.map_err(|error| format!("write zeroes: {part} bytes at {offset}: {}", reason(&error)))?;
                 Ok(part)
@@ -256,13 +281,19 @@ impl End {
     /// Makes durable what was written through this end. Nothing may be in flight.
     pub(super) fn flush(&mut self) -> Result<(), String> {
         match self {
-            Self::File(disk) => disk.flush().map_err(|error| format!("flush: {}", reason(&error))),
+            Self::File(FileEnd { disk, trail }) => {
+                trail.sync(disk).map_err(|error| format!("flush: {}", reason(&error)))
+            }
             Self::Nbd(client) if client.info().has(wire::FLAG_SEND_FLUSH) => {
                 client.flush().map_err(|error| error.to_string())
             }
             Self::Nbd(_) => Ok(()),
         }
     }
+}
+
+fn request_max(client: &Client) -> usize {
+    usize::try_from(client.info().request_max()).unwrap_or(usize::MAX)
 }
 
 fn taken(submitted: Result<Submitted, crate::nbd::client::Lost>) -> Result<bool, String> {

@@ -56,7 +56,7 @@ pub(super) struct Lane {
 impl Lane {
     pub(super) fn new(source: End, destination: End, zero: bool) -> Self {
         let block = source.block().max(destination.block());
-        let piece = source.piece().min(destination.piece());
+        let piece = source.piece_read().min(destination.piece_written());
         let count = if matches!(source, End::File(_)) { 1 } else { COPY_SLOTS };
         let slots = (0..count).map(|_| Slot { buffer: AlignedBuffer::new(piece), asked: None, came: false }).collect();
         Self { source, destination, zero, slots, piece, block, data: 0, zeroes: 0, failure: None }

@@ -1,7 +1,7 @@
 //! `--verify`: reads both ends again, side by side, and compares what they hash to.
 //!
-//! BLAKE3 of every byte, holes as the zeroes that they read as. What is read may come from a page cache: this finds
-//! what went wrong on the way, not what a disk will have forgotten tomorrow.
+//! BLAKE3 of every byte, holes as the zeroes that they read as. What is read of the source or of a server may
+//! come from a page cache: this finds what went wrong on the way, not what a disk will have forgotten tomorrow.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};

@@ -12,7 +12,7 @@ use crate::chance::Chance;
 use crate::exported::Exported;
 use crate::harness::{DEADLINE, Program, blockferry, peer, scratch, until};
 use crate::host::{Finished, run};
-use crate::images::{allocated, assert_same, sparse_file};
+use crate::images::{allocated, assert_same, cached_pieces, disk_scratch, sparse_file};
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 48 * MIB;
@@ -62,6 +62,17 @@ fn a_file_becomes_a_file_as_thin_as_it_can_be() {
     File::options().write(true).open(&there).unwrap().write_all_at(&Chance::new(3).bytes(9 << 20), 3 * MIB).unwrap();
     copy(path(&source), path(&there), &["--verify"]).well();
     assert_same(&source, &there, SIZE);
+}
+
+#[test]
+fn nothing_of_a_copy_stays_in_the_page_cache() {
+    let folder = disk_scratch();
+    let (source, there) = (image(folder.path()), folder.path().join("copy.img"));
+    copy(path(&source), path(&there), &[]).well();
+    match (cached_pieces(&source, SIZE), cached_pieces(&there, SIZE)) {
+        (Some(1..), Some(left)) => assert_eq!(left, 0, "pieces of the copy are cached"),
+        other => eprintln!("SKIP: this file system does not tell what is cached: {other:?}"),
+    }
 }
 
 #[test]

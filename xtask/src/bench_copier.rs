@@ -37,9 +37,15 @@ const MIB: f64 = 1024.0 * 1024.0;
 /// A disk's name, and how it is made.
 type Disk = (&'static str, fn(&Path, usize) -> io::Result<usize>);
 const DISKS: [Disk; 2] = [("full", demo_image::make_full), ("half holes", demo_image::make)];
-/// Where a copy goes: by which server, or by none.
-const WAYS: [(&str, Option<&str>); 3] =
-    [("into nbdkit", Some("nbdkit")), ("into blockferry export", Some("blockferry")), ("file to file", None)];
+/// Where a copy goes: through which server, and whether it is told to spare the page cache; or through none.
+type Way = (&'static str, Option<(&'static str, bool)>);
+const WAYS: [Way; 5] = [
+    ("into nbdkit", Some(("nbdkit", false))),
+    ("into nbdkit cache=none", Some(("nbdkit", true))),
+    ("into export", Some(("blockferry", false))),
+    ("into export --cache none", Some(("blockferry", true))),
+    ("file to file", None),
+];
 
 /// Who copies.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -126,7 +132,7 @@ impl Drop for Source {
 pub(crate) fn run(bench: &Bench, runs: usize) -> Result<Table> {
     let tools: Vec<Tool> = TOOLS.into_iter().filter(|tool| tool.is_here()).collect();
     let is_here = |server: &str| server == "blockferry" || util::find_program(server).is_some();
-    let ways: Vec<_> = WAYS.into_iter().filter(|way| way.1.is_none_or(is_here)).collect();
+    let ways: Vec<_> = WAYS.into_iter().filter(|way| way.1.is_none_or(|server| is_here(server.0))).collect();
     let mut rows = Vec::new();
     // One disk after the other, so that one of them is in the page cache at a time, and room is left for the copy.
     for (number, (disk, make)) in DISKS.into_iter().enumerate() {
@@ -151,7 +157,7 @@ pub(crate) fn run(bench: &Bench, runs: usize) -> Result<Table> {
                 };
                 let ratios = [over("seconds"), over("cpu_s_per_gib")];
                 numbers.extend(ratios);
-                rows.push((format!("{group:<34}  {}", tool.name()), numbers));
+                rows.push((format!("{group:<36}  {}", tool.name()), numbers));
             }
         }
     }
@@ -165,6 +171,7 @@ fn notes() -> Vec<String> {
         "cl.: the tool; srv: the server, over a Unix socket; CPU s/GiB: of both, per GiB of data; MiB: resident at most"
             .to_owned(),
         "x: blockferry's number over this tool's; less is better".to_owned(),
+        "nbdkit cache=none lets go of what it has written, export --cache none writes past the page cache".to_owned(),
         "source in the page cache, destination new; durable at the end: FLUSH, or a sync of the file".to_owned(),
         "blockferry finds out that the destination is zero, the others are told; it syncs a new file's name too"
             .to_owned(),
@@ -195,20 +202,20 @@ fn medians(costs: &[Cost], data: f64) -> Vec<Option<f64>> {
 }
 
 /// One copy, measured, and if `check` looked at.
-fn once(bench: &Bench, tool: Tool, source: &Source, server: Option<&str>, check: bool) -> Result<Cost> {
+fn once(bench: &Bench, tool: Tool, source: &Source, server: Option<(&str, bool)>, check: bool) -> Result<Cost> {
     let copy = bench.scratch.path("copier-copy.raw");
     let _ = fs::remove_file(&copy);
     let fault = |error: io::Error| Error::new("bench", copy.display(), error);
     // Whoever comes first must not be the one who fetches it from the disk.
     File::open(&source.path).and_then(|mut file| io::copy(&mut file, &mut io::sink())).map_err(fault)?;
     let server = match server {
-        Some(name) => {
+        Some((name, spares)) => {
             let made = File::create_new(&copy).and_then(|file| {
                 file.set_len((DISK_MIB as u64) << 20)?;
                 file.sync_all()
             });
             made.map_err(fault)?;
-            Some(Server::start(bench, name, &copy, false)?)
+            Some(Server::start(bench, name, &copy, spares)?)
         }
         None => None,
     };

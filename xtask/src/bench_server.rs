@@ -257,7 +257,9 @@ impl<'a> Server<'a> {
         let mut command = Command::new(util::find_program(name).unwrap_or_else(|| bench.executable.clone()));
         let (path, place) = (file.as_os_str(), socket.as_os_str());
         match name {
-            "nbdkit" => command.args(["-f", "-U"]).arg(place).arg("file").arg(path),
+            "nbdkit" => {
+                command.args(["-f", "-U"]).arg(place).arg("file").arg(path).args(direct.then_some("cache=none"))
+            }
             "qemu-nbd" => command
                 .args(["-t", "-e", "8", "-f", "raw", "-x", "vda", "-k"])
                 .arg(place)

@@ -220,7 +220,7 @@ pub const UNSYNCED_MAX: u64 = 256 * MIB as u64;
 // ---- the mirror --------------------------------------------------------------------------------------------------
 
 /// Largest region that the mirror takes at once, in bytes.
-pub const REGION_MAX: usize = MIB;
+pub const REGION_MAX: usize = 512 * KIB;
 /// Most regions of one disk in flight at once, over all its connections.
 pub const REGIONS_IN_FLIGHT_MAX: usize = CONNECTIONS_PER_DISK_MAX * LANE_REGIONS_MAX;
 /// Most regions in flight on one connection of the mirror.

@@ -87,20 +87,22 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 pub const PAYLOAD_MAX: u32 = 32 * 1024 * 1024;
 /// Preferred request size that exports advertise, in bytes.
 pub const PREFERRED_BLOCK: u32 = 4096;
+/// Send buffer of a Unix socket, in bytes; the kernel takes twice that, for its own books.
+pub const UNIX_SEND_BUFFER: usize = 512 * KIB;
 /// Receive buffer of one server connection, in bytes: as many pipelined requests as fit arrive with one system call.
 pub const RECEIVE_BUFFER: usize = 256 * KIB;
 /// Reply buffer of one server connection, in bytes: replies gather there and leave together.
 pub const REPLY_BUFFER: usize = 256 * KIB;
 /// Largest piece in which a request that needs a worker moves through memory, in bytes.
 pub const SLOT_BUFFER: usize = 128 * KIB;
-/// Most requests of one connection that wait for a disk or at the gate while the connection is read on.
-pub const SLOTS: usize = 16;
 /// The same where every request waits for the device and is longer than that: few and large ones are cheaper there.
 pub const LONG_BUFFER: usize = 512 * KIB;
 /// Workers of one connection that may have such a buffer.
 pub const LONG_SLOTS: usize = 4;
 /// How long a long request waits for one of these when all are busy, before any other worker does it piece by piece.
 pub const LONG_WAIT: Duration = Duration::from_millis(20);
+/// Most requests of one connection that wait for a disk or at the gate while the connection is read on.
+pub const SLOTS: usize = 16;
 /// Stack of a connection's worker, in bytes; it touches a few KiB.
 pub const WORKER_STACK: usize = 64 * KIB;
 /// Stack of a thread that serves a connection or runs a door, in bytes.
@@ -173,6 +175,8 @@ const _: () = assert!(OPTION_PAYLOAD_MAX > EXPORT_NAME_MAX + 64, "an INFO with t
 /// Alignment of offset, length and memory that a disk opened with `cache=none` wants, in bytes. Requests that have it
 /// bypass the page cache, the others take the way through it.
 pub const DIRECT_ALIGN: usize = 4096;
+/// The largest folio of the page cache, on every machine this is built for: what is in one leaves only with all of it.
+pub const FOLIO_MAX: u64 = 2 * MIB as u64;
 /// Bytes that one system call writes where zeroes have to be written out.
 pub const ZERO_WRITE: usize = 64 * KIB;
 /// A disk that took longer than this for a small write is not written from a connection's own thread for a while.
@@ -181,8 +185,6 @@ pub const SLOW_WRITE: Duration = Duration::from_millis(8);
 pub const SLOW_WRITE_MEMORY: u32 = 32;
 /// Longest READ that a connection's own thread serves from the page cache; longer ones go to a worker.
 pub const INLINE_READ_MAX: usize = 64 * KIB;
-/// The largest folio of the page cache, on every machine this is built for: what is in one leaves only with all of it.
-pub const FOLIO_MAX: u64 = 2 * MIB as u64;
 /// Room of the pipe through which a worker serves long reads over a Unix socket, in bytes: what a process without
 /// privileges may have.
 pub const PIPE_ROOM: usize = MIB;
@@ -216,6 +218,11 @@ pub const WRITE_BACK_BYTES: u64 = 32 * MIB as u64;
 pub const WRITE_BACK_PERIOD: Duration = Duration::from_millis(200);
 /// A receiving disk never has more bytes than this written and not yet synced: writers wait.
 pub const UNSYNCED_MAX: u64 = 256 * MIB as u64;
+/// What was synced leaves the page cache when so much has been synced after it: by then its digests have been taken,
+/// unless the disk is faster than whoever hashes.
+pub const CACHED_BYTES: u64 = 128 * MIB as u64;
+/// ... or so many syncs have been.
+pub const WRITE_BACKS_CACHED: usize = 16;
 
 // ---- the mirror --------------------------------------------------------------------------------------------------
 
@@ -224,11 +231,6 @@ pub const REGION_MAX: usize = 512 * KIB;
 /// Most regions of one disk in flight at once, over all its connections.
 pub const REGIONS_IN_FLIGHT_MAX: usize = CONNECTIONS_PER_DISK_MAX * LANE_REGIONS_MAX;
 /// Most regions in flight on one connection of the mirror.
-/// What was synced leaves the page cache when so much has been synced after it: by then its digests have been taken,
-/// unless the disk is faster than whoever hashes.
-pub const CACHED_BYTES: u64 = 128 * MIB as u64;
-/// ... or so many syncs have been.
-pub const WRITE_BACKS_CACHED: usize = 16;
 pub const LANE_REGIONS_MAX: usize = 32;
 /// A run of zeroes inside a region travels as write-zeroes from this length on, in bytes.
 pub const ZERO_RUN_MIN: usize = 16 * KIB;
@@ -351,9 +353,9 @@ pub const DIGEST_PAUSE: Duration = Duration::from_micros(200);
 pub const ASSUMED_HASH_RATE: u64 = 500 * MIB as u64;
 
 const _: () = assert!(RECEIVE_BUFFER.is_multiple_of(DIRECT_ALIGN) && SLOT_BUFFER.is_multiple_of(DIRECT_ALIGN));
+const _: () = assert!(LONG_BUFFER.is_multiple_of(DIRECT_ALIGN) && LONG_SLOTS <= SLOTS);
 const _: () = assert!(WRITE_BACK_BYTES < UNSYNCED_MAX, "writers must not wait before the write-back begins");
 const _: () = assert!(DISKS_MAX <= CONNECTIONS_MAX - PHASE_CONNECTIONS_MAX, "each disk has a connection");
-const _: () = assert!(LONG_BUFFER.is_multiple_of(DIRECT_ALIGN) && LONG_SLOTS <= SLOTS);
 const _: () = assert!(REGION_MAX <= PAYLOAD_MAX as usize, "a region travels as one request");
 const _: () = assert!(CLAIMS_MAX <= REGIONS_IN_FLIGHT_MAX, "what is compared is held where copies are");
 const _: () = assert!(DIGESTS_MAX <= 32 && DIGESTS_MAX * 32 + 256 < FRAME_MAX, "an answer must fit a frame");
@@ -600,9 +602,9 @@ pub const COPY_SLOTS: usize = 16;
 pub const COPY_LANES: usize = 2;
 /// Bytes of a disk whose extents are asked for at once.
 pub const COPY_WINDOW: u64 = 256 * MIB as u64;
-/// Bytes that are read at once to be compared.
-pub const COPY_VERIFY_READ: usize = MIB;
 /// A copy has the kernel write back a file whenever it has written so much of it.
 pub const TRAIL_STEP: u64 = 8 * MIB as u64;
 /// ... and after so many times syncs it, and lets go of it in the page cache.
 pub const TRAIL_STEPS: u32 = 8;
+/// Bytes that are read at once to be compared.
+pub const COPY_VERIFY_READ: usize = MIB;

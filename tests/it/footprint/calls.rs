@@ -134,7 +134,7 @@ pub(super) const KNOWN: &[Call] = &[
     old("getsockname", "the port that a door got; who is at the other end"),
     old("getpeername", "who is at the other end"),
     old("getsockopt", "how a connection attempt ended; of what kind a socket is"),
-    old("setsockopt", "TCP_NODELAY, timeouts, keep-alive"),
+    old("setsockopt", "TCP_NODELAY, timeouts, keep-alive, send buffer"),
     old("sendto", "NBD, phases, control"),
     old("sendmsg", "NBD: header and payload at once"),
     old("recvfrom", "NBD, phases, control"),

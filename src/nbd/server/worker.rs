@@ -54,8 +54,8 @@ impl Worker {
         self.arrived.notify_one();
     }
 
-    /// Gives an idle worker a piece of a long WRITE, of which `receive` puts `length` bytes where the worker wants them;
-    /// `room` as above.
+    /// Gives an idle worker a piece of a long WRITE: `receive` puts `length` bytes where the worker wants them. `room`
+    /// as above.
     pub(super) fn give_received(
         &self,
         job: Job,

@@ -133,7 +133,7 @@ impl Hasher {
         }
         if self.sparing && read > 0 {
             let (start, _) = place(disk.size(), first);
-            disk.forget_range(start, end - start);
+            disk.forget_range(&(start..end));
         }
         Ok(read)
     }
@@ -151,7 +151,7 @@ impl Hasher {
         self.holds = (0, 0);
         // What had to be brought in for this alone does not stay in the host's page cache.
         if disk.read_and_tell(bytes, offset)? {
-            disk.forget_range(offset, wanted);
+            disk.forget_range(&(offset..offset + wanted));
         }
         self.holds = (offset, offset + wanted);
         Ok(())
@@ -176,7 +176,7 @@ impl Hasher {
             at += left as u64;
         }
         if brought_in {
-            disk.forget_range(offset, length);
+            disk.forget_range(&(offset..end));
         }
         Ok(*self.state.finalize().as_bytes())
     }

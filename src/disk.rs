@@ -10,6 +10,7 @@ mod remote;
 mod tests;
 
 use std::io::{Error, ErrorKind, Result};
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
@@ -54,6 +55,16 @@ pub fn server_of(path: &Path) -> std::result::Result<Option<NbdUri>, String> {
     match path.to_str().filter(|text| is_nbd(text)) {
         Some(text) => NbdUri::parse(text).map(Some),
         None => Ok(None),
+    }
+}
+
+/// The smallest range of a disk that holds both.
+#[must_use]
+pub fn around(a: &Range<u64>, b: &Range<u64>) -> Range<u64> {
+    match (a.is_empty(), b.is_empty()) {
+        (true, _) => b.clone(),
+        (_, true) => a.clone(),
+        _ => a.start.min(b.start)..a.end.max(b.end),
     }
 }
 
@@ -307,10 +318,10 @@ impl Disk {
         }
     }
 
-    /// Lets go of what the page cache holds of `length` bytes at `offset` and need not be written. Only a hint.
-    pub fn forget_range(&self, offset: u64, length: u64) {
+    /// Lets go of what the page cache holds of a range and need not be written. Only a hint.
+    pub fn forget_range(&self, range: &Range<u64>) {
         if let Kind::Image(image) = &self.0 {
-            image.forget_range(offset, length);
+            image.forget_range(range);
         }
     }
 

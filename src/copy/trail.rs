@@ -9,7 +9,7 @@
 use std::io::Result;
 use std::ops::Range;
 
-use crate::disk::Disk;
+use crate::disk::{Disk, around};
 use crate::limits::{TRAIL_STEP, TRAIL_STEPS};
 
 /// What was written through one end and may be in the page cache.
@@ -34,7 +34,7 @@ impl Trail {
         if self.bytes < TRAIL_STEP {
             return Ok(());
         }
-        forget(disk, &self.step);
+        disk.forget_range(&self.step);
         self.behind = around(&self.behind, &self.step);
         (self.step, self.bytes) = (0..0, 0);
         self.steps += 1;
@@ -48,20 +48,7 @@ impl Trail {
     pub(super) fn sync(&mut self, disk: &Disk) -> Result<()> {
         disk.flush()?;
         let Self { behind, step, .. } = std::mem::take(self);
-        forget(disk, &around(&behind, &step));
+        disk.forget_range(&around(&behind, &step));
         Ok(())
     }
-}
-
-/// The smallest range that holds both.
-fn around(a: &Range<u64>, b: &Range<u64>) -> Range<u64> {
-    match (a.is_empty(), b.is_empty()) {
-        (true, _) => b.clone(),
-        (_, true) => a.clone(),
-        _ => a.start.min(b.start)..a.end.max(b.end),
-    }
-}
-
-fn forget(disk: &Disk, range: &Range<u64>) {
-    disk.forget_range(range.start, range.end - range.start);
 }

@@ -8,6 +8,7 @@ use std::fmt;
 use std::hash::{DefaultHasher, Hasher};
 use std::io::{Error, ErrorKind, IoSlice, IoSliceMut, Result};
 use std::num::NonZeroU64;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -606,12 +607,12 @@ impl Image {
         let _ = rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed);
     }
 
-    /// Lets go of what the page cache holds of `length` bytes at `offset` and need not be written, and of what it may
-    /// hold together with the first of them: the kernel lets go of large folios only as a whole. Only a hint.
-    pub(super) fn forget_range(&self, offset: u64, length: u64) {
-        let start = offset - offset % FOLIO_MAX;
+    /// Lets go of what the page cache holds of a range and need not be written, and of what it may hold together with
+    /// the first of it: the kernel lets go of large folios only as a whole. Only a hint.
+    pub(super) fn forget_range(&self, range: &Range<u64>) {
+        let start = range.start - range.start % FOLIO_MAX;
         // A length of 0 would be all the rest of the file.
-        if let Some(length) = NonZeroU64::new(offset + length - start) {
+        if let Some(length) = NonZeroU64::new(range.end - start) {
             let _ = rustix::fs::fadvise(&self.file, start, Some(length), Advice::DontNeed);
         }
     }

@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use super::{Export, Gate};
+use crate::disk::around;
 use crate::limits::{CACHED_BYTES, WRITE_BACK_BYTES, WRITE_BACK_PERIOD, WRITE_BACKS_CACHED};
 
 /// What a migration has written, and nobody has synced yet.
@@ -30,11 +31,7 @@ impl Unsynced {
     pub(super) fn add(&mut self, offset: u64, length: u64) -> bool {
         let before = self.bytes;
         self.bytes += length;
-        self.range = if self.range.is_empty() {
-            offset..offset + length
-        } else {
-            self.range.start.min(offset)..self.range.end.max(offset + length)
-        };
+        self.range = around(&self.range, &(offset..offset + length));
         before < WRITE_BACK_BYTES && self.bytes >= WRITE_BACK_BYTES
     }
 
@@ -96,7 +93,7 @@ impl Export {
             self.wake(&inner);
             drop(inner);
             match synced {
-                Ok(()) => cached.add(bytes, range, |old| disk.forget_range(old.start, old.end - old.start)),
+                Ok(()) => cached.add(bytes, range, |old| disk.forget_range(&old)),
                 Err(error) => log::error!("write back: disk {}: {error}", self.name),
             }
             inner = self.lock();

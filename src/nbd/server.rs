@@ -458,7 +458,7 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
             let connection = self.connection;
             connection.add_piece(ticket);
             let job = Job::Piece { request: *request, ticket, offset, length: piece };
-            connection.workers[chosen].give_received(job, (piece, room), |buffer| self.take(buffer))?;
+            connection.workers[chosen].give(job, room, |buffer| self.take(&mut buffer[..piece]))?;
         }
         self.after_long = true;
         match self.connection.finish_piece(ticket, request) {
@@ -522,18 +522,18 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
     /// Hands a job, with the next `payload` bytes of the inbox, to an idle worker.
     fn dispatch(&mut self, job: Job, payload: usize) -> io::Result<()> {
         let connection = self.connection;
-        let read = matches!(&job, Job::Request(request) if request.command == wire::CMD_READ);
-        let long = matches!(&job, Job::Request(request) if request.length > SLOT_BUFFER as u64);
-        let long = read && long && connection.visit.disk().is_direct();
+        let read = match &job {
+            Job::Request(request) if request.command == wire::CMD_READ => request.length,
+            _ => 0,
+        };
+        let long = read > SLOT_BUFFER as u64 && connection.visit.disk().is_direct();
         let chosen = self.idle_worker(long)?;
-        let room = match (long, read || payload > 0) {
+        let room = match (long, read > 0 || payload > 0) {
             (true, _) => room_of(chosen),
             (false, true) => SLOT_BUFFER,
             (false, false) => 0,
         };
-        connection.workers[chosen].give(job, &self.inbox.bytes()[..payload], room);
-        self.inbox.skip(payload);
-        Ok(())
+        connection.workers[chosen].give(job, room, |buffer| self.take(&mut buffer[..payload]))
     }
 
     /// An idle worker; starts one if there is none yet, or waits for one.

@@ -40,13 +40,8 @@ impl Bench {
     }
 
     fn send(&mut self, command: u16, cookie: u64, offset: u64, length: u32, payload: &[u8]) {
-        let mut bytes = 0x2560_9513_u32.to_be_bytes().to_vec();
-        bytes.extend([0, 0]);
-        bytes.extend(command.to_be_bytes());
-        bytes.extend(cookie.to_be_bytes());
-        bytes.extend(offset.to_be_bytes());
-        bytes.extend(length.to_be_bytes());
-        bytes.extend(payload);
+        let request = Request { flags: 0, command, cookie, offset, length: u64::from(length) };
+        let bytes = [&request.encode(), payload].concat();
         self.client.write_all(&bytes).expect("sent");
     }
 

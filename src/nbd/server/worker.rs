@@ -43,27 +43,12 @@ struct Mail {
 }
 
 impl Worker {
-    /// Gives an idle worker a job, and the payload of a WRITE. `room` bytes of buffer are what the job needs.
-    pub(super) fn give(&self, job: Job, payload: &[u8], room: usize) {
+    /// Gives an idle worker a job. One that needs a buffer says how large; `fill` puts the payload of a WRITE there.
+    pub(super) fn give(&self, job: Job, room: usize, fill: impl FnOnce(&mut [u8]) -> io::Result<()>) -> io::Result<()> {
         let mut mail = locked(&self.mail);
         if room > 0 {
-            mail.room(room)[..payload.len()].copy_from_slice(payload);
+            fill(mail.room(room))?;
         }
-        mail.job = Some(job);
-        drop(mail);
-        self.arrived.notify_one();
-    }
-
-    /// Gives an idle worker a piece of a long WRITE: `receive` puts `length` bytes where the worker wants them. `room`
-    /// as above.
-    pub(super) fn give_received(
-        &self,
-        job: Job,
-        (length, room): (usize, usize),
-        receive: impl FnOnce(&mut [u8]) -> io::Result<()>,
-    ) -> io::Result<()> {
-        let mut mail = locked(&self.mail);
-        receive(&mut mail.room(room)[..length])?;
         mail.job = Some(job);
         drop(mail);
         self.arrived.notify_one();

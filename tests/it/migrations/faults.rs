@@ -302,7 +302,8 @@ fn standstill(writer: &Writer, migration: &mut Migration) -> (u32, Duration) {
 /// D6: whatever the link does before SEALED, the guest waits for a bounded time and goes on.
 #[test]
 fn a_link_that_dies_at_the_hand_over_stops_the_guest_for_a_bounded_time() {
-    // The final pass may take 5 s, SEALED 10 s; the rest is for a machine with other work.
+    // The final pass may take 5 s and SEALED 10 s; the rest is for a machine whose disk and cores have other work.
+    let limit = Duration::from_secs(20);
     let silent = |relay: &Relay, _: &Host| relay.fall_silent();
     let silent_and_cut = |relay: &Relay, a: &Host| {
         relay.fall_silent();
@@ -315,19 +316,21 @@ fn a_link_that_dies_at_the_hand_over_stops_the_guest_for_a_bounded_time() {
         relay.set_trap(Trap { message: message::SEAL, passes: true, then: Then::CutAndSilence });
     };
     type Blow = fn(&Relay, &Host);
-    // The silence may also fall behind the final pass, on SEAL.
-    let blows: [(&str, Blow, u64, bool); 3] = [
-        ("silent", silent, 13, false),
-        ("silent and cut", silent_and_cut, 13, false),
-        ("silent at SEAL", at_seal, 13, true),
+    let blows: [(&str, Blow, bool); 3] = [
+        ("silent", silent, false),
+        ("silent and cut", silent_and_cut, false),
+        ("silent at SEAL", at_seal, true),
     ];
     thread::scope(|scope| {
-        for (seed, (what, blow, limit, before)) in (74..).zip(blows) {
+        for (seed, (what, blow, before)) in (74..).zip(blows) {
             scope.spawn(move || {
                 let scene = Scene::begin(seed, &["--hold"]);
                 scene.migration.until_held();
                 if before {
                     blow(&scene.relay, &scene.pair.a);
+                } else {
+                    // A long way: nothing has been handed over yet when the blow falls.
+                    scene.relay.delay(Duration::from_millis(400));
                 }
                 scene.pair.a.ask(&["switch"]).well();
                 if !before {
@@ -350,7 +353,7 @@ fn a_link_that_dies_at_the_hand_over_stops_the_guest_for_a_bounded_time() {
                 eprintln!("{what}: the guest stood still {stops} times, at most {longest:?}");
                 migration.wait().aborted();
                 writer.until_more(20);
-                assert!(longest < Duration::from_secs(limit), "{what}: the guest waited for {longest:?}");
+                assert!(longest < limit, "{what}: the guest waited for {longest:?}");
                 let ledger = writer.finish();
                 watch.finish();
                 ledger.verify_file(&pair.at_a()).assert_whole();

@@ -111,6 +111,9 @@ pub const CONNECTION_STACK: usize = 256 * KIB;
 pub const STATUS_EXTENTS_MAX: usize = 128;
 /// Most connections through one door.
 pub const CONNECTIONS_MAX: usize = 64;
+/// A client over TCP that says nothing for so long is asked, by the kernel, whether its host is still there; one that is
+/// not keeps its place for about twice as long.
+pub const CLIENT_QUIET: Duration = Duration::from_secs(60);
 /// Connections of a migration door that are kept for the phases.
 pub const PHASE_CONNECTIONS_MAX: usize = 8;
 /// Connections that one export recommends to a client that asks for several.
@@ -476,6 +479,8 @@ const _: () = assert!(HANG_UP_POLL.as_millis() <= 200, "a client that goes away 
 
 /// Connections to the server behind one disk: as many requests are under way at once.
 pub const BACKEND_CONNECTIONS_MAX: usize = 8;
+/// How long one more connection to it may take to be made, while there are others.
+pub const BACKEND_MORE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Bytes that a server is asked about at once when it is asked for extents: what it says of more would be thrown away.
 pub const BACKEND_STATUS: u64 = 128 * MIB as u64;
 

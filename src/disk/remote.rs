@@ -2,7 +2,8 @@
 //!
 //! A [`Remote`] has a small pool of connections; a request takes one, and gives it back when it is answered. So several
 //! requests are in flight at once where the server says that a flush on one connection covers the others, and one after
-//! the other where it does not. `disk.rs` alone uses this file.
+//! the other where it does not. A server that takes fewer connections than that keeps those it took busy. `disk.rs`
+//! alone uses this file.
 //!
 //! **A connection that is lost.** A server that went may have taken with it what it had answered and not yet flushed,
 //! and whether a write without an answer will be done nobody knows; sending it again could undo what came after it. So
@@ -15,10 +16,14 @@
 use std::io::{Error, ErrorKind, Result};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 
 use super::{Access, Depths, Extent, OpenError};
 use crate::error::reason;
-use crate::limits::{BACKEND_CONNECTIONS_MAX, BACKEND_STATUS, CONNECT_TIMEOUT, LANE_SILENCE_MAX, SECTOR};
+use crate::limits::{
+    BACKEND_CONNECTIONS_MAX, BACKEND_MORE_TIMEOUT, BACKEND_STATUS, CONNECT_TIMEOUT, HANDSHAKE_TIMEOUT,
+    LANE_SILENCE_MAX, SECTOR,
+};
 pub use crate::nbd::client::ExportInfo;
 use crate::nbd::client::{Client, Lost, RequestError, Wants};
 use crate::nbd::wire;
@@ -50,17 +55,19 @@ pub(super) struct Remote {
     poisoned: AtomicBool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Pool {
     idle: Vec<Client>,
     /// Open, idle or at work.
     open: usize,
+    /// How many there may be: what the server says, or what it took when it did not take one more.
+    most: usize,
 }
 
 impl Remote {
     /// Opens an export and asks what it can do.
     pub(super) fn open(uri: &NbdUri, access: Access) -> std::result::Result<Self, OpenError> {
-        let mut client = dial(uri).map_err(|error| OpenError::Server(reason(&error)))?;
+        let mut client = dial(uri, HANDSHAKE_TIMEOUT).map_err(|error| OpenError::Server(reason(&error)))?;
         let info = *client.info();
         let lacks = |what: &str| OpenError::Server(format!("the server {what}"));
         if access != Access::ReadOnly && info.has(wire::FLAG_READ_ONLY) {
@@ -80,7 +87,7 @@ impl Remote {
         Ok(Self {
             uri: uri.clone(),
             info,
-            pool: Mutex::new(Pool { idle: vec![client], open: 1 }),
+            pool: Mutex::new(Pool { idle: vec![client], open: 1, most: info.connections(BACKEND_CONNECTIONS_MAX) }),
             dialled: AtomicU64::new(0),
             freed: Condvar::new(),
             odd: RwLock::new(()),
@@ -187,7 +194,7 @@ impl Remote {
     pub(super) fn flush(&self) -> Result<()> {
         let _one = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
         if self.is_poisoned() {
-            return Err(Error::other("an earlier sync failed"));
+            return Err(lost_unflushed());
         }
         let ended = self.ended.load(Ordering::Acquire);
         let begun = self.begun.load(Ordering::Acquire);
@@ -196,8 +203,13 @@ impl Remote {
         if done.is_err() {
             self.poison();
         }
-        self.give_back(client, matches!(done, Err(RequestError::Lost(_))));
+        self.give_back(client, &done);
         done.map_err(|error| told(&error))?;
+        // This server may be another one than the one that had what was to be flushed: whoever finds that a connection
+        // is gone, here in `take` or beside, says so before it dials.
+        if self.is_poisoned() {
+            return Err(lost_unflushed());
+        }
         // What was under way is not covered.
         if begun == ended {
             self.flushed.fetch_max(begun, Ordering::AcqRel);
@@ -211,9 +223,8 @@ impl Remote {
         loop {
             let mut client = self.take()?;
             let done = question(&mut client);
-            let lost = matches!(done, Err(RequestError::Lost(_)));
-            self.give_back(client, lost);
-            if !lost || !std::mem::take(&mut again) {
+            self.give_back(client, &done);
+            if !matches!(done, Err(RequestError::Lost(_))) || !std::mem::take(&mut again) {
                 return done.map_err(|error| told(&error));
             }
         }
@@ -236,7 +247,7 @@ impl Remote {
         self.begun.fetch_add(1, Ordering::AcqRel);
         let done = change(&mut client);
         // Before it has ended: or the flush of another thread could cover it.
-        self.give_back(client, matches!(done, Err(RequestError::Lost(_))));
+        self.give_back(client, &done);
         self.ended.fetch_add(1, Ordering::AcqRel);
         done.map_err(|error| told(&error))
     }
@@ -244,11 +255,6 @@ impl Remote {
     /// A connection that nobody uses: an idle one, a new one while there may be more, or the next that is given back.
     /// Everybody who has one is bounded by the silence that a client bears.
     fn take(&self) -> Result<Client> {
-        let most = if self.info.has(wire::FLAG_READ_ONLY) {
-            BACKEND_CONNECTIONS_MAX
-        } else {
-            self.info.connections(BACKEND_CONNECTIONS_MAX)
-        };
         let mut pool = self.lock();
         loop {
             while let Some(client) = pool.idle.pop() {
@@ -258,26 +264,49 @@ impl Remote {
                 pool.open -= 1;
                 self.lost();
             }
-            if pool.open < most {
-                pool.open += 1;
-                drop(pool);
-                return self.dial_again().inspect_err(|_| {
-                    self.lock().open -= 1;
-                    self.freed.notify_one();
-                });
+            if pool.open >= pool.most {
+                pool = self.freed.wait(pool).unwrap_or_else(PoisonError::into_inner);
+                continue;
             }
-            pool = self.freed.wait(pool).unwrap_or_else(PoisonError::into_inner);
+            // A server may take fewer than it says, and leave the others waiting: that is no reason to wait for long.
+            let patience = if pool.open == 0 { HANDSHAKE_TIMEOUT } else { BACKEND_MORE_TIMEOUT };
+            pool.open += 1;
+            drop(pool);
+            let error = match self.dial_again(patience) {
+                Ok(client) => return Ok(client),
+                Err(error) => error,
+            };
+            pool = self.lock();
+            pool.open -= 1;
+            if pool.open == 0 {
+                pool.most = self.info.connections(BACKEND_CONNECTIONS_MAX);
+                self.freed.notify_all();
+                return Err(error);
+            }
+            log::warn!("{}: {}; {} connections must do", self.uri, reason(&error), pool.open);
+            pool.most = pool.open;
+            self.freed.notify_all();
         }
     }
 
-    fn give_back(&self, client: Client, lost: bool) {
+    /// The end of a request, as far as it concerns its connection.
+    fn give_back<T>(&self, client: Client, done: &std::result::Result<T, RequestError>) {
+        let gone = match done {
+            Err(RequestError::Lost(_)) => "the connection is lost",
+            // Who says so wants to hear a goodbye, which dropping it is.
+            Err(RequestError::Server(_, error)) if error.errno == wire::ESHUTDOWN => "the server shuts down",
+            _ => "",
+        };
         let mut pool = self.lock();
-        if lost {
-            pool.open -= 1;
-            self.lost();
-            log::warn!("{}: the connection is lost", self.uri);
-        } else {
+        if gone.is_empty() {
             pool.idle.push(client);
+        } else {
+            pool.open -= 1;
+            if pool.open == 0 {
+                pool.most = self.info.connections(BACKEND_CONNECTIONS_MAX);
+            }
+            self.lost();
+            log::warn!("{}: {gone}", self.uri);
         }
         drop(pool);
         self.freed.notify_one();
@@ -291,8 +320,8 @@ impl Remote {
         }
     }
 
-    fn dial_again(&self) -> Result<Client> {
-        let client = dial(&self.uri)?;
+    fn dial_again(&self, patience: Duration) -> Result<Client> {
+        let client = dial(&self.uri, patience)?;
         self.dialled.fetch_add(1, Ordering::AcqRel);
         let (is, was) = (client.info(), &self.info);
         let same = is.size == was.size
@@ -307,12 +336,16 @@ impl Remote {
     }
 }
 
-fn dial(uri: &NbdUri) -> Result<Client> {
-    let socket = Arc::new(uri.address.connect(CONNECT_TIMEOUT)?);
-    let mut client = Client::connect(Arc::clone(&socket), &uri.export, WANTS).map_err(Error::other)?;
+fn dial(uri: &NbdUri, patience: Duration) -> Result<Client> {
+    let socket = Arc::new(uri.address.connect(CONNECT_TIMEOUT.min(patience))?);
+    let mut client = Client::connect_within(Arc::clone(&socket), &uri.export, WANTS, patience).map_err(Error::other)?;
     socket.set_keep_alive(LANE_SILENCE_MAX / 2);
     client.set_silence_max(LANE_SILENCE_MAX);
     Ok(client)
+}
+
+fn lost_unflushed() -> Error {
+    Error::other("an earlier sync failed, or the server went with what was not flushed")
 }
 
 /// The server's errno, which are the numbers of Linux; a dead connection is an I/O error.

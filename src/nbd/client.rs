@@ -25,10 +25,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::cause::Cause;
-use crate::limits::{CLIENT_RECEIVE_BUFFER, GOODBYE_TIMEOUT, SEND_BUFFER, SEND_COPY_MAX, SILENCE_MAX, WINDOW_MAX};
+use crate::limits::{
+    CLIENT_RECEIVE_BUFFER, GOODBYE_TIMEOUT, HANDSHAKE_TIMEOUT, SEND_BUFFER, SEND_COPY_MAX, SILENCE_MAX, WINDOW_MAX,
+};
 pub use crate::nbd::client_ask::{Described, Questions};
 pub use crate::nbd::client_calls::{Extent, RequestError};
-use crate::nbd::client_handshake::negotiate;
+use crate::nbd::client_handshake::negotiate_before;
 pub use crate::nbd::client_handshake::{
     ConnectError, ExportInfo, PhasesAnswer, Wants, offer_phases, offer_phases_before,
 };
@@ -102,7 +104,20 @@ impl Client {
     /// # Errors
     /// Why not; then the socket is shut down.
     pub fn connect(socket: Arc<Socket>, export: &str, wants: Wants<'_>) -> Result<Self, ConnectError> {
-        let info = match negotiate(&socket, export, wants) {
+        Self::connect_within(socket, export, wants, HANDSHAKE_TIMEOUT)
+    }
+
+    /// The same, with so long for the handshake.
+    ///
+    /// # Errors
+    /// As [`Client::connect`].
+    pub fn connect_within(
+        socket: Arc<Socket>,
+        export: &str,
+        wants: Wants<'_>,
+        time: Duration,
+    ) -> Result<Self, ConnectError> {
+        let info = match negotiate_before(&socket, export, wants, Instant::now() + time) {
             Ok(info) => info,
             Err(error) => {
                 socket.shutdown();

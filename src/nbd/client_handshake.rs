@@ -13,7 +13,7 @@ use std::time::Instant;
 use crate::cause::Cause;
 use crate::limits::{
     CONTEXT_LIST_MAX, CONTEXTS_MAX, EXPORT_NAME_MAX, HANDSHAKE_TIMEOUT, MINIMUM_BLOCK_MAX, OPTION_PAYLOAD_MAX,
-    OPTION_REPLIES_MAX, PARTS_MAX, PAYLOAD_MAX, PREFERRED_BLOCK, ZERO_PART_MAX,
+    OPTION_REPLIES_MAX, PARTS_MAX, PAYLOAD_MAX, PREFERRED_BLOCK, REGION_REQUESTS_MAX, ZERO_PART_MAX,
 };
 use crate::nbd::wire::{self, Fields, Greeting, OptionHead, OptionReply};
 use crate::socket::Socket;
@@ -112,6 +112,14 @@ impl ExportInfo {
         length.div_ceil(self.maximum_payload).max(1) as usize
     }
 
+    /// Most places of the window that `length` bytes take, in at most [`REGION_REQUESTS_MAX`] requests: each may end
+    /// with a part that is short.
+    #[must_use]
+    pub fn requests(&self, length: usize) -> usize {
+        let longest = usize::try_from(self.maximum_payload).unwrap_or(usize::MAX);
+        REGION_REQUESTS_MAX + if length > longest { length / longest } else { 0 }
+    }
+
     /// Longest WRITE of zeroes that stands for a part of a WRITE_ZEROES.
     pub(super) fn zero_part(&self) -> u32 {
         self.maximum_payload.min(ZERO_PART_MAX)
@@ -203,12 +211,13 @@ const OPENING: &str = "opening the export";
 const OPENING_OLD: &str = "opening the export by name";
 const PHASES: &str = "asking for the phase protocol";
 
-/// Leads the handshake up to transmission.
-pub(crate) fn negotiate(socket: &Socket, export: &str, wants: Wants<'_>) -> Result<ExportInfo, ConnectError> {
+#[cfg(test)]
+fn negotiate(socket: &Socket, export: &str, wants: Wants<'_>) -> Result<ExportInfo, ConnectError> {
     negotiate_before(socket, export, wants, Instant::now() + HANDSHAKE_TIMEOUT)
 }
 
-fn negotiate_before(
+/// Leads the handshake up to transmission.
+pub(super) fn negotiate_before(
     socket: &Socket,
     export: &str,
     wants: Wants<'_>,
@@ -271,6 +280,9 @@ pub(super) struct Haggling<'a> {
     /// What leaves with the next option: at first the client flags.
     out: Vec<u8>,
     payload: Vec<u8>,
+    /// A refusal of one export leaves the others to be asked about.
+    pub(super) asks_on: bool,
+    said_goodbye: bool,
 }
 
 /// Takes an option's reply and its data, or says what is wrong with them.
@@ -294,6 +306,8 @@ impl<'a> Haggling<'a> {
             no_zeroes: false,
             out: Vec::with_capacity(OPTION_PAYLOAD_MAX),
             payload: vec![0; OPTION_PAYLOAD_MAX],
+            asks_on: false,
+            said_goodbye: false,
         };
         let mut bytes = [0; wire::GREETING_LENGTH];
         haggling.receive(GREETING, &mut bytes)?;
@@ -458,14 +472,14 @@ impl<'a> Haggling<'a> {
                     self.payload = payload;
                     return Ok(None);
                 }
-                wire::REP_ERR_TLS_REQD => {
+                wire::REP_ERR_TLS_REQD if !self.asks_on => {
                     self.say_goodbye();
                     return Err(ConnectError::TlsRequired);
                 }
                 reply if head.is_error() => {
                     let text = Cause::from_peer(data);
                     self.payload = payload;
-                    if reply == wire::REP_ERR_SHUTDOWN {
+                    if reply == wire::REP_ERR_SHUTDOWN && !self.asks_on {
                         self.say_goodbye();
                         return Err(ConnectError::Refused { operation, reply, text });
                     }
@@ -480,6 +494,9 @@ impl<'a> Haggling<'a> {
 
     /// Ends the handshake as the specification wants it, as far as it can be done without waiting.
     pub(super) fn say_goodbye(&mut self) {
+        if std::mem::replace(&mut self.said_goodbye, true) {
+            return;
+        }
         let head = OptionHead { option: wire::OPT_ABORT, length: 0 }.encode();
         let _ = self.socket.send_nowait(&head, &[]);
     }

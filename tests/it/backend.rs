@@ -141,6 +141,63 @@ fn a_server_that_dies_with_what_was_not_flushed_is_told_at_every_flush() {
 }
 
 #[test]
+fn a_server_that_was_started_again_does_not_have_what_was_not_flushed() {
+    let folder = scratch();
+    let at = |name: &str| folder.path().join(name);
+    std::fs::write(at("disk.raw"), vec![7; 1 << 20]).expect("written");
+    let Some(mut backend) = Backend::start(&at("disk.raw"), "raw", &at("s.sock")) else { return };
+    let exported = Exported::start([format!("vda={}", backend.uri())]);
+    let mut client = Client::connect(exported.connect(), "vda", Wants::default()).expect("served");
+    client.write_all(0, &[2; 512]).expect("written");
+    backend.program.kill();
+    let _again = Backend::start(&at("disk.raw"), "raw", &at("s.sock")).expect("again");
+    // Nobody has noticed yet, and the server that is asked has nothing to flush.
+    let refused = client.flush().expect_err("what was not flushed may be lost");
+    assert!(refused.to_string().contains("EIO"), "{refused}");
+    client.flush().expect_err("for good");
+}
+
+/// As many requests at once as there may be connections, some of which nobody takes.
+fn all_are_served(exported: &Exported, writes: bool) {
+    std::thread::scope(|scope| {
+        for number in 0..6_u64 {
+            scope.spawn(move || {
+                let mut client = Client::connect(exported.connect(), "vda", Wants::default()).expect("served");
+                for turn in 0..50 {
+                    let offset = (number * 50 + turn) * 4096;
+                    if writes {
+                        client.write_all(offset, &[9; 4096]).expect("written");
+                    }
+                    let mut buffer = [0; 4096];
+                    client.read_exact(offset, &mut buffer).expect("read");
+                    assert_eq!(buffer, [if writes { 9 } else { 7 }; 4096]);
+                }
+                client.flush().expect("flushed");
+            });
+        }
+    });
+}
+
+#[test]
+fn a_server_that_takes_few_connections_is_no_error_for_anybody() {
+    let folder = scratch();
+    let at = |name: &str| folder.path().join(name);
+    std::fs::write(at("disk.raw"), vec![7; 2 << 20]).expect("written");
+    let Some(backend) = Backend::start_with(&at("disk.raw"), "raw", &at("s.sock"), &["--shared=2"]) else { return };
+    let exported = Exported::start([format!("vda={}", backend.uri())]);
+    all_are_served(&exported, true);
+    assert!(exported.log().contains("connections must do"), "it said that it takes several: {}", exported.log());
+    drop((exported, backend));
+    // It says of itself that it takes one.
+    let options = ["--shared=1", "--read-only"];
+    let Some(backend) = Backend::start_with(&at("disk.raw"), "raw", &at("r.sock"), &options) else { return };
+    std::fs::write(at("disk.raw"), vec![7; 2 << 20]).expect("written");
+    let exported = Exported::start([&format!("vda={}", backend.uri()), "--read-only"]);
+    all_are_served(&exported, false);
+    assert!(!exported.log().contains("connections must do"), "{}", exported.log());
+}
+
+#[test]
 fn a_server_that_cannot_be_a_disk_is_named() {
     let folder = scratch();
     let at = |name: &str| folder.path().join(name);

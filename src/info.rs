@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::error::{Problem, reason};
 use crate::limits::{CONNECT_TIMEOUT, INFO_TEXT_MAX};
-use crate::nbd::client::{Client, Described, ExportInfo, Questions, Wants};
+use crate::nbd::client::{Client, ConnectError, Described, ExportInfo, Questions, Wants};
 use crate::nbd::wire;
 use crate::socket::Socket;
 use crate::uri::NbdUri;
@@ -54,7 +54,8 @@ impl Shown {
 /// the server lists none, for its default export.
 ///
 /// # Errors
-/// The server cannot be reached or asked, or does not tell; what was shown before stands.
+/// The server cannot be reached or asked, or does not tell; what was shown stands. Of several exports that it refuses,
+/// the last one is returned and the others are warned of, after all that it tells about.
 pub fn ask(uri: &NbdUri, insecure_plaintext: bool, each: &mut dyn FnMut(&Shown)) -> Result<(), Problem> {
     let refuse = |uri: &NbdUri, cause: &dyn std::fmt::Display| Problem::refused("info", uri, cause);
     uri.address.check_plaintext("info", insecure_plaintext)?;
@@ -70,12 +71,23 @@ pub fn ask(uri: &NbdUri, insecure_plaintext: bool, each: &mut dyn FnMut(&Shown))
         }
     }
     let mut open = Vec::new();
+    let mut problems = Vec::new();
     for name in names {
         let here = uri.with_export(&name);
-        let told = questions.describe(&name).map_err(|error| refuse(&here, &error))?;
+        let told = match questions.describe(&name) {
+            Ok(told) => told,
+            // Of one export. The others are there nevertheless.
+            Err(error @ (ConnectError::Refused { .. } | ConnectError::TlsRequired)) => {
+                problems.push(refuse(&here, &error));
+                continue;
+            }
+            Err(error) => return Err(refuse(&here, &error)),
+        };
         let mut contexts = Vec::new();
         let mut take = |context: &str| contexts.push(context.to_owned());
-        questions.contexts(&name, &[], &mut take).map_err(|error| refuse(&here, &error))?;
+        if !questions.contexts(&name, &[], &mut take).map_err(|error| refuse(&here, &error))? {
+            contexts.clear();
+        }
         match told {
             Some(described) if described.info.size > 0 => each(&shown(here, described, contexts)),
             told => open.push((here, told, contexts)),
@@ -85,11 +97,19 @@ pub fn ask(uri: &NbdUri, insecure_plaintext: bool, each: &mut dyn FnMut(&Shown))
     drop(questions);
     drop(socket);
     for (here, told, contexts) in open {
-        let info = opened(&here)?;
+        let info = match opened(&here) {
+            Ok(info) => info,
+            Err(problem) => {
+                problems.push(problem);
+                continue;
+            }
+        };
         let (name, text) = told.map_or((None, None), |told| (told.name, told.text));
         each(&shown(here, Described { info, name, text }, contexts));
     }
-    Ok(())
+    let last = problems.pop();
+    problems.iter().for_each(|problem| log::warn!("{problem}"));
+    last.map_or(Ok(()), Err)
 }
 
 fn shown(uri: NbdUri, mut described: Described, contexts: Vec<String>) -> Shown {

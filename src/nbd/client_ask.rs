@@ -45,6 +45,7 @@ impl<'a> Questions<'a> {
     pub fn begin(socket: &'a Socket) -> Result<Self, ConnectError> {
         let mut haggling = Haggling::greet(socket, Instant::now() + HANDSHAKE_TIMEOUT)?;
         let structured = haggling.fixed && haggling.structured_replies()?;
+        haggling.asks_on = true;
         Ok(Self { haggling, structured })
     }
 
@@ -96,13 +97,14 @@ impl<'a> Questions<'a> {
                 Ok(Some(told))
             }
             Some(Refusal { reply: wire::REP_ERR_UNSUP, .. }) => Ok(None),
+            Some(Refusal { reply: wire::REP_ERR_TLS_REQD, .. }) => Err(ConnectError::TlsRequired),
             Some(Refusal { reply, text }) => Err(ConnectError::Refused { operation: DESCRIBING, reply, text }),
         }
     }
 
     /// Calls `each` for each metadata context of `export` that a query matches: a whole name, or what a server takes
     /// for several, as `base:` and `qemu:dirty-bitmap:`. Without a query, for all. `false` where the server has no
-    /// contexts.
+    /// contexts, or does not tell them: then what it has told does not count.
     ///
     /// # Errors
     /// The connection is dead, or the server has broken the protocol.

@@ -89,6 +89,32 @@ fn a_server_is_asked_for_everything() {
 }
 
 #[test]
+fn server_keeps_one_export_for_those_with_tls_and_tells_about_another() {
+    let question = b"\0\0\0\x01a\0\x03\0\x01\0\x02\0\x03".to_vec();
+    let script = vec![
+        (wire::OPT_INFO, question.clone(), vec![(wire::REP_ERR_TLS_REQD, Vec::new())]),
+        (wire::OPT_INFO, question.clone(), vec![(wire::REP_ERR_SHUTDOWN, Vec::new())]),
+        (
+            wire::OPT_LIST_META_CONTEXT,
+            b"\0\0\0\x01a\0\0\0\0".to_vec(),
+            vec![(wire::REP_META_CONTEXT, b"\0\0\0\0x:y".to_vec()), (wire::REP_ERR_TLS_REQD, Vec::new())],
+        ),
+        (
+            wire::OPT_INFO,
+            question,
+            vec![(wire::REP_INFO, wire::info_export(4096, 1).to_vec()), (wire::REP_ACK, Vec::new())],
+        ),
+    ];
+    // And one goodbye, at the end.
+    asked(script, |questions| {
+        assert!(matches!(questions.describe("a"), Err(ConnectError::TlsRequired)));
+        assert!(matches!(questions.describe("a"), Err(ConnectError::Refused { .. })));
+        assert!(!questions.contexts("a", &[], &mut |_| {}).unwrap(), "what it has told does not count");
+        assert_eq!(questions.describe("a").unwrap().unwrap().info.size, 4096);
+    });
+}
+
+#[test]
 fn server_without_fixed_newstyle_is_asked_nothing() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     theirs.write_all(&wire::greeting(2)).unwrap();

@@ -192,6 +192,21 @@ fn every_export_of_a_list_is_shown() {
 }
 
 #[test]
+fn one_export_that_is_refused_keeps_the_others_from_nobody() {
+    let folder = scratch();
+    let open = "open=if [ \"$3\" != b ]; then exit 0; fi; echo 'EPERM not for you' >&2; exit 1";
+    let list = "list_exports=printf 'NAMES\na\nb\nc\n'";
+    let arguments = ["eval", list, open, "get_size=echo 1M", "pread=exit 1"];
+    let Some((_server, uri)) = nbdkit(folder.path(), &arguments) else { return };
+    let told = info(&uri, &[]);
+    assert_eq!(told.code, Some(1), "{told:?}");
+    for name in ["a", "c"] {
+        assert!(told.stdout.contains(&format!("export '{name}':\n  size: 1048576")), "{told:?}");
+    }
+    assert!(!told.stdout.contains("export 'b'") && told.stderr.contains("/b?"), "{told:?}");
+}
+
+#[test]
 fn our_own_exports() {
     let folder = scratch();
     let images = ["a.img", "b.img"].map(|name| folder.path().join(name));

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 
 use super::Shared;
 use super::end::End;
-use crate::disk::{AlignedBuffer, is_zero};
+use crate::disk::AlignedBuffer;
 use crate::limits::{COPY_SLOTS, COPY_WINDOW};
 use crate::mirror::runs::Runs;
 use crate::nbd::client::Event;
@@ -211,14 +211,9 @@ impl Lane {
     fn pass_on(&mut self, number: usize, piece: Piece) -> Result<(), String> {
         let buffer = std::mem::take(&mut self.slots[number].buffer);
         let bytes = &buffer[..piece.length];
-        // Parts of a large block are no requests.
-        let passed = if self.block > crate::limits::GRANULARITY_MIN {
-            self.pass_run(bytes, piece.offset, is_zero(bytes))
-        } else {
-            Runs::new(bytes).try_for_each(|run| {
-                self.pass_run(&bytes[run.start..run.start + run.length], piece.offset + run.start as u64, run.zero)
-            })
-        };
+        let passed = Runs::new(bytes, self.block).try_for_each(|run| {
+            self.pass_run(&bytes[run.start..run.start + run.length], piece.offset + run.start as u64, run.zero)
+        });
         self.slots[number].buffer = buffer;
         passed
     }

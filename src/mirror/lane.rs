@@ -132,7 +132,7 @@ impl<'a> Lane<'a> {
 
     /// Whether another region can be sent, and `more` after it.
     fn has_room(&self, sink: &Sink, more: usize) -> bool {
-        let requests = sink.in_flight() + (1 + more) * REGION_REQUESTS_MAX;
+        let requests = sink.in_flight() + (1 + more) * sink.requests(self.buffer.len());
         self.flying + more < LANE_REGIONS_MAX && requests <= WINDOW_MAX
     }
 
@@ -191,7 +191,7 @@ impl<'a> Lane<'a> {
             self.heard = Instant::now();
         }
         let zeroes = sink.takes_zeroes();
-        for run in Runs::new(&self.buffer[..length]) {
+        for run in Runs::new(&self.buffer[..length], sink.block()) {
             let at = offset + run.start as u64;
             let cookie = (place * REGION_REQUESTS_MAX + flight.requests) as u64;
             flight.requests += 1;

@@ -17,11 +17,14 @@ pub(crate) struct Runs<'a> {
     bytes: &'a [u8],
     at: usize,
     made: usize,
+    /// One run, whatever it holds.
+    whole: bool,
 }
 
 impl<'a> Runs<'a> {
-    pub(crate) fn new(bytes: &'a [u8]) -> Self {
-        Self { bytes, at: 0, made: 0 }
+    /// Of bytes for somebody who takes no requests of less than `block` bytes: parts of a large block are none.
+    pub(crate) fn new(bytes: &'a [u8], block: u64) -> Self {
+        Self { bytes, at: 0, made: 0, whole: block > ZERO_STEP as u64 }
     }
 
     /// The next place from `from` on where a whole run of zeroes begins, and where it ends.
@@ -55,7 +58,7 @@ impl Iterator for Runs<'_> {
             return None;
         }
         self.made += 1;
-        let last = self.made == REGION_REQUESTS_MAX;
+        let last = self.whole || self.made == REGION_REQUESTS_MAX;
         let (end, zero) = match self.next_zeroes(start) {
             Some((0, end)) if end == self.bytes.len() => (end, true),
             _ if last => (self.bytes.len(), false),

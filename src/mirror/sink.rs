@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::cause::Cause;
+use crate::limits::REGION_REQUESTS_MAX;
 use crate::nbd::client::{Client, Event, Lost, ServerError, Submitted};
 use crate::nbd::wire;
 use crate::trunk::{Broken, Outlet};
@@ -30,6 +31,22 @@ impl Sink {
         match self {
             Self::Nbd(client) => client.has_hung_up(),
             Self::Stream(outlet) => outlet.has_hung_up(),
+        }
+    }
+
+    /// The least that the destination takes at once, in bytes.
+    pub(super) fn block(&self) -> u64 {
+        match self {
+            Self::Nbd(client) => u64::from(client.info().minimum_block),
+            Self::Stream(_) => 1,
+        }
+    }
+
+    /// Most requests that a region of so many bytes takes.
+    pub(super) fn requests(&self, length: usize) -> usize {
+        match self {
+            Self::Nbd(client) => client.info().requests(length),
+            Self::Stream(_) => REGION_REQUESTS_MAX,
         }
     }
 

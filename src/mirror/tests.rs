@@ -7,7 +7,7 @@ use super::runs::{Run, Runs};
 use crate::limits::{MIB, REGION_REQUESTS_MAX, ZERO_RUN_MIN};
 
 fn runs(bytes: &[u8]) -> Vec<Run> {
-    let found: Vec<_> = Runs::new(bytes).collect();
+    let found: Vec<_> = Runs::new(bytes, 512).collect();
     let mut at = 0;
     for run in &found {
         assert_eq!(run.start, at, "runs follow each other");

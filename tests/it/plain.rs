@@ -2,8 +2,13 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
+
+use blockferry::nbd::client::{Client, Wants};
+use blockferry::socket::Socket;
 
 use crate::backend::{Backend, qemu_img};
 use crate::harness::{Program, peer, scratch};
@@ -88,6 +93,53 @@ fn what_cannot_go_to_a_plain_server_is_refused_before_the_first_byte() {
     assert!(refused.stderr.contains("cannot be read back while it is written"), "{refused:?}");
     a.migrate(&kit, &[one.as_slice(), &["--verify", "none"]].concat()).well();
     assert_eq!(a.state(), "given");
+}
+
+#[test]
+fn a_server_with_large_blocks_or_small_payloads_gets_no_request_that_it_refuses() {
+    let folder = scratch();
+    let at = |name: &str| folder.path().join(name);
+    let Some(nbdkit) = peer("nbdkit") else { return };
+    // So large that a granule is 64 KiB: one of them has a hole in its middle.
+    let (large, small) = (300 << 30, 8 * MIB);
+    let cases: [(&str, u64, &[&str]); 3] = [
+        ("l", large, &["blocksize-minimum=64K", "blocksize-preferred=64K", "blocksize-maximum=1M"]),
+        ("s", small, &["blocksize-maximum=16K"]),
+        ("n", small, &["blocksize-maximum=4K"]),
+    ];
+    for (name, size, blocks) in cases {
+        let image = at(&format!("{name}.raw"));
+        let file = File::options().read(true).write(true).create_new(true).open(&image).expect("made");
+        file.set_len(size).expect("sparse");
+        let data: Vec<u8> = (0..MIB).map(|at| u8::try_from(at / 4096 % 255 + 1).expect("small")).collect();
+        for offset in [0, 3 * MIB + 4096, size - MIB] {
+            file.write_all_at(&data, offset).expect("written");
+            file.write_all_at(&[0; 20480], offset + 70_000).expect("written");
+        }
+        let socket = at(&format!("{name}.sock"));
+        let mut command = Command::new(&nbdkit);
+        command.args(["-f", "-U", text(&socket), "--filter=blocksize-policy", "memory", &size.to_string()]);
+        command.arg("blocksize-error-policy=error").args(blocks);
+        let mut program = Program::start(&mut command);
+        drop(program.connect_unix(&socket));
+        let uri = format!("nbd+unix:///?socket={}", socket.display());
+        let a = Host::owner(folder.path(), name, &[&format!("vda,file={}", image.display())]);
+        let moved = a.migrate(&uri, &["--plain"]);
+        if name == "n" {
+            assert_eq!(moved.code, Some(1), "{moved:?}");
+            assert!(moved.stderr.contains("takes no more than 4096 bytes at once"), "{moved:?}");
+            continue;
+        }
+        moved.well();
+        let socket = Arc::new(Socket::new(UnixStream::connect(&socket).expect("it listens").into()));
+        let mut client = Client::connect(socket, "", Wants::default()).expect("served");
+        for offset in [0, 3 * MIB, size - MIB] {
+            let (mut here, mut there) = (vec![0; 1 << 20], vec![1; 1 << 20]);
+            file.read_exact_at(&mut here, offset).expect("read");
+            client.read_exact(offset, &mut there).expect("read");
+            assert!(here == there, "{name}: {offset}");
+        }
+    }
 }
 
 #[test]

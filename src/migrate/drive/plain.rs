@@ -22,7 +22,7 @@ use crate::digest::Hasher;
 use crate::dirty::DirtyMap;
 use crate::disk::{Access, Cache, Content, Disk};
 use crate::export::Export;
-use crate::limits::{DIGEST_PAUSE, DIGESTS_MAX};
+use crate::limits::{DIGEST_PAUSE, DIGESTS_MAX, REGION_MAX, WINDOW_MAX};
 use crate::migrate::lanes::{Opened, connect_plain};
 use crate::mirror::{Ask, Bell, Failure};
 use crate::nbd::wire as nbd;
@@ -136,6 +136,9 @@ fn target(job: &Job, export: &Export, uri: NbdUri) -> Result<Target, String> {
     }
     if u64::from(info.minimum_block) > DirtyMap::granularity_for(size) {
         return Err(format!("{uri} takes no request of less than {} bytes", info.minimum_block));
+    }
+    if info.requests(REGION_MAX) > WINDOW_MAX {
+        return Err(format!("{uri} takes no more than {} bytes at once", info.maximum_payload));
     }
     let content = disk.content().map_err(|error| format!("{uri} cannot be read: {}", crate::error::reason(&error)))?;
     if content == Content::Data && !job.request.overwrite && !job.request.incremental {

@@ -3,6 +3,7 @@
 //! The only file of `copy` that writes. A file is read and written at once; an export has requests on their way, which
 //! `lane.rs` waits for.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use super::Side;
 use super::trail::Trail;
 use crate::disk::{Access, Cache, Content, Disk, OpenError};
 use crate::error::reason;
-use crate::limits::{CONNECT_TIMEOUT, COPY_ASK, COPY_PIECE, GRANULARITY_MIN, ZERO_REQUEST_MAX};
+use crate::limits::{CONNECT_TIMEOUT, COPY_ASK, COPY_PIECE, GRANULARITY_MIN, LANE_SILENCE_MAX, ZERO_REQUEST_MAX};
 use crate::nbd::client::{Client, Event, Submitted, Wants};
 use crate::nbd::wire;
 use crate::uri::NbdUri;
@@ -94,6 +95,9 @@ impl Opened {
                 Ok(Self { size: disk.size(), end: End::File(FileEnd::new(Arc::new(disk))), reads_as_zero, made })
             }
             Side::Nbd(uri) => {
+                if matches!(source, Side::Nbd(other) if other == uri) {
+                    return Err("is the source itself".to_owned());
+                }
                 let End::Nbd(mut client) = connect(uri)? else { return Err("is no export".to_owned()) };
                 let info = *client.info();
                 if info.has(wire::FLAG_READ_ONLY) {
@@ -118,6 +122,8 @@ impl Opened {
 
 fn connect(uri: &NbdUri) -> Result<End, String> {
     let socket = uri.address.connect(CONNECT_TIMEOUT).map_err(|error| reason(&error))?;
+    // Or a host that has lost its power would be waited for without end.
+    socket.set_keep_alive(LANE_SILENCE_MAX / 2);
     let client = Client::connect(Arc::new(socket), &uri.export, Wants::READING).map_err(|error| error.to_string())?;
     Ok(End::Nbd(Box::new(client)))
 }
@@ -207,6 +213,13 @@ impl End {
                 };
                 client.allocation(from, to - from, &mut tell).map_err(|error| error.to_string())
             }
+        }
+    }
+
+    /// Lets go of what is in the page cache of a file.
+    pub(super) fn forget(&self, range: &Range<u64>) {
+        if let Self::File(file) = self {
+            file.disk.forget_range(range);
         }
     }
 

@@ -22,7 +22,8 @@ pub(super) fn compare(here: &mut End, there: &mut End, size: u64, show: &mut dyn
             let ended = ended.clone();
             let thread = std::thread::Builder::new().name("verify".to_owned()).stack_size(CONNECTION_STACK);
             let work = move || {
-                let digest = digest(side, size, stop);
+                // Nobody has asked for the copy to be in the page cache.
+                let digest = digest(side, size, stop, number == 1);
                 if digest.is_err() {
                     stop.store(true, Ordering::Release);
                 }
@@ -44,7 +45,7 @@ pub(super) fn compare(here: &mut End, there: &mut End, size: u64, show: &mut dyn
     if ours == theirs { Ok(ours) } else { Err("verify: the copy differs from the source".to_owned()) }
 }
 
-fn digest(end: &mut End, size: u64, stop: &AtomicBool) -> Result<[u8; 32], String> {
+fn digest(end: &mut End, size: u64, stop: &AtomicBool, sparing: bool) -> Result<[u8; 32], String> {
     let mut hasher = blake3::Hasher::new();
     let mut buffer = AlignedBuffer::new(COPY_VERIFY_READ);
     let zeroes = vec![0; COPY_VERIFY_READ];
@@ -52,7 +53,10 @@ fn digest(end: &mut End, size: u64, stop: &AtomicBool) -> Result<[u8; 32], Strin
     let mut from = 0;
     while from < size && !stop.load(Ordering::Acquire) {
         let to = size.min(from + COPY_WINDOW);
-        end.extents(from, to, &mut |_, length, zero| extents.push((length, zero)))?;
+        end.extents(from, to, &mut |_, length, zero| match extents.last_mut() {
+            Some((before, same)) if *same == zero => *before += length,
+            _ => extents.push((length, zero)),
+        })?;
         let mut at = from;
         for (mut left, zero) in extents.drain(..) {
             while left > 0 {
@@ -67,6 +71,9 @@ fn digest(end: &mut End, size: u64, stop: &AtomicBool) -> Result<[u8; 32], Strin
                 at += length as u64;
                 left -= length as u64;
             }
+        }
+        if sparing {
+            end.forget(&(from..to));
         }
         from = to;
     }

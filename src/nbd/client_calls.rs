@@ -262,7 +262,9 @@ impl Client {
         length: u64,
     ) -> Result<(), RequestError> {
         let mut block = std::mem::take(&mut self.block);
-        block.resize(self.info.minimum_block as usize, 0);
+        // The last one of an export of an odd size ends with it.
+        let length_of_block = u64::from(self.info.minimum_block).min(self.info.size.saturating_sub(at));
+        block.resize(usize::try_from(length_of_block).unwrap_or_default(), 0);
         let place = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
         let done = self.read_exact(at, &mut block).and_then(|()| {
             let part = &mut block[place(from - at)..place(from - at + length)];

@@ -68,11 +68,25 @@ fn a_file_becomes_a_file_as_thin_as_it_can_be() {
 fn nothing_of_a_copy_stays_in_the_page_cache() {
     let folder = disk_scratch();
     let (source, there) = (image(folder.path()), folder.path().join("copy.img"));
-    copy(path(&source), path(&there), &[]).well();
-    match (cached_pieces(&source, SIZE), cached_pieces(&there, SIZE)) {
-        (Some(1..), Some(left)) => assert_eq!(left, 0, "pieces of the copy are cached"),
-        other => eprintln!("SKIP: this file system does not tell what is cached: {other:?}"),
+    for options in [&[][..], &["--verify"]] {
+        copy(path(&source), path(&there), options).well();
+        match (cached_pieces(&source, SIZE), cached_pieces(&there, SIZE)) {
+            (Some(1..), Some(left)) => assert_eq!(left, 0, "pieces of the copy are cached"),
+            other => eprintln!("SKIP: this file system does not tell what is cached: {other:?}"),
+        }
     }
+}
+
+#[test]
+fn the_last_block_of_an_export_of_an_odd_size_is_copied() {
+    let (folder, other) = (scratch(), scratch());
+    // None of them says how large its blocks are.
+    let Some((_from, source)) = nbdkit(folder.path(), &["pattern", "70000"]) else { return };
+    let Some((_to, there)) = nbdkit(other.path(), &["memory", "70000"]) else { return };
+    copy(&source, &there, &["--verify"]).well();
+    let refused = copy(&source, &source, &[]);
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    assert!(refused.stderr.contains("is the source itself"), "{refused:?}");
 }
 
 #[test]

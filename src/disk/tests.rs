@@ -139,6 +139,14 @@ fn a_file_that_became_shorter_is_an_error_and_not_zeroes() {
     let mut back = [0; 8192];
     assert!(disk.read(&mut back, 0).is_err());
     assert!(!disk.read_cached(&mut back, 0));
+    // Who asks for extents before reads, to leave holes out, must not take it for one.
+    let size = disk.size();
+    let mut at = 0;
+    while at < size {
+        let extent = disk.extent(at, size).expect("told");
+        assert!(!extent.hole || extent.offset + extent.length <= 4096, "{extent:?}");
+        at += extent.length;
+    }
 }
 
 #[test]

@@ -274,6 +274,12 @@ impl DirtyMap {
         self.answered.notify_all();
     }
 
+    /// Whether guest writes wait for their copies.
+    #[cfg(test)]
+    pub(crate) fn is_synchronous(&self) -> bool {
+        self.lock().waiters.on
+    }
+
     /// Takes the granules that somebody has waited for the longest and of which no copy is under way, at most
     /// `max_bytes`, and clears them (D2). They do not belong to a pass. What is being verified is taken too: that makes
     /// it unverified again, as a guest's write has done before (D14).

@@ -298,8 +298,10 @@ impl Mirror {
         let mut state = self.lock();
         state.failure.get_or_insert(failure);
         state.stop = true;
+        self.let_go(&mut state);
         drop(state);
         self.changed.notify_all();
+        self.map.ring();
     }
 
     /// Nobody can ask the destination just now, for this reason; `None`: somebody can again.

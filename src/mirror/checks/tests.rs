@@ -50,6 +50,14 @@ fn d14_a_region_that_nobody_has_touched_and_differs_ends_the_migration() {
 }
 
 #[test]
+fn d7_nobody_waits_for_a_mirror_that_has_failed() {
+    let bench = Bench::new();
+    bench.mirror.map.synchronous(true);
+    bench.differs();
+    assert!(!bench.mirror.map.is_synchronous());
+}
+
+#[test]
 fn d14_a_write_that_is_on_the_disk_and_not_marked_yet_explains_the_difference() {
     let bench = Bench::new();
     let admitted = bench.guest.admit(Patience::Now, 0, 512).expect("admitted");

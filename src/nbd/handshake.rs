@@ -598,7 +598,7 @@ fn parse_meta_context(data: &[u8]) -> Result<(&str, Queries), Refusal> {
     let count = fields.u32().ok_or(MALFORMED)?;
     let mut queries = Queries { none: count == 0, ..Queries::default() };
     for _ in 0..count {
-        let query = fields.string().ok_or(MALFORMED)?;
+        let query = fields.string().filter(|query| query.len() <= wire::STRING_MAX).ok_or(MALFORMED)?;
         queries.exact |= query == wire::BASE_ALLOCATION.as_bytes();
         queries.wildcard |= query == b"base:";
     }

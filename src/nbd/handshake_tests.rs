@@ -351,6 +351,11 @@ fn client_lies_about_inner_lengths() {
         for cut in 0..good.len() {
             assert_eq!(verdict(&mut stream, wire::OPT_SET_META_CONTEXT, &good[..cut]), wire::REP_ERR_INVALID, "{cut}");
         }
+        let long = "b".repeat(wire::STRING_MAX + 1);
+        assert_eq!(
+            verdict(&mut stream, wire::OPT_SET_META_CONTEXT, &context_data("sda", &[&long])),
+            wire::REP_ERR_INVALID
+        );
         let many = [&good[..7], &u32::MAX.to_be_bytes()].concat();
         assert_eq!(verdict(&mut stream, wire::OPT_SET_META_CONTEXT, &many), wire::REP_ERR_INVALID);
         assert_eq!(verdict(&mut stream, wire::OPT_GO, &info_data("sda", &[])), wire::REP_ACK);

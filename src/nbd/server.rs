@@ -32,8 +32,8 @@ use crate::dirty::Owed;
 use crate::disk::AlignedBuffer;
 use crate::export::{Door, Fault, Patience, Visit};
 use crate::limits::{
-    DIRECT_ALIGN, INLINE_READ_MAX, OWED_MAX, PAYLOAD_MAX, RECEIVE_BUFFER, REPLY_BUFFER, SLOT_BUFFER, SLOTS, SLOW_WRITE,
-    SLOW_WRITE_MEMORY, WORKER_STACK,
+    DIRECT_ALIGN, INLINE_READ_MAX, LONG_SLOTS, OWED_MAX, PAYLOAD_MAX, RECEIVE_BUFFER, REPLY_BUFFER, SLOT_BUFFER, SLOTS,
+    SLOW_WRITE, SLOW_WRITE_MEMORY, WORKER_STACK,
 };
 use crate::nbd::handshake::{Agreed, BASE_ALLOCATION_ID, Description};
 use crate::nbd::wire::{self, EXTENDED_REQUEST_LENGTH, Fields, REQUEST_LENGTH, Request};
@@ -433,25 +433,32 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
                 None => self.hand_out(request, ticket, offset, piece)?,
             }
         }
-        match self.connection.finish_piece(ticket, request) {
-            Some(error) => self.reply(request, error),
-            // A worker or the answerer finishes the last piece, and replies.
-            None => Ok(()),
+        self.finish(request, ticket)
+    }
+
+    /// The last piece of a WRITE is under way. Whoever finishes it replies: this thread, a worker, or the answerer. A
+    /// sync is a worker's.
+    fn finish(&mut self, request: &Request, ticket: usize) -> io::Result<()> {
+        if request.flags & wire::CMD_FLAG_FUA != 0 {
+            return self.dispatch(Job::Last { request: *request, ticket }, 0);
         }
+        self.connection.finish_piece(ticket, request).map_or(Ok(()), |error| self.reply(request, error))
     }
 
     /// The same where every write waits for the device: the workers get few and large pieces, and these are received
     /// where they are written from.
     fn write_long(&mut self, request: &Request, length: usize) -> io::Result<()> {
         let ticket = self.connection.open_ticket();
-        let mut done = 0;
+        let (mut done, mut patient) = (0, true);
         while done < length {
             if self.connection.has_failed(ticket) {
                 self.drain(length - done)?;
                 break;
             }
-            let chosen = self.idle_worker(true)?;
+            let chosen = self.idle_worker(patient)?;
             let (offset, room) = (request.offset + done as u64, room_of(chosen));
+            // Others have the large buffers, and for long.
+            patient &= chosen < LONG_SLOTS;
             let there = room.min(length - done);
             let piece = if done + there == length { there } else { up_to_page_end(offset, there) };
             done += piece;
@@ -461,10 +468,7 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
             connection.workers[chosen].give(job, room, |buffer| self.take(&mut buffer[..piece]))?;
         }
         self.after_long = true;
-        match self.connection.finish_piece(ticket, request) {
-            Some(error) => self.reply(request, error),
-            None => Ok(()),
-        }
+        self.finish(request, ticket)
     }
 
     /// The next bytes of a payload: from the inbox first, then from the socket.

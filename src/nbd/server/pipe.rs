@@ -74,6 +74,10 @@ impl Connection<'_> {
         let Some(pipe) = place.as_ref() else { return Ok(false) };
         let whole = !self.agreed.structured || request.flags & wire::CMD_FLAG_DF != 0;
         let end = request.offset + request.length;
+        // The one chunk of a READ with DF is whole before its head leaves; a simple reply can only end the connection.
+        if self.agreed.structured && whole && request.length > pipe.room as u64 {
+            return Ok(false);
+        }
         let (mut at, mut turn) = (request.offset, None);
         while at < end {
             let left = usize::try_from(end - at).unwrap_or(usize::MAX);
@@ -122,16 +126,21 @@ mod tests {
 
     const LENGTH: usize = 3 * MIB;
 
-    /// Reads `length` bytes at `offset` of a disk with `bytes`, whose file has shrunk to `left` meanwhile: what came of
-    /// it, and all that the client received.
-    fn answer(bytes: &[u8], left: u64, offset: u64, length: usize, structured: bool) -> (io::Result<bool>, Vec<u8>) {
+    /// An export of a disk with `bytes`, and where that is.
+    fn exported(bytes: &[u8]) -> (tempfile::TempDir, Arc<Export>) {
         let dir = tempfile::tempdir().expect("a scratch directory");
         let path = dir.path().join("a");
         std::fs::write(&path, bytes).expect("written");
         let disk = Disk::open(&path, Access::ReadWrite, Cache::Writeback).expect("opened");
-        let file = std::fs::File::options().write(true).open(&path).expect("opened");
+        (dir, Export::new("a", Some(Arc::new(disk)), false, Gate::Serving))
+    }
+
+    /// Reads `length` bytes at `offset` of a disk with `bytes`, whose file has shrunk to `left` meanwhile: what came of
+    /// it, and all that the client received.
+    fn answer(bytes: &[u8], left: u64, offset: u64, length: usize, structured: bool) -> (io::Result<bool>, Vec<u8>) {
+        let (dir, export) = exported(bytes);
+        let file = std::fs::File::options().write(true).open(dir.path().join("a")).expect("opened");
         file.set_len(left).expect("it shrinks");
-        let export = Export::new("a", Some(Arc::new(disk)), false, Gate::Serving);
         let (ours, mut theirs) = UnixStream::pair().expect("a pair");
         let socket = Arc::new(Socket::new(ours.into()));
         let visit = export.enter(Door::Guest, &socket).expect("let in");
@@ -179,6 +188,19 @@ mod tests {
             assert!(result.expect("sent"), "through the pipe");
             let (data, count) = chunks(&reply, offset);
             assert!(data == wanted && (count > 1 || length < MIB), "{count} chunks at {offset}");
+        }
+    }
+
+    #[test]
+    fn a_read_in_one_chunk_fits_the_pipe_or_goes_the_other_way() {
+        let (ours, _theirs) = UnixStream::pair().expect("a pair");
+        let (_dir, export) = exported(&pattern());
+        let visit = export.enter(Door::Guest, &Arc::new(Socket::new(ours.into()))).expect("let in");
+        let connection = Connection::new(&visit, Agreed { structured: true, extended: false, base_allocation: false });
+        for (room, length, fits) in [(65_536, 65_536, true), (65_536, 131_072, false)] {
+            let mut pipe = Some(Pipe { room, ..Pipe::new().expect("there are enough") });
+            let request = Request { flags: wire::CMD_FLAG_DF, command: wire::CMD_READ, cookie: 7, offset: 0, length };
+            assert_eq!(connection.read_uncopied(&request, &mut pipe).expect("answered"), fits, "{room}, {length}");
         }
     }
 

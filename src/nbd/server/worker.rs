@@ -77,6 +77,8 @@ pub(super) enum Job {
     Request(Request),
     /// Part of a larger WRITE: `length` bytes for `offset` are in the buffer.
     Piece { request: Request, ticket: usize, offset: u64, length: usize },
+    /// What is left of a larger WRITE when all of its pieces are under way: to sync, and to answer.
+    Last { request: Request, ticket: usize },
 }
 
 /// A WRITE that is done in pieces. Only the reader takes a ticket, and each piece under way is somewhere: there are
@@ -196,6 +198,7 @@ impl<'a> Connection<'a> {
                 }
                 self.reply_after_piece(*ticket, request)
             }
+            Job::Last { request, ticket } => self.reply_after_piece(*ticket, request),
             Job::Request(request) if request.command == wire::CMD_READ => {
                 let long = request.length > INLINE_READ_MAX as u64;
                 if long && self.uncopied.load(Ordering::Relaxed) && self.read_uncopied(request, pipe)? {

@@ -316,11 +316,8 @@ fn a_link_that_dies_at_the_hand_over_stops_the_guest_for_a_bounded_time() {
         relay.set_trap(Trap { message: message::SEAL, passes: true, then: Then::CutAndSilence });
     };
     type Blow = fn(&Relay, &Host);
-    let blows: [(&str, Blow, bool); 3] = [
-        ("silent", silent, false),
-        ("silent and cut", silent_and_cut, false),
-        ("silent at SEAL", at_seal, true),
-    ];
+    let blows: [(&str, Blow, bool); 3] =
+        [("silent", silent, false), ("silent and cut", silent_and_cut, false), ("silent at SEAL", at_seal, true)];
     thread::scope(|scope| {
         for (seed, (what, blow, before)) in (74..).zip(blows) {
             scope.spawn(move || {

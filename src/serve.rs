@@ -26,7 +26,9 @@ use crate::error::{Problem, reason};
 use crate::export::{Door, Export, Gate};
 use crate::guest::Guest;
 use crate::inherited;
-use crate::limits::{CONNECTION_STACK, HANG_UP_POLL, LANE_SILENCE_MAX, RELAYED_MAX, RESTART_LOOK, RESTART_PATIENCE};
+use crate::limits::{
+    CLIENT_QUIET, CONNECTION_STACK, HANG_UP_POLL, LANE_SILENCE_MAX, RELAYED_MAX, RESTART_LOOK, RESTART_PATIENCE,
+};
 use crate::listener::Listener;
 use crate::migrate::destination::{self, MigrationDirectory};
 use crate::migrate::{recover, settle};
@@ -113,6 +115,7 @@ fn open_guest_door(guest: &Arc<Guest>, listener: &Arc<Listener>) -> Result<(), P
     let guest = Arc::clone(guest);
     let exports: Vec<_> = guest.exports().cloned().collect();
     let opened = doors::open("guest", Arc::clone(listener), move |socket| {
+        socket.probe(CLIENT_QUIET);
         let fenced = || guest.why_fenced();
         let directory = GuestDirectory { exports: &exports, socket: &socket, fenced: &fenced };
         doors::serve_nbd("guest", &socket, &directory, |_| {});
@@ -215,6 +218,7 @@ fn entry(at: &DoorAt) -> Result<Entry, Problem> {
 }
 
 fn serve_export(exports: &[Arc<Export>], socket: &Arc<Socket>) {
+    socket.probe(CLIENT_QUIET);
     let fenced = || "this export is fenced".to_owned();
     let directory = GuestDirectory { exports, socket, fenced: &fenced };
     doors::serve_nbd("export", socket, &directory, |_| {});

@@ -337,15 +337,20 @@ impl Socket {
         Ok(sockopt::set_socket_timeout(&self.fd, Timeout::Send, timeout)?)
     }
 
-    /// Asks the kernel to notice a peer that has vanished: after `quiet` of silence it probes, and gives the
-    /// connection up after about twice that. Only TCP has this.
+    /// Asks the kernel to notice a peer that has vanished, and one that takes nothing any more: after `quiet` of
+    /// silence it probes, and gives the connection up after about twice that. Only TCP has this.
     pub fn set_keep_alive(&self, quiet: Duration) {
+        self.probe(quiet);
+        let total_ms = u32::try_from(quiet.as_millis() * 2).unwrap_or(u32::MAX);
+        let _ = sockopt::set_tcp_user_timeout(&self.fd, total_ms);
+    }
+
+    /// The same of a peer that may take its time as long as its host is there: a guest that is paused.
+    pub fn probe(&self, quiet: Duration) {
         let _ = sockopt::set_socket_keepalive(&self.fd, true);
         let _ = sockopt::set_tcp_keepidle(&self.fd, quiet);
         let _ = sockopt::set_tcp_keepintvl(&self.fd, quiet / 4);
         let _ = sockopt::set_tcp_keepcnt(&self.fd, 4);
-        let total_ms = u32::try_from(quiet.as_millis() * 2).unwrap_or(u32::MAX);
-        let _ = sockopt::set_tcp_user_timeout(&self.fd, total_ms);
     }
 }
 

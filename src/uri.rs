@@ -120,6 +120,11 @@ fn tcp(authority: &str) -> Result<Address, String> {
         Some(rest) => !rest.ends_with(']'),
         None => authority.contains(':'),
     };
+    // A port that is empty is none.
+    let (authority, has_port) = match authority.strip_suffix(':') {
+        Some(host) if has_port => (host.to_owned(), false),
+        _ => (authority, has_port),
+    };
     let place = if has_port { authority } else { format!("{authority}:{NBD_PORT}") };
     match Address::parse(&format!("tcp://{place}"))? {
         Address::Tcp { port: 0, .. } => Err("port 0 can be listened on only".to_owned()),
@@ -197,6 +202,8 @@ mod tests {
             ("nbd://example.com:10809/export", "tcp://example.com:10809", "export", "nbd://example.com/export"),
             ("nbd://b", "tcp://b:10809", "", "nbd://b/"),
             ("nbd://b/", "tcp://b:10809", "", "nbd://b/"),
+            ("nbd://b:/x", "tcp://b:10809", "x", "nbd://b/x"),
+            ("nbd://[::1]:/x", "tcp://[::1]:10809", "x", "nbd://[::1]/x"),
             ("nbd://b//disk", "tcp://b:10809", "/disk", "nbd://b//disk"),
             ("NBD+TCP://127.0.0.1:1/a%20b/c", "tcp://127.0.0.1:1", "a b/c", "nbd://127.0.0.1:1/a%20b/c"),
             ("nbd://b/%C3%a4+%3f", "tcp://b:10809", "ä+?", "nbd://b/%C3%A4%2B%3F"),
@@ -243,6 +250,7 @@ mod tests {
             ("nbd://h/x?x-new=1", "there is no parameter 'x-new', only socket="),
             ("nbd://h/x?socket=/y", "socket= belongs to nbd+unix:"),
             ("nbd:///x", "lacks a host: nbd://HOST[:PORT]/EXPORT"),
+            ("nbd://:/x", "'tcp://:10809' lacks a host: tcp://HOST:PORT"),
             ("nbd://h:0/x", "port 0 can be listened on only"),
             ("nbd://h:port/x", "'tcp://h:port': 'port' is not a port (0 to 65535)"),
             ("nbd://::1/x", "'tcp://::1': an IPv6 address stands in brackets: tcp://[IPV6]:PORT"),

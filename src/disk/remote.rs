@@ -57,11 +57,34 @@ pub(super) struct Remote {
 
 #[derive(Debug)]
 struct Pool {
-    idle: Vec<Client>,
-    /// Open, idle or at work.
+    idle: Vec<Connection>,
+    /// Idle, at work, or being opened.
     open: usize,
-    /// How many there may be: what the server says, or what it took when it did not take one more.
+    /// Those of them that are open, by number: the first is the oldest.
+    numbers: heapless::Vec<u64, BACKEND_CONNECTIONS_MAX>,
+    /// How many there may be: what the server says, or what it took when it did not take one more. As many again only
+    /// when none is left: to try it costs a request the time.
     most: usize,
+    /// Somebody waits for the oldest one.
+    flushing: bool,
+    /// How often nobody could be reached, and why the last time.
+    failures: (u64, String),
+}
+
+/// One connection, and its number: those that were opened later have higher ones.
+#[derive(Debug)]
+struct Connection {
+    number: u64,
+    client: Client,
+}
+
+/// Which connection a request takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Which {
+    Any,
+    /// A flush: behind a newer one there may be another server already, which has nothing to flush, while nobody has
+    /// noticed that the one with the writes is gone. The oldest one was there before they were.
+    Oldest,
 }
 
 impl Remote {
@@ -87,7 +110,14 @@ impl Remote {
         Ok(Self {
             uri: uri.clone(),
             info,
-            pool: Mutex::new(Pool { idle: vec![client], open: 1, most: info.connections(BACKEND_CONNECTIONS_MAX) }),
+            pool: Mutex::new(Pool {
+                idle: vec![Connection { number: 0, client }],
+                open: 1,
+                numbers: [0].into_iter().collect(),
+                most: info.connections(BACKEND_CONNECTIONS_MAX),
+                flushing: false,
+                failures: (0, String::new()),
+            }),
             dialled: AtomicU64::new(0),
             freed: Condvar::new(),
             odd: RwLock::new(()),
@@ -198,15 +228,15 @@ impl Remote {
         }
         let ended = self.ended.load(Ordering::Acquire);
         let begun = self.begun.load(Ordering::Acquire);
-        let mut client = self.take()?;
-        let done = client.flush();
+        let mut connection = self.take(Which::Oldest)?;
+        let done = connection.client.flush();
         if done.is_err() {
             self.poison();
         }
-        self.give_back(client, &done);
+        self.give_back(connection, &done);
         done.map_err(|error| told(&error))?;
-        // This server may be another one than the one that had what was to be flushed: whoever finds that a connection
-        // is gone, here in `take` or beside, says so before it dials.
+        // Where there was none left, this server may be another one than the one that had what was to be flushed: whoever
+        // finds that a connection is gone, here in `take` or beside, says so before it dials.
         if self.is_poisoned() {
             return Err(lost_unflushed());
         }
@@ -221,9 +251,9 @@ impl Remote {
     fn ask(&self, question: &mut dyn FnMut(&mut Client) -> std::result::Result<(), RequestError>) -> Result<()> {
         let mut again = true;
         loop {
-            let mut client = self.take()?;
-            let done = question(&mut client);
-            self.give_back(client, &done);
+            let mut connection = self.take(Which::Any)?;
+            let done = question(&mut connection.client);
+            self.give_back(connection, &done);
             if !matches!(done, Err(RequestError::Lost(_))) || !std::mem::take(&mut again) {
                 return done.map_err(|error| told(&error));
             }
@@ -243,54 +273,71 @@ impl Remote {
         } else {
             (None, Some(self.odd.write().unwrap_or_else(PoisonError::into_inner)))
         };
-        let mut client = self.take()?;
+        let mut connection = self.take(Which::Any)?;
         self.begun.fetch_add(1, Ordering::AcqRel);
-        let done = change(&mut client);
+        let done = change(&mut connection.client);
         // Before it has ended: or the flush of another thread could cover it.
-        self.give_back(client, &done);
+        self.give_back(connection, &done);
         self.ended.fetch_add(1, Ordering::AcqRel);
         done.map_err(|error| told(&error))
     }
 
     /// A connection that nobody uses: an idle one, a new one while there may be more, or the next that is given back.
-    /// Everybody who has one is bounded by the silence that a client bears.
-    fn take(&self) -> Result<Client> {
+    /// Everybody who has one is bounded by the silence that a client bears, and whoever waits while nobody can be
+    /// reached is told with the one who tried.
+    fn take(&self, which: Which) -> Result<Connection> {
         let mut pool = self.lock();
+        let failures = pool.failures.0;
         loop {
-            while let Some(client) = pool.idle.pop() {
-                if !client.has_hung_up() {
-                    return Ok(client);
-                }
-                pool.open -= 1;
-                self.lost();
+            if pool.failures.0 != failures {
+                return Err(Error::other(pool.failures.1.clone()));
             }
-            if pool.open >= pool.most {
+            while let Some(connection) = pool.pop(which) {
+                if !connection.client.has_hung_up() {
+                    return Ok(connection);
+                }
+                self.forget(&mut pool, connection.number);
+            }
+            let first = pool.open == 0;
+            // The first one is waited for before there are more.
+            if !first && (which == Which::Oldest || pool.numbers.is_empty() || pool.open >= pool.most) {
+                pool.flushing |= which == Which::Oldest;
                 pool = self.freed.wait(pool).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
             // A server may take fewer than it says, and leave the others waiting: that is no reason to wait for long.
-            let patience = if pool.open == 0 { HANDSHAKE_TIMEOUT } else { BACKEND_MORE_TIMEOUT };
+            let patience = if first { HANDSHAKE_TIMEOUT } else { BACKEND_MORE_TIMEOUT };
             pool.open += 1;
             drop(pool);
-            let error = match self.dial_again(patience) {
-                Ok(client) => return Ok(client),
-                Err(error) => error,
-            };
+            let dialled = self.dial_again(patience);
             pool = self.lock();
-            pool.open -= 1;
-            if pool.open == 0 {
-                pool.most = self.info.connections(BACKEND_CONNECTIONS_MAX);
-                self.freed.notify_all();
-                return Err(error);
+            match dialled {
+                Ok(connection) => {
+                    // There is room for each that is open.
+                    let _ = pool.numbers.push(connection.number);
+                    pool.numbers.sort_unstable();
+                    drop(pool);
+                    // Who waited for the first one may open more.
+                    self.freed.notify_all();
+                    return Ok(connection);
+                }
+                Err(error) => {
+                    pool.open -= 1;
+                    self.freed.notify_all();
+                    if pool.open == 0 {
+                        pool.most = self.info.connections(BACKEND_CONNECTIONS_MAX);
+                        pool.failures = (pool.failures.0 + 1, error.to_string());
+                        return Err(error);
+                    }
+                    log::warn!("{}: {}; {} connections must do", self.uri, reason(&error), pool.open);
+                    pool.most = pool.open;
+                }
             }
-            log::warn!("{}: {}; {} connections must do", self.uri, reason(&error), pool.open);
-            pool.most = pool.open;
-            self.freed.notify_all();
         }
     }
 
     /// The end of a request, as far as it concerns its connection.
-    fn give_back<T>(&self, client: Client, done: &std::result::Result<T, RequestError>) {
+    fn give_back<T>(&self, connection: Connection, done: &std::result::Result<T, RequestError>) {
         let gone = match done {
             Err(RequestError::Lost(_)) => "the connection is lost",
             // Who says so wants to hear a goodbye, which dropping it is.
@@ -298,18 +345,30 @@ impl Remote {
             _ => "",
         };
         let mut pool = self.lock();
+        let mut all = std::mem::take(&mut pool.flushing);
         if gone.is_empty() {
-            pool.idle.push(client);
+            pool.idle.push(connection);
         } else {
-            pool.open -= 1;
-            if pool.open == 0 {
-                pool.most = self.info.connections(BACKEND_CONNECTIONS_MAX);
-            }
-            self.lost();
+            self.forget(&mut pool, connection.number);
+            all |= pool.open == 0;
             log::warn!("{}: {gone}", self.uri);
         }
         drop(pool);
-        self.freed.notify_one();
+        if all {
+            self.freed.notify_all();
+        } else {
+            self.freed.notify_one();
+        }
+    }
+
+    /// A connection is gone.
+    fn forget(&self, pool: &mut Pool, number: u64) {
+        pool.open -= 1;
+        pool.numbers.retain(|other| *other != number);
+        if pool.open == 0 {
+            pool.most = self.info.connections(BACKEND_CONNECTIONS_MAX);
+        }
+        self.lost();
     }
 
     /// A connection is gone: with it perhaps what the server had not made durable.
@@ -320,19 +379,37 @@ impl Remote {
         }
     }
 
-    fn dial_again(&self, patience: Duration) -> Result<Client> {
+    fn dial_again(&self, patience: Duration) -> Result<Connection> {
         let client = dial(&self.uri, patience)?;
-        self.dialled.fetch_add(1, Ordering::AcqRel);
+        let number = self.dialled.fetch_add(1, Ordering::AcqRel) + 1;
         let (is, was) = (client.info(), &self.info);
         let same = is.size == was.size
             && is.transmission_flags == was.transmission_flags
             && is.minimum_block == was.minimum_block
             && is.maximum_payload == was.maximum_payload;
-        if same { Ok(client) } else { Err(Error::other("the server offers another export than before")) }
+        if same {
+            Ok(Connection { number, client })
+        } else {
+            Err(Error::other("the server offers another export than before"))
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Pool> {
         self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Pool {
+    /// An idle connection.
+    fn pop(&mut self, which: Which) -> Option<Connection> {
+        let oldest = self.numbers.first().copied();
+        match which {
+            Which::Any => self.idle.pop(),
+            Which::Oldest => {
+                let place = self.idle.iter().position(|connection| Some(connection.number) == oldest)?;
+                Some(self.idle.swap_remove(place))
+            }
+        }
     }
 }
 

@@ -2,13 +2,15 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use blockferry::nbd::client::{Client, Wants};
 
 use crate::exported::Exported;
-use crate::harness::{Program, output, peer, scratch};
+use crate::harness::{Program, output, peer, scratch, throughout, until};
 use crate::host::{Host, exactly_one_takes};
 use crate::json::Json;
+use crate::relay::{Kind, Relay};
 use crate::writer::Ledger;
 
 const MIB: u64 = 1 << 20;
@@ -155,6 +157,34 @@ fn a_server_that_was_started_again_does_not_have_what_was_not_flushed() {
     let refused = client.flush().expect_err("what was not flushed may be lost");
     assert!(refused.to_string().contains("EIO"), "{refused}");
     client.flush().expect_err("for good");
+}
+
+/// D9: a host that lost its power says nothing, and another one may have its address already.
+#[test]
+fn a_flush_is_not_answered_by_a_server_that_took_over_from_one_that_fell_silent() {
+    let folder = scratch();
+    let [first, second] = ["a.raw", "b.raw"].map(|name| {
+        std::fs::write(folder.path().join(name), vec![7; 1 << 20]).expect("written");
+        Exported::start([format!("vda={}", folder.path().join(name).display())])
+    });
+    let place = |exported: &Exported| exported.tcp("vda").replace("nbd://", "tcp://").replace("/vda", "");
+    let relay = Relay::to(&place(&first));
+    let front = Exported::start([format!("vda={}/vda", relay.address.replace("tcp://", "nbd://"))]);
+    let open = || Client::connect(front.connect(), "vda", Wants::default()).expect("served");
+    open().write_all(0, &[2; 512]).expect("written");
+    relay.silence_open(Kind::Data);
+    relay.lead_to(&place(&second));
+    std::thread::scope(|scope| {
+        // It has the one connection that there is, and hears nothing.
+        let reads = scope.spawn(|| open().read_exact(4096, &mut [0; 512]));
+        until("a read under way", || (relay.held_up() > 0).then_some(()));
+        let flushes = scope.spawn(|| open().flush());
+        throughout(Duration::from_secs(1), || assert!(!flushes.is_finished(), "nobody here has what was written"));
+        relay.cut_all();
+        reads.join().expect("no panic").expect("it is asked again");
+        let refused = flushes.join().expect("no panic").expect_err("what was not flushed may be lost");
+        assert!(refused.to_string().contains("EIO"), "{refused}");
+    });
 }
 
 /// As many requests at once as there may be connections, some of which nobody takes.

@@ -274,6 +274,12 @@ impl Relay {
         self.lock().connections.iter().filter(|c| c.hoards).map(|c| c.up.bytes).sum()
     }
 
+    /// How many bytes are on their way up on connections that are silent.
+    #[must_use]
+    pub(crate) fn held_up(&self) -> usize {
+        self.lock().connections.iter().filter(|c| c.silent).map(|c| c.up.bytes).sum()
+    }
+
     /// The source loses the connections that hoard; the destination keeps them, and what they hold is still to come.
     pub(crate) fn cut_hoarding_from_source(&self) {
         self.change(|state| {

@@ -247,6 +247,10 @@ impl Attachments {
             }
             _ => format!("its page cache cannot be written back: {}", reason(&error)),
         })?;
+        // That took a while. Who has come meanwhile may have written.
+        if let Some(user) = device.user() {
+            return Err(format!("is in use by {user}"));
+        }
         self.let_go(attached).map_err(|error| trouble(&error))?;
         drop(token);
         let free = wait_until_free(device, Instant::now() + DETACH_FREE_MAX);

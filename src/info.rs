@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::error::{Problem, reason};
 use crate::limits::{CONNECT_TIMEOUT, INFO_TEXT_MAX};
-use crate::nbd::client::{Client, ConnectError, Described, ExportInfo, Questions, Wants};
+use crate::nbd::client::{Client, ConnectError, Described, Questions, Wants};
 use crate::nbd::wire;
 use crate::socket::Socket;
 use crate::uri::NbdUri;
@@ -96,13 +96,18 @@ pub fn ask(uri: &NbdUri, insecure_plaintext: bool, each: &mut dyn FnMut(&Shown))
     // A server that knows no better may serve one client at a time.
     drop(questions);
     drop(socket);
+    // What a server tells who opens the export: one that knows no other way, or that says size 0 before, as nbd-server
+    // does of every export.
     for (here, told, contexts) in open {
-        let info = match opened(&here) {
-            Ok(info) => info,
-            Err(problem) => {
-                problems.push(problem);
+        let socket = Arc::new(connect(&here)?);
+        let info = match Client::connect(socket, &here.export, Wants::READING) {
+            Ok(client) => *client.info(),
+            // Closing is how a server refuses who asks by name.
+            Err(error @ (ConnectError::Refused { .. } | ConnectError::TlsRequired | ConnectError::Closed(_))) => {
+                problems.push(refuse(&here, &error));
                 continue;
             }
+            Err(error) => return Err(refuse(&here, &error)),
         };
         let (name, text) = told.map_or((None, None), |told| (told.name, told.text));
         each(&shown(here, Described { info, name, text }, contexts));
@@ -123,12 +128,4 @@ fn shown(uri: NbdUri, mut described: Described, contexts: Vec<String>) -> Shown 
 
 fn connect(uri: &NbdUri) -> Result<Socket, Problem> {
     uri.address.connect(CONNECT_TIMEOUT).map_err(|error| Problem::refused("info", uri, reason(&error)))
-}
-
-/// What a server tells who opens the export: one that knows no other way, or that says size 0 before, as nbd-server
-/// does of every export.
-fn opened(uri: &NbdUri) -> Result<ExportInfo, Problem> {
-    let client = Client::connect(Arc::new(connect(uri)?), &uri.export, Wants::READING)
-        .map_err(|error| Problem::refused("info", uri, error))?;
-    Ok(*client.info())
 }

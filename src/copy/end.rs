@@ -123,7 +123,7 @@ impl Opened {
 fn connect(uri: &NbdUri) -> Result<End, String> {
     let socket = uri.address.connect(CONNECT_TIMEOUT).map_err(|error| reason(&error))?;
     // Or a host that has lost its power would be waited for without end.
-    socket.set_keep_alive(LANE_SILENCE_MAX / 2);
+    socket.probe(LANE_SILENCE_MAX);
     let client = Client::connect(Arc::new(socket), &uri.export, Wants::READING).map_err(|error| error.to_string())?;
     Ok(End::Nbd(Box::new(client)))
 }

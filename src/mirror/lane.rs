@@ -130,10 +130,10 @@ impl<'a> Lane<'a> {
         }
     }
 
-    /// Whether another region can be sent, and `more` after it.
+    /// Whether another region can be sent, and `more` after it, and a flush.
     fn has_room(&self, sink: &Sink, more: usize) -> bool {
         let requests = sink.in_flight() + (1 + more) * sink.requests(self.buffer.len());
-        self.flying + more < LANE_REGIONS_MAX && requests <= WINDOW_MAX
+        self.flying + more < LANE_REGIONS_MAX && requests < WINDOW_MAX
     }
 
     /// Waits for its share of the bandwidth, collecting replies meanwhile, and serving whoever waits for a copy.

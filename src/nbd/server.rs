@@ -437,9 +437,9 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
     }
 
     /// The last piece of a WRITE is under way. Whoever finishes it replies: this thread, a worker, or the answerer. A
-    /// sync is a worker's.
+    /// sync is none of this thread's business.
     fn finish(&mut self, request: &Request, ticket: usize) -> io::Result<()> {
-        if request.flags & wire::CMD_FLAG_FUA != 0 {
+        if request.flags & wire::CMD_FLAG_FUA != 0 && !self.connection.leave_piece(ticket) {
             return self.dispatch(Job::Last { request: *request, ticket }, 0);
         }
         self.connection.finish_piece(ticket, request).map_or(Ok(()), |error| self.reply(request, error))

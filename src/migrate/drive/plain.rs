@@ -134,10 +134,11 @@ fn target(job: &Job, export: &Export, uri: NbdUri) -> Result<Target, String> {
     if disk.size() != size {
         return Err(format!("{uri} has {} bytes, and {size} at the source", disk.size()));
     }
-    if u64::from(info.minimum_block) > DirtyMap::granularity_for(size) {
+    let granularity = DirtyMap::granularity_for(size);
+    if u64::from(info.minimum_block) > granularity {
         return Err(format!("{uri} takes no request of less than {} bytes", info.minimum_block));
     }
-    if info.requests(REGION_MAX) > WINDOW_MAX {
+    if info.requests(REGION_MAX.max(usize::try_from(granularity).unwrap_or(usize::MAX))) >= WINDOW_MAX {
         return Err(format!("{uri} takes no more than {} bytes at once", info.maximum_payload));
     }
     let content = disk.content().map_err(|error| format!("{uri} cannot be read: {}", crate::error::reason(&error)))?;

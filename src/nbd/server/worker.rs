@@ -339,6 +339,14 @@ impl<'a> Connection<'a> {
         locked(&self.tickets)[ticket].error != 0
     }
 
+    /// One piece less, if it is not the last one.
+    pub(super) fn leave_piece(&self, ticket: usize) -> bool {
+        let entry = &mut locked(&self.tickets)[ticket];
+        let others = entry.open > 1;
+        entry.open -= usize::from(others);
+        others
+    }
+
     /// One piece less; the last one answers the whole write.
     pub(super) fn reply_after_piece(&self, ticket: usize, request: &Request) -> io::Result<()> {
         self.finish_piece(ticket, request).map_or(Ok(()), |error| self.reply(request, error))

@@ -235,8 +235,8 @@ impl Remote {
         }
         self.give_back(connection, &done);
         done.map_err(|error| told(&error))?;
-        // Where there was none left, this server may be another one than the one that had what was to be flushed: whoever
-        // finds that a connection is gone, here in `take` or beside, says so before it dials.
+        // Where none was left, this may be another server than the one that had what was to be flushed: whoever finds
+        // that a connection is gone, here in `take` or beside, says so before it dials.
         if self.is_poisoned() {
             return Err(lost_unflushed());
         }

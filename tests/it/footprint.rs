@@ -13,6 +13,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use blockferry::limits::SLOTS;
 use blockferry::nbd::client::{Client, Wants};
 
 use crate::exported::Exported;
@@ -26,10 +27,12 @@ const GIB: u64 = 1 << 30;
 /// Resident memory in KiB: idle, and at its highest while migrating a disk of any size.
 const IDLE_KIB: u64 = 2 * 1024;
 const MIGRATING_KIB: u64 = 16 * 1024;
-/// Threads of `serve` with three doors, of `export` with two, and of either side while one disk migrates.
+/// Threads of `serve` with three doors, and of `export` with two.
 const SERVE_THREADS: u64 = 6;
 const EXPORT_THREADS: u64 = 5;
-const MIGRATING_THREADS: u64 = 24;
+/// While one disk migrates: those of `serve`, a connection each for phases, digests and data, who writes back, and the
+/// workers of the connection with the data, if the disk is slow.
+const MIGRATING_THREADS: u64 = SERVE_THREADS + 4 + SLOTS as u64;
 /// Descriptors of `serve` with one disk and four doors.
 const SERVE_DESCRIPTORS: usize = 14;
 /// The disk that migrates: its size and what it holds.

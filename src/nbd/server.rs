@@ -439,10 +439,14 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
     /// The last piece of a WRITE is under way. Whoever finishes it replies: this thread, a worker, or the answerer. A
     /// sync is none of this thread's business.
     fn finish(&mut self, request: &Request, ticket: usize) -> io::Result<()> {
-        if request.flags & wire::CMD_FLAG_FUA != 0 && !self.connection.leave_piece(ticket) {
-            return self.dispatch(Job::Last { request: *request, ticket }, 0);
+        if request.flags & wire::CMD_FLAG_FUA == 0 {
+            return self.connection.finish_piece(ticket, request).map_or(Ok(()), |error| self.reply(request, error));
         }
-        self.connection.finish_piece(ticket, request).map_or(Ok(()), |error| self.reply(request, error))
+        if self.connection.leave_piece(ticket) {
+            Ok(())
+        } else {
+            self.dispatch(Job::Last { request: *request, ticket }, 0)
+        }
     }
 
     /// The same where every write waits for the device: the workers get few and large pieces, and these are received

@@ -40,7 +40,11 @@ impl Bench {
     }
 
     fn send(&mut self, command: u16, cookie: u64, offset: u64, length: u32, payload: &[u8]) {
-        let request = Request { flags: 0, command, cookie, offset, length: u64::from(length) };
+        self.send_flagged(0, command, cookie, offset, length, payload);
+    }
+
+    fn send_flagged(&mut self, flags: u16, command: u16, cookie: u64, offset: u64, length: u32, payload: &[u8]) {
+        let request = Request { flags, command, cookie, offset, length: u64::from(length) };
         let bytes = [&request.encode(), payload].concat();
         self.client.write_all(&bytes).expect("sent");
     }
@@ -82,6 +86,22 @@ fn reads_and_flushes_pass_long_and_short_writes_that_wait_at_the_gate() {
     let mut rest: Vec<u64> = (0..5).map(|_| bench.reply(length).0).collect();
     rest.sort_unstable();
     assert_eq!(rest, [1, 2, 3, 4, 5]);
+    bench.end();
+}
+
+#[test]
+fn a_long_write_with_fua_is_answered_when_its_last_piece_is_done() {
+    let Some(mut bench) = Bench::new() else { return };
+    let quiesced = quiesce(&[Arc::clone(&bench.export)], Instant::now() + Duration::from_secs(5)).expect("at rest");
+    bench.send_flagged(wire::CMD_FLAG_FUA, wire::CMD_WRITE, 1, 0, MIB, &vec![8; MIB as usize]);
+    // Read behind it: by then all of its pieces wait at the gate.
+    bench.send(wire::CMD_READ, 2, u64::from(4 * MIB), 4096, &[]);
+    let length = |cookie| if cookie == 2 { 4096 } else { 0 };
+    assert_eq!(bench.reply(length).0, 2);
+    drop(quiesced);
+    assert_eq!(bench.reply(length).0, 1);
+    bench.send(wire::CMD_READ, 2, u64::from(MIB) - 4096, 4096, &[]);
+    assert_eq!(bench.reply(length), (2, vec![8; 4096]));
     bench.end();
 }
 

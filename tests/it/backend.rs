@@ -114,19 +114,29 @@ fn a_raw_disk_moves_into_an_empty_qcow2_and_back() {
     exactly_one_takes("vda", 512, &a, &b);
 }
 
+/// `qemu-nbd` with a raw image in `folder`.
+fn raw_backend(folder: &Path) -> Option<Backend> {
+    Backend::start(&folder.join("disk.raw"), "raw", &folder.join("s.sock"))
+}
+
+/// The same with 1 MiB of sevens, our export of it, and a client of that.
+fn behind_qemu_nbd(folder: &Path) -> Option<(Backend, Exported, Client)> {
+    std::fs::write(folder.join("disk.raw"), vec![7; 1 << 20]).expect("written");
+    let backend = raw_backend(folder)?;
+    let exported = Exported::start([format!("vda={}", backend.uri())]);
+    let client = Client::connect(exported.connect(), "vda", Wants::default()).expect("served");
+    Some((backend, exported, client))
+}
+
 #[test]
 fn a_server_that_dies_with_what_was_not_flushed_is_told_at_every_flush() {
     let folder = scratch();
-    let at = |name: &str| folder.path().join(name);
-    std::fs::write(at("disk.raw"), vec![7; 1 << 20]).expect("written");
-    let Some(mut backend) = Backend::start(&at("disk.raw"), "raw", &at("s.sock")) else { return };
-    let exported = Exported::start([format!("vda={}", backend.uri())]);
-    let mut client = Client::connect(exported.connect(), "vda", Wants::default()).expect("served");
+    let Some((mut backend, exported, mut client)) = behind_qemu_nbd(folder.path()) else { return };
     client.write_all(4096, &[1; 4096]).expect("written");
     client.flush().expect("flushed");
     // Nothing is unflushed: a restart of the server goes unnoticed.
     backend.program.kill();
-    let mut backend = Backend::start(&at("disk.raw"), "raw", &at("s.sock")).expect("again");
+    let mut backend = raw_backend(folder.path()).expect("again");
     let mut buffer = [0; 8192];
     client.read_exact(0, &mut buffer).expect("read over a new connection");
     assert_eq!((buffer[0], buffer[4096]), (7, 1));
@@ -134,7 +144,7 @@ fn a_server_that_dies_with_what_was_not_flushed_is_told_at_every_flush() {
     backend.program.kill();
     let refused = client.write_all(8192, &[3; 512]).expect_err("nobody is there");
     assert!(refused.to_string().contains("EIO"), "{refused}");
-    let _again = Backend::start(&at("disk.raw"), "raw", &at("s.sock")).expect("again");
+    let _again = raw_backend(folder.path()).expect("again");
     client.read_exact(0, &mut buffer).expect("it can be read");
     let refused = client.flush().expect_err("what was not flushed may be lost");
     assert!(refused.to_string().contains("EIO"), "{refused}");
@@ -145,14 +155,10 @@ fn a_server_that_dies_with_what_was_not_flushed_is_told_at_every_flush() {
 #[test]
 fn a_server_that_was_started_again_does_not_have_what_was_not_flushed() {
     let folder = scratch();
-    let at = |name: &str| folder.path().join(name);
-    std::fs::write(at("disk.raw"), vec![7; 1 << 20]).expect("written");
-    let Some(mut backend) = Backend::start(&at("disk.raw"), "raw", &at("s.sock")) else { return };
-    let exported = Exported::start([format!("vda={}", backend.uri())]);
-    let mut client = Client::connect(exported.connect(), "vda", Wants::default()).expect("served");
+    let Some((mut backend, _exported, mut client)) = behind_qemu_nbd(folder.path()) else { return };
     client.write_all(0, &[2; 512]).expect("written");
     backend.program.kill();
-    let _again = Backend::start(&at("disk.raw"), "raw", &at("s.sock")).expect("again");
+    let _again = raw_backend(folder.path()).expect("again");
     // Nobody has noticed yet, and the server that is asked has nothing to flush.
     let refused = client.flush().expect_err("what was not flushed may be lost");
     assert!(refused.to_string().contains("EIO"), "{refused}");

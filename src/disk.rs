@@ -7,7 +7,7 @@
 mod image;
 mod remote;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::io::{Error, ErrorKind, Result};
 use std::ops::Range;

@@ -1,7 +1,7 @@
 //! What a disk promises, on a real file system.
 
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::{Access, AlignedBuffer, Cache, Content, Disk, OpenError, is_zero, place_beside};
 use crate::limits::MIB;
@@ -21,6 +21,17 @@ fn image_of(disk: &Disk) -> &super::Image {
         super::Kind::Image(image) => image,
         super::Kind::Remote(_) => panic!("a server"),
     }
+}
+
+/// How many bytes of a file are in the page cache, as somebody else's program tells; `None`, said aloud, without that.
+pub(crate) fn cached(path: &Path) -> Option<u64> {
+    // To look by reading would bring in what is looked for.
+    let mut fincore = std::process::Command::new("fincore");
+    let Ok(told) = fincore.args(["--bytes", "--noheadings", "--output", "RES"]).arg(path).output() else {
+        eprintln!("SKIP: fincore missing");
+        return None;
+    };
+    Some(String::from_utf8(told.stdout).expect("a number").trim().parse().expect("a number"))
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::{Door, Export, Fault, Gate, Patience, Visit, quiesce};
 use crate::dirty::DirtyMap;
+use crate::disk::tests::cached;
 use crate::disk::{Cache, Disk};
 use crate::limits::{CACHED_BYTES, WRITE_BACK_BYTES};
 use crate::socket::Socket;
@@ -251,17 +252,12 @@ fn what_was_synced_a_while_ago_leaves_the_page_cache() {
     let dir = tempfile::tempdir_in(".").expect("on a real file system");
     let batches = 2 + CACHED_BYTES / WRITE_BACK_BYTES;
     let size = batches * WRITE_BACK_BYTES;
-    let disk = Arc::new(Disk::create(&dir.path().join("disk"), size, Cache::Writeback).expect("created"));
-    let export = Export::new("vda", Some(Arc::clone(&disk)), false, Gate::Receiving);
+    let path = dir.path().join("disk");
+    let disk = Disk::create(&path, size, Cache::Writeback).expect("created");
+    let export = Export::new("vda", Some(Arc::new(disk)), false, Gate::Receiving);
     let (ours, _source) = UnixStream::pair().expect("a socket pair");
     let mirror = export.enter(Door::Migration, &Arc::new(Socket::new(ours.into()))).expect("let in");
     let piece = vec![1; usize::try_from(WRITE_BACK_BYTES / 4).expect("small")];
-    let is_cached = |batch: u64| disk.read_cached(&mut [0; 4096], batch * WRITE_BACK_BYTES);
-    disk.write(&piece, 0, false).expect("written");
-    if !is_cached(0) {
-        eprintln!("SKIP: this file system does not tell what is cached");
-        return;
-    }
     let writer = Arc::clone(&export);
     let thread = std::thread::spawn(move || writer.write_back());
     for batch in 0..batches {
@@ -275,14 +271,11 @@ fn what_was_synced_a_while_ago_leaves_the_page_cache() {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
-    let deadline = soon();
-    while is_cached(0) {
-        assert!(Instant::now() < deadline, "the first batch stays");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    assert!(is_cached(batches - 1), "whoever hashes the last batch finds it there");
     export.set_gate(Gate::Sealed);
     thread.join().expect("no panic");
+    let Some(left) = cached(&path) else { return };
+    assert!(left < size, "the first batch leaves");
+    assert!(left >= CACHED_BYTES, "whoever hashes the last batches finds them there: {left}");
 }
 
 #[test]

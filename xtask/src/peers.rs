@@ -26,6 +26,8 @@ const PEERS: &[(&str, &[&str])] = &[
     // What the fault harness makes its file systems and networks with.
     ("mkfs.ext4", &["e2fsprogs"]),
     ("ip", &["iproute2"]),
+    // Tells what is in the page cache. Debian 11 has it in util-linux.
+    ("fincore", &["util-linux-extra", "util-linux"]),
     ("qemu-system-x86_64", &["qemu-system-x86"]),
     // The service manager's own program that opens sockets and passes them on.
     ("systemd-socket-activate", &["systemd"]),
@@ -71,7 +73,7 @@ mod tests {
         assert_eq!(packages(0, |_| true), Vec::<&str>::new());
         assert_eq!(packages(0, |program| program != "qemu-io"), ["qemu-utils"]);
         let all = "nbdkit libnbd-bin python3-libnbd python3 nbd-server nbd-client fio qemu-utils strace e2fsprogs \
-                   iproute2 qemu-system-x86 systemd";
+                   iproute2 util-linux-extra qemu-system-x86 systemd";
         assert_eq!(packages(0, |_| false).join(" "), all);
     }
 

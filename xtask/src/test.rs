@@ -16,6 +16,9 @@ const WHOLE: Duration = Duration::from_secs(22 * 60);
 /// How long one step may take. The build and apt have limits of their own below it.
 const STEP: Duration = Duration::from_secs(14 * 60);
 
+/// How many tests run at once, for each core. With two, the integration tests take 0.6 of the time on two cores.
+const TESTS_PER_CORE: usize = 2;
+
 /// `cargo xtask test [--quick]`.
 pub(crate) fn main(arguments: &[String]) -> Result<()> {
     let quick = match arguments {
@@ -129,6 +132,9 @@ pub(crate) fn cargo_test_command(executable: Option<&Path>) -> Result<Command> {
     if util::is_ci() {
         cargo.env("BLOCKFERRY_REQUIRE_PEERS", "1");
     }
+    // Most tests wait for something most of the time.
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    cargo.env("RUST_TEST_THREADS", (cores * TESTS_PER_CORE).to_string());
     match executable {
         Some(executable) => cargo.env("BLOCKFERRY_BIN", executable),
         None => cargo.env_remove("BLOCKFERRY_BIN"),

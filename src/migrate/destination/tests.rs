@@ -313,7 +313,9 @@ fn m11_a_guest_write_before_the_hand_over_ends_the_attempt() {
     let (ours, _vmm) = pair();
     let visit = bench.export().enter(Door::Guest, &ours).expect("let in");
     assert!(matches!(visit.write(Patience::Now, 0, &[5; 512], false), Err(Fault::NotPermitted)));
+    let left = leave_when_ended(visit);
     assert!(matches!(bench.seal(1), Message::Failed { .. }));
+    left.join().expect("it was ended");
     assert_eq!(bench.export().gate(), Gate::Incoming);
 }
 

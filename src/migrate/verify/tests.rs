@@ -73,6 +73,8 @@ impl Bench {
         let mirror = Arc::clone(&checker.disks[0].mirror);
         let stop = Arc::clone(&checker.stop);
         let watched = Arc::clone(&mirror);
+        let over = AtomicBool::new(false);
+        let is_over = &over;
         let ended = thread::scope(|scope| {
             scope.spawn(move || {
                 let mut hasher = Hasher::default();
@@ -94,6 +96,7 @@ impl Bench {
                 while began.elapsed() < Duration::from_secs(5)
                     && watched.counts().unverified > 0
                     && watched.failure().is_none()
+                    && !is_over.load(Ordering::Acquire)
                 {
                     thread::yield_now();
                 }
@@ -107,7 +110,7 @@ impl Bench {
             drop(questions);
             // The peer's thread ends with the connection.
             link.socket().shutdown();
-            checker.stop.store(true, Ordering::Release);
+            over.store(true, Ordering::Release);
             ended
         });
         drop(dir);

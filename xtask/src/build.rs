@@ -177,14 +177,19 @@ fn compile(target: Target, way: Way, package: &str, target_dir: &Path) -> Result
     Ok(built_in.join(target.name).join("release").join(package))
 }
 
+/// What every linker is told; see there. Cargo runs the compiler in the workspace's root, so there are no blanks.
+pub(crate) const LINK: &str = "-Clink-arg=-Txtask/src/link.ld";
+
 /// The cargo in use. For a machine of another kind it links with lld and the toolchain's own start files: `cc` of this
 /// machine could not.
 fn toolchain_cargo(target: Target) -> Result<Command> {
     let mut cargo = util::cargo()?;
+    let mut flags = LINK.to_owned();
     if !target.is_native() {
         cargo.env(target.variable("LINKER"), build_debian::linker()?);
-        cargo.env(target.variable("RUSTFLAGS"), "-Clinker-flavor=ld.lld -Clink-self-contained=yes");
+        flags.push_str(" -Clinker-flavor=ld.lld -Clink-self-contained=yes");
     }
+    cargo.env(target.variable("RUSTFLAGS"), flags);
     Ok(cargo)
 }
 

@@ -4,6 +4,7 @@
 //! installed for that architecture: two packages are fetched with an apt state of their own under the target
 //! directory, unpacked there, and lld links. No C compiler for the other architecture is needed.
 
+use crate::build::LINK;
 use crate::target::Target;
 use crate::unwinder;
 use crate::util::{self, Error, Output, QUESTION, Result};
@@ -48,7 +49,7 @@ pub(crate) fn cargo(target: Target, target_dir: &Path) -> Result<Command> {
             cargo.env_remove(name);
         }
     }
-    let flags = [vec![format!("-Lnative={}", folder.display())], flags].concat();
+    let flags = [vec![format!("-Lnative={}", folder.display()), LINK.to_owned()], flags].concat();
     cargo
         .env("RUSTC_BOOTSTRAP", "1")
         .env("RUSTC", "/usr/bin/rustc")

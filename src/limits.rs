@@ -111,6 +111,8 @@ pub const CONNECTION_STACK: usize = 256 * KIB;
 pub const STATUS_EXTENTS_MAX: usize = 128;
 /// Most connections through one door.
 pub const CONNECTIONS_MAX: usize = 64;
+/// How long who comes to a full door waits for one that has been sent away from it.
+pub const MAKE_ROOM_MAX: Duration = Duration::from_millis(100);
 /// A client over TCP that says nothing for so long is asked, by the kernel, whether its host is still there; one that
 /// is not keeps its place for about twice as long.
 pub const CLIENT_QUIET: Duration = Duration::from_secs(60);

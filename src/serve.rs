@@ -21,7 +21,7 @@ use crate::control::wire::{
 use crate::disk::{Access, Disk};
 use crate::domain::Source;
 use crate::door_at::DoorAt;
-use crate::doors::{self, GuestDirectory};
+use crate::doors::{self, GuestDirectory, Place};
 use crate::error::{Problem, reason};
 use crate::export::{Door, Export, Gate};
 use crate::guest::Guest;
@@ -114,22 +114,23 @@ fn bind(what: &'static str, at: &DoorAt) -> Result<Arc<Listener>, Problem> {
 fn open_guest_door(guest: &Arc<Guest>, listener: &Arc<Listener>) -> Result<(), Problem> {
     let guest = Arc::clone(guest);
     let exports: Vec<_> = guest.exports().cloned().collect();
-    let opened = doors::open("guest", Arc::clone(listener), move |socket| {
+    let opened = doors::open("guest", Arc::clone(listener), move |socket, place| {
         socket.probe(CLIENT_QUIET);
         let fenced = || guest.why_fenced();
-        let directory = GuestDirectory { exports: &exports, socket: &socket, fenced: &fenced };
-        doors::serve_nbd("guest", &socket, &directory, |_| {});
+        let directory = GuestDirectory { exports: &exports, socket, fenced: &fenced };
+        doors::serve_nbd("guest", socket, Some(place), &directory, |_| {});
     });
     opened.map_err(|error| Problem::fatal("guest door", listener.at(), error))
 }
 
 fn open_migration_door(guest: &Arc<Guest>, listener: &Arc<Listener>) -> Result<(), Problem> {
     let guest = Arc::clone(guest);
-    let opened = doors::open("migration", Arc::clone(listener), move |socket| {
+    let opened = doors::open("migration", Arc::clone(listener), move |socket, place| {
         // A source that has vanished leaves nothing behind; a phase connection soon has shorter times.
         socket.set_keep_alive(LANE_SILENCE_MAX / 2);
-        let directory = MigrationDirectory { guest: &guest, socket: &socket };
-        doors::serve_nbd("migration", &socket, &directory, |socket| destination::serve(&guest, socket, false));
+        let directory = MigrationDirectory { guest: &guest, socket };
+        let phases = |socket: &Arc<Socket>| destination::serve(&guest, socket, false);
+        doors::serve_nbd("migration", socket, Some(place), &directory, phases);
     });
     opened.map_err(|error| Problem::fatal("migration door", listener.at(), error))
 }
@@ -171,15 +172,15 @@ pub fn export(options: ExportOptions) -> Result<(), Problem> {
             Entry::Listener(listener) => listener,
             Entry::Connection(socket) => {
                 ready::notify();
-                serve_export(&exports, &socket);
+                serve_export(&exports, &socket, None);
                 return Ok(());
             }
         };
         let (exports, left) = (exports.clone(), left.clone());
         listeners.push(Arc::clone(&listener));
-        doors::open("export", Arc::clone(&listener), move |socket| {
+        doors::open("export", Arc::clone(&listener), move |socket, place| {
             let visits_before: usize = exports.iter().map(|export| export.visits()).sum();
-            serve_export(&exports, &socket);
+            serve_export(&exports, socket, Some(place));
             let visited = exports.iter().map(|export| export.visits()).sum::<usize>() > visits_before;
             if visited && exports.iter().all(|export| export.connections(Door::Guest) == 0) {
                 let _ = left.send(());
@@ -217,11 +218,11 @@ fn entry(at: &DoorAt) -> Result<Entry, Problem> {
     entry.map_err(|error| fault(&reason(&error)))
 }
 
-fn serve_export(exports: &[Arc<Export>], socket: &Arc<Socket>) {
+fn serve_export(exports: &[Arc<Export>], socket: &Arc<Socket>, place: Option<&Place>) {
     socket.probe(CLIENT_QUIET);
     let fenced = || "this export is fenced".to_owned();
     let directory = GuestDirectory { exports, socket, fenced: &fenced };
-    doors::serve_nbd("export", socket, &directory, |_| {});
+    doors::serve_nbd("export", socket, place, &directory, |_| {});
 }
 
 /// What the control door talks to.
@@ -381,7 +382,8 @@ impl Desk for ControlDesk {
         let (guest, relayed) = (Arc::clone(&self.guest), Arc::clone(&self.relayed));
         let serve = move || {
             let directory = MigrationDirectory { guest: &guest, socket: &socket };
-            doors::serve_nbd("migration", &socket, &directory, |socket| destination::serve(&guest, socket, true));
+            let phases = |socket: &Arc<Socket>| destination::serve(&guest, socket, true);
+            doors::serve_nbd("migration", &socket, None, &directory, phases);
             // Others may hold it still, and whoever relays it waits for its end.
             socket.shutdown();
             relayed.fetch_sub(1, Ordering::AcqRel);

@@ -42,7 +42,7 @@ pub trait Directory {
     /// Why this client gets nothing under that name.
     fn open(&self, name: &str) -> Result<(Description, Self::Opened), OpenError>;
 
-    /// Whether this door takes [`wire::OPT_BLOCKFERRY_PHASES`].
+    /// Whether this door takes [`wire::OPT_BLOCKFERRY_PHASES`]; asked when that has come.
     fn takes_phases(&self) -> bool;
 }
 

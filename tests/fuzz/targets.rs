@@ -232,7 +232,7 @@ pub(crate) fn nbd_session(input: &[u8]) {
     });
     let socket = conversation(input);
     let fenced = || "fenced".to_owned();
-    serve_nbd("fuzz", &socket, &GuestDirectory { exports, socket: &socket, fenced: &fenced }, |_| {});
+    serve_nbd("fuzz", &socket, None, &GuestDirectory { exports, socket: &socket, fenced: &fenced }, |_| {});
     assert_eq!(exports[0].connections(blockferry::export::Door::Guest), 0, "nobody is left inside");
     assert_eq!(exports[0].disk().unwrap().size(), SIZE);
 }

@@ -435,6 +435,26 @@ fn clients_are_more_than_there_is_room_for() {
     exported.wait_until_alone();
 }
 
+#[test]
+fn clients_that_say_nothing_keep_nobody_out() {
+    let (_image, exported) = export();
+    let working = Raw::open(&exported);
+    let silent: Vec<Arc<Socket>> = (0..2 * CONNECTIONS_MAX).map(|_| exported.connect()).collect();
+    for _ in 0..8 {
+        // Who comes next is in, and stays in while they go on.
+        let newcomer = Raw::open(&exported);
+        let more: Vec<Arc<Socket>> = (0..CONNECTIONS_MAX / 2).map(|_| exported.connect()).collect();
+        newcomer.is_served();
+        working.is_served();
+        drop(more);
+    }
+    let turned_away = silent.iter().filter(|socket| socket.has_hung_up()).count();
+    assert!(turned_away > CONNECTIONS_MAX, "{turned_away}: who has been silent longest goes first");
+    drop(silent);
+    drop(working);
+    unharmed(&exported);
+}
+
 /// Where a client of [`two_hundred_clients_come_and_stay_where_they_are`] stops, for good.
 fn stop_inside(socket: Arc<Socket>, place: usize) -> Raw {
     let client = Raw { socket };

@@ -6,7 +6,7 @@
 //! (attach, detach, status) and by `migrate/drive.rs` ([`Attachments::hold`]). It never writes to a device, and never
 //! opens one that is free.
 //!
-//! # The page cache stands between (W1 to W5)
+//! # The page cache stands between (W1 to W6)
 //!
 //! A client of the guest door has an answer when we have the write. A VMM on `/dev/nbdN` has it when this host's *page
 //! cache* has it, which may be half a minute before we do. The naive hand-over, which quiesces, copies what is dirty in
@@ -32,7 +32,11 @@
 //!   VMM can be still. Without a hook that is the caller's part of `switch`, and a migration that would switch by
 //!   itself while somebody has a device open is refused. What a VMM that did not keep still wrote in that moment is
 //!   found by one more sync after the fence, which fails then (a FLUSH succeeds there, a WRITE does not), and is said:
-//!   exit 4.
+//!   exit 4. What stands on the device (a mounted file system, a loop device) has a page cache that no sync of the
+//!   device reaches and no hook stills: with that nothing moves.
+//! - **W6 gone.** A VMM that keeps its device open after the disk was given keeps its old pages too, and the name in
+//!   `/sys` with them. Should the guest come back, the next process would take that device for its own, and the kernel
+//!   write the old pages over the new disk: PREPARE is refused until the device is gone.
 //!
 //! | the write enters the page cache | and is |
 //! |---|---|
@@ -43,7 +47,8 @@
 //!
 //! At the destination the cache must not hold what was read before the disk was whole: a device is connected only while
 //! the gate is [`Gate::Serving`], and a device that is found after a restart is given up if the host has not owned all
-//! the time.
+//! the time. While nobody knows whether this host owns, the connection is ended, for an error to a write-back is a page
+//! that is never written: the kernel sends it again over the next one.
 //!
 //! # When this process dies
 //!
@@ -68,10 +73,11 @@ use crate::limits::{
     ATTACHED_LOOK, CONNECTION_STACK, DETACH_FREE_MAX, DETACH_SYNC_MAX, NBD_DEAD_MAX, NBD_LOOK, RETRY_PAUSE, SECTOR,
 };
 use crate::nbd::handshake::Agreed;
-use crate::nbd::{server, wire as nbd};
+use crate::nbd::server::{self, Goodbye};
+use crate::nbd::wire as nbd;
 use crate::ownership::{Host, State};
 use crate::socket::Socket;
-use device::Sync;
+use device::{Sync, User};
 use netlink::Netlink;
 use wire::Connection;
 
@@ -188,6 +194,12 @@ impl Attachments {
         if let Some(twin) = self.list().iter().find(|twin| twin.device == device || twin.export.name() == disk) {
             return Err(refused(format!("disk {} is attached as {}", twin.export.name(), twin.device)));
         }
+        if let Some((_, twin)) = left_over(guest).iter().find(|(name, _)| name == disk) {
+            let user = twin.user().map(|user| format!(", and is in use by {user}")).unwrap_or_default();
+            return Err(refused(format!(
+                "disk {disk} is {twin} already, which nobody serves{user}: detach --force {twin}"
+            )));
+        }
         match export.gate() {
             Gate::Serving => {}
             Gate::Fenced => return Err(refused(guest.why_fenced())),
@@ -260,7 +272,10 @@ impl Attachments {
     /// Disconnects a device, whatever is in its page cache, and forgets it.
     fn let_go(&self, attached: &Arc<Attached>) -> std::io::Result<()> {
         attached.leaving.store(true, Ordering::Release);
-        let ended = Netlink::open().and_then(|mut netlink| netlink.disconnect(attached.device.index()));
+        // It may be somebody else's by now.
+        let is_ours = attached.device.backend().is_none_or(|backend| backend == attached.backend);
+        let disconnect = |mut netlink: Netlink| netlink.disconnect(attached.device.index());
+        let ended = if is_ours { Netlink::open().and_then(disconnect) } else { Ok(()) };
         match &ended {
             Ok(()) => self.forget(attached),
             // It stays, and is served on.
@@ -271,12 +286,14 @@ impl Attachments {
 
     /// Takes the devices that the kernel still has for this guest from a process that died.
     pub fn resume(&self, guest: &Arc<Guest>) {
-        for device in Device::all() {
-            let Some(backend) = device.backend() else { continue };
-            let ours = |disk: &str| self::backend(guest.host, &guest.name, disk) == backend;
-            let named = guest_and_disk(&backend).map(|(_, disk)| disk).filter(|disk| ours(disk));
-            let Some(disk) = named.map(str::to_owned) else { continue };
-            let Some(export) = guest.disk(&disk).and_then(|disk| disk.export.clone()) else {
+        let found = left_over(guest);
+        for (disk, device) in &found {
+            if found.iter().any(|(twin, other)| twin == disk && other != device) {
+                log::error!("attach: {device} was disk {disk}, and is not the only one: nobody serves it");
+                continue;
+            }
+            let (disk, device, backend) = (disk.as_str(), *device, backend(guest.host, &guest.name, disk));
+            let Some(export) = guest.disk(disk).and_then(|disk| disk.export.clone()) else {
                 log::warn!("attach: {device} was disk {disk}, which is not served any more");
                 continue;
             };
@@ -293,26 +310,59 @@ impl Attachments {
         }
     }
 
+    /// W6: who keeps a device of a time when this host owned the guest: disk, and why it must go first.
+    #[must_use]
+    pub fn kept(&self, guest: &Guest) -> Option<(String, String)> {
+        left_over(guest).into_iter().find_map(|(disk, device)| {
+            let user = device.user()?;
+            Some((disk, format!("was {device} when this host owned it, and is in use by {user}: end that first")))
+        })
+    }
+
+    /// W6: takes away what devices are left of a time when this host owned the guest, before anything is received.
+    ///
+    /// # Errors
+    /// The disk whose device stays, and why.
+    pub fn clear(&self, guest: &Guest) -> Result<(), (String, String)> {
+        let deadline = Instant::now() + DETACH_FREE_MAX;
+        // Whoever gives them up now has a last look at them.
+        while !self.list().is_empty() && Instant::now() < deadline {
+            self.rest(RETRY_PAUSE);
+        }
+        let left = left_over(guest);
+        let ended = Netlink::open()
+            .and_then(|mut netlink| left.iter().try_for_each(|(_, device)| netlink.disconnect(device.index())));
+        for (disk, device) in left {
+            if !wait_until_free(device, deadline) {
+                let cause = ended.as_ref().err().map_or_else(|| STILL_OPEN.to_owned(), trouble);
+                return Err((disk, format!("was {device} when this host owned it: {cause}")));
+            }
+        }
+        Ok(())
+    }
+
     /// What is attached, for `status`: disk and device.
     #[must_use]
     pub fn shown(&self) -> Vec<(String, Device)> {
         self.list().iter().map(|attached| (attached.export.name().to_owned(), attached.device)).collect()
     }
 
-    /// Who has a device open that the guest's disk can be written through, if anybody does.
+    /// Who has a device that the guest's disk can be written through, and will not be `still` at the switchover: a
+    /// process, unless somebody stops it; a file system or a device on the device, in any case. With what to do.
     #[must_use]
-    pub fn user(&self) -> Option<String> {
+    pub fn restless_user(&self, still: bool) -> Option<String> {
         let list = self.list();
         let writable = list.iter().filter(|attached| !attached.export.is_read_only());
-        let user = |attached: &Arc<Attached>| {
-            let user = attached.device.user()?;
-            Some(format!(
-                "disk {} is attached as {}, which is in use by {user}",
-                attached.export.name(),
-                attached.device
-            ))
-        };
-        writable.map(user).find_map(|user| user)
+        let mut restless = writable.filter_map(|attached| {
+            let user = if still { attached.device.stands_on_it() } else { attached.device.user() }?;
+            let advice = match user {
+                User::Process(_) => "stop that before the hand-over: --hold, and then switch",
+                User::Kernel(_) => "take that away first: what it has in memory would be lost",
+            };
+            let (disk, device) = (attached.export.name(), attached.device);
+            Some(format!("disk {disk} is attached as {device}, which is in use by {user}: {advice}"))
+        });
+        restless.next()
     }
 
     /// Waits until something may have changed for those who were told [`NotAttached::Yet`].
@@ -347,17 +397,19 @@ impl Attachments {
         let device = attached.device;
         loop {
             let Some(current) = visit.take().or_else(|| self.connect_again(guest, attached)) else { break };
+            current.ends_when_closed();
             let ended = server::transmit(&current, KERNEL_AGREED);
             if attached.is_leaving() {
                 break;
             }
             match ended {
-                // The kernel said goodbye, and not because we asked it to.
-                Ok(()) if !current.is_ended() => {
+                // And not because we asked it to.
+                Ok(Goodbye::Said) => {
                     log::warn!("attach: {device} was disconnected by somebody else");
                     break;
                 }
-                Ok(()) => log::info!("attach: {device}: its connection was ended"),
+                Ok(Goodbye::HungUp) if !current.is_ended() => log::warn!("attach: {device}: the kernel hung up"),
+                Ok(Goodbye::HungUp) => log::info!("attach: {device}: its connection was ended"),
                 Err(error) => log::warn!("attach: {device}: {}", reason(&error)),
             }
         }
@@ -467,6 +519,24 @@ impl Drop for Token<'_> {
     }
 }
 
+/// Every device that the kernel has under the name of one of the guest's disks, with that disk.
+fn left_over(guest: &Guest) -> Vec<(String, Device)> {
+    let named = Device::all().into_iter().filter_map(|device| Some((device, device.backend()?)));
+    let ours = named.filter_map(|(device, backend)| {
+        let (_, disk) = guest_and_disk(&backend)?;
+        (self::backend(guest.host, &guest.name, disk) == backend).then(|| (disk.to_owned(), device))
+    });
+    let mut ours: Vec<_> = ours.collect();
+    if !ours.is_empty() {
+        let mut netlink = Netlink::open();
+        // One that is free has its name a moment longer.
+        ours.retain(|(_, device)| {
+            netlink.as_mut().map_or(Ok(true), |asked| asked.is_in_use(device.index())).unwrap_or(true)
+        });
+    }
+    ours
+}
+
 /// Offers the kernel a new connection; `None`: it did not want one.
 fn try_to_connect(attached: &Arc<Attached>) -> Result<Option<Visit>, String> {
     let (theirs, ours) = pair().map_err(|error| reason(&error))?;
@@ -478,6 +548,12 @@ fn try_to_connect(attached: &Arc<Attached>) -> Result<Option<Visit>, String> {
     // A kernel that did not take its end has dropped it: with ours it was the last.
     drop(theirs);
     Ok(if ours.has_hung_up() { None } else { Some(visit) })
+}
+
+/// A process of this host that serves `guest`, though it may not answer; only its command line tells.
+#[must_use]
+pub fn server_of(guest: &str) -> Option<String> {
+    device::server_of(guest)
 }
 
 /// Disconnects a device that nobody serves, whatever is in its page cache, and waits until the kernel has it free.

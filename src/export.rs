@@ -159,6 +159,8 @@ struct Connection {
     door: Door,
     /// Ended from our side: nothing more of it is admitted.
     dead: AtomicBool,
+    /// See [`Visit::ends_when_closed`].
+    ends_when_closed: AtomicBool,
 }
 
 impl Connection {
@@ -229,6 +231,10 @@ impl Export {
             if inner.gate.is_shut() {
                 // Whoever was refused then is not let go on when the guest has come back: it has seen errors.
                 inner.connections.iter().for_each(|c| c.end());
+            }
+            if gate == Gate::Closed {
+                let ends = |c: &&Arc<Connection>| c.ends_when_closed.load(Ordering::Acquire);
+                inner.connections.iter().filter(ends).for_each(|c| c.end());
             }
             inner.gate = gate;
         }
@@ -319,8 +325,13 @@ impl Export {
         }
         inner.visits += 1;
         let number = inner.visits;
-        let connection = Connection { number, socket: Arc::clone(socket), door, dead: AtomicBool::new(false) };
-        let connection = Arc::new(connection);
+        let connection = Arc::new(Connection {
+            number,
+            socket: Arc::clone(socket),
+            door,
+            dead: AtomicBool::new(false),
+            ends_when_closed: AtomicBool::new(false),
+        });
         inner.connections.push(Arc::clone(&connection));
         let visit = Visit { export: Arc::clone(self), disk, connection };
         if door == Door::Guest {
@@ -478,6 +489,16 @@ impl Visit {
     #[must_use]
     pub fn is_ended(&self) -> bool {
         self.connection.is_dead()
+    }
+
+    /// Where nobody knows who owns, this connection is ended, and its client not refused: it keeps what was not
+    /// answered, and sends it again over another connection.
+    pub fn ends_when_closed(&self) {
+        let inner = self.export.lock();
+        self.connection.ends_when_closed.store(true, Ordering::Release);
+        if inner.gate == Gate::Closed {
+            self.connection.end();
+        }
     }
 
     /// Whether the export still answers reads and the like.

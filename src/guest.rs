@@ -335,10 +335,10 @@ impl Guest {
         self.keeper().promise(live, asked)
     }
 
-    /// W5: who has a device open that the guest's disk can be written through, and is made still by no driver.
+    /// W5: who has a device of the guest's disks and is made still by nobody; with `held`, by whoever says `switch`.
     #[must_use]
-    pub fn restless_user(&self) -> Option<String> {
-        if self.vmm.stills_devices() { None } else { self.attached.user() }
+    pub fn restless_user(&self, held: bool) -> Option<String> {
+        self.attached.restless_user(held || self.vmm.stills_devices())
     }
 
     /// Why the guest door is shut, and who owns: for whoever knocks at a fenced export.

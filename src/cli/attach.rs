@@ -1,15 +1,18 @@
 //! `attach` and `detach`: a disk as a device of this host, for VMMs that do not speak NBD.
 
+use std::io::ErrorKind;
+
 use super::Command;
 use super::guest::{CONTROL, GuestDoor, PLAINTEXT, door, guest_door};
 use super::options::{Matches, Spec, Takes, opt};
 use crate::address::Address;
-use crate::attach::{Device, abandon, guest_and_disk};
+use crate::attach::{Device, abandon, guest_and_disk, server_of};
+use crate::control::client::Client;
 use crate::control::wire::{AttachRequest, Reply, Request, text};
 use crate::domain::check_disk_name;
-use crate::error::Problem;
+use crate::error::{Problem, reason};
 use crate::json;
-use crate::limits::ATTACH_WAIT_MAX_S;
+use crate::limits::{ATTACH_WAIT_MAX_S, CONNECT_TIMEOUT};
 
 /// What `attach` was asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,12 +113,24 @@ pub(super) fn detach(options: &DetachOptions, as_json: bool) -> Result<String, P
     let control = options.control.clone().unwrap_or_else(|| door(guest, "control"));
     let door = GuestDoor { guest: guest.to_owned(), control, insecure_plaintext: options.insecure_plaintext };
     let request = Request::Detach { device: text(&device.to_string()) };
-    match door.connect("detach") {
-        Ok(mut client) => client.tell(&request)?,
-        Err(_) if options.force => abandon(device).map_err(|cause| refuse(&cause))?,
-        Err(mut problem) => {
-            problem.cause.push_str("; its requests wait until somebody does, or --force gives them up");
-            return Err(problem);
+    door.control.check_plaintext("detach", door.insecure_plaintext)?;
+    match door.control.connect(CONNECT_TIMEOUT) {
+        Ok(socket) => Client::greet("detach", guest, socket)?.tell(&request)?,
+        // Somebody may be there, and busy.
+        Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+            return Err(refuse(&format!("{}: {}", door.control, reason(&error))));
+        }
+        Err(error) => {
+            let nobody = format!("nobody serves guest {guest} on this host ({}: {})", door.control, reason(&error));
+            if let Some(process) = server_of(guest) {
+                return Err(refuse(&format!("{nobody}, but process {process} does: --control says where to ask it")));
+            }
+            if !options.force {
+                return Err(refuse(&format!(
+                    "{nobody}; its requests wait until somebody does, or --force gives them up"
+                )));
+            }
+            abandon(device).map_err(|cause| refuse(&cause))?;
         }
     }
     Ok(if as_json {

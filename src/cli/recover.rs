@@ -102,7 +102,10 @@ pub(super) fn parse_recover(matches: &Matches) -> Result<Command, Problem> {
 pub(super) fn who_owns(options: &WhoOwnsOptions, as_json: bool) -> Result<(String, Exit), Problem> {
     options.door.control.check_plaintext("who-owns", options.door.insecure_plaintext)?;
     let ownership = match options.door.control.connect(CONNECT_TIMEOUT) {
-        Ok(socket) => ask(&mut Client::greet("who-owns", &options.door.guest, socket)?)?,
+        Ok(socket) => Client::greet("who-owns", &options.door.guest, socket)
+            .and_then(|mut client| ask(&mut client))
+            // Whoever is there and gives no answer: it is not known.
+            .map_err(|problem| Problem { exit: Exit::Unknown, ..problem })?,
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => read(options)
             .map_err(|cause| {
                 let cause = format!(

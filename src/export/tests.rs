@@ -279,6 +279,26 @@ fn what_was_synced_a_while_ago_leaves_the_page_cache() {
 }
 
 #[test]
+fn who_keeps_its_requests_is_ended_and_not_refused_where_nobody_knows_who_owns() {
+    let bench = Bench::new(Gate::Serving);
+    let [(kernel, _one), (vmm, _two), (late, _three)] = std::array::from_fn(|_| bench.enter(Door::Guest));
+    kernel.ends_when_closed();
+    bench.export.set_gate(Gate::Closed);
+    assert!(kernel.is_ended() && kernel.socket().has_hung_up(), "a reply could be sent");
+    assert!(!vmm.is_ended());
+    assert!(matches!(vmm.write(Patience::Wait, 0, &[1; 512], false), Err(Fault::Fenced)));
+    late.ends_when_closed();
+    assert!(late.is_ended(), "it comes between the two");
+    // The fence answers everybody: whoever syncs must learn that it was too late (W5).
+    let bench = Bench::new(Gate::Serving);
+    let (kernel, _one) = bench.enter(Door::Guest);
+    kernel.ends_when_closed();
+    bench.export.set_gate(Gate::Fenced);
+    assert!(!kernel.is_ended());
+    assert!(matches!(kernel.write(Patience::Wait, 0, &[1; 512], false), Err(Fault::Fenced)));
+}
+
+#[test]
 fn dead_connections_do_not_wait_for_each_other() {
     let bench = Bench::new(Gate::Serving);
     let (old, old_client) = bench.enter(Door::Guest);

@@ -90,8 +90,8 @@ impl Source {
         }
         let exports = choose(guest, request).map_err(|cause| refuse(&cause))?;
         // W5: only the VMM can be still, and only its user can make it so, or a hook.
-        if let Some(user) = guest.restless_user().filter(|_| !request.hold) {
-            return Err(refuse(&format_args!("{user}: stop that before the hand-over: --hold, and then switch")));
+        if let Some(user) = guest.restless_user(request.hold) {
+            return Err(refuse(&user));
         }
 
         if let Place::Passed(to) = &address {

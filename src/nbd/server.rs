@@ -58,14 +58,23 @@ pub fn description(size: u64, read_only: bool) -> Description {
     Description::new(size, reading | if read_only { wire::FLAG_READ_ONLY | wire::FLAG_SEND_FLUSH } else { writing })
 }
 
+/// How a client left that broke nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Goodbye {
+    /// It sent a DISC.
+    Said,
+    /// It closed the connection between two requests.
+    HungUp,
+}
+
 /// Serves one connection until its client disconnects, hangs up or breaks the protocol, or until somebody ends it.
 /// When this returns, every request that was admitted is finished.
 ///
 /// # Errors
 /// One line for the log when the client is to blame or the connection broke; nothing is left to be done about it.
-pub fn transmit(visit: &Visit, agreed: Agreed) -> io::Result<()> {
+pub fn transmit(visit: &Visit, agreed: Agreed) -> io::Result<Goodbye> {
     let connection = Connection::new(visit, agreed);
-    thread::scope(|scope| {
+    let goodbye = thread::scope(|scope| {
         let mut reader = Reader {
             connection: &connection,
             scope,
@@ -75,7 +84,9 @@ pub fn transmit(visit: &Visit, agreed: Agreed) -> io::Result<()> {
             after_long: false,
         };
         let ended = reader.run();
-        let ended = ended.and(reader.flush_replies());
+        // Also what was asked before the client broke something.
+        let flushed = reader.flush_replies();
+        let ended = ended.and_then(|goodbye| flushed.map(|()| goodbye));
         if ended.is_err() {
             // Whoever of the workers waits at the gate has nobody left to wait for.
             visit.socket().shutdown();
@@ -87,7 +98,7 @@ pub fn transmit(visit: &Visit, agreed: Agreed) -> io::Result<()> {
     if connection.broken.load(Ordering::Acquire) {
         return Err(io::Error::new(ErrorKind::BrokenPipe, "a reply could not be sent whole"));
     }
-    Ok(())
+    Ok(goodbye)
 }
 
 /// A WRITE in pieces has pieces with workers, in the queue of the answerer or in its hand, and one is being handed out.
@@ -243,10 +254,10 @@ impl Inbox {
 }
 
 impl<'s, 'a: 's> Reader<'s, '_, 'a> {
-    fn run(&mut self) -> io::Result<()> {
+    fn run(&mut self) -> io::Result<Goodbye> {
         while let Some(request) = self.next_request()? {
             if request.command == wire::CMD_DISC {
-                return Ok(());
+                return Ok(Goodbye::Said);
             }
             let agreed = self.connection.agreed;
             let payload = payload_length(&request, agreed);
@@ -267,7 +278,7 @@ impl<'s, 'a: 's> Reader<'s, '_, 'a> {
                 (_, Ok(())) => self.dispatch(Job::Request(request), 0)?,
             }
         }
-        Ok(())
+        Ok(Goodbye::HungUp)
     }
 
     /// The next request, or `None` when the client has closed between two of them.

@@ -65,6 +65,10 @@ fn move_over_a_bad_link<'a>(a: &mut Host<'a>, b: &mut Host<'a>) -> Result<String
     let issued = field(&wrote, "issued")?;
     a.ask("switch", &[])?;
     let done = a.wait_for("done", |status| status.contains("{\"type\":\"done\""))?;
+    // What the VMM that is still there has in its page cache must never reach a newer disk.
+    let early = b.tell(&format!("run /init migrate {GUEST} {} --hold --insecure-plaintext", a.door()))?;
+    let kept = "vda: was /dev/nbd0 when this host owned it, and is in use by process";
+    expect("a way back past the VMM of before", &(true, true), &(early.starts_with("exit=1"), early.contains(kept)))?;
     a.tell("stop")?;
     expect("the owner", &Some("destination"), &text(&done, "owner"))?;
     expect("who owns at the source", &"given".to_owned(), &a.state()?)?;

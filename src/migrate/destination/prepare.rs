@@ -57,6 +57,11 @@ impl Inner {
         check::staying(guest, offer, &mut problems);
         let targets = check::targets(guest, offer, known.as_ref(), may.is_ok(), &mut problems);
         if may.is_ok()
+            && let Some((disk, cause)) = guest.attached.kept(guest)
+        {
+            problems.add(&disk, &cause);
+        }
+        if may.is_ok()
             && let Err(cause) = guest.write_ahead(&[&[event.clone(), Event::Abort(stamp)]])
         {
             problems.add("", &cause);
@@ -99,7 +104,10 @@ impl Inner {
             return refused(problems);
         }
         let mut made = Made::default();
-        made.make(guest, targets, journal, &mut problems);
+        match guest.attached.clear(guest) {
+            Ok(()) => made.make(guest, targets, journal, &mut problems),
+            Err((disk, cause)) => problems.add(&disk, &cause),
+        }
         if problems.is_empty()
             && let Err(cause) = write_ahead(guest, stamp)
         {

@@ -141,8 +141,8 @@ impl<'a> Drive<'a> {
     /// W1: has the kernel write out what the guest has written through `/dev/nbdN`, while the gates are open and the
     /// mirror runs, within `limit`.
     fn write_out(&mut self, held: &Held<'_>, limit: Duration) -> Result<(), NotYet> {
-        if let Some(user) = self.guest.restless_user().filter(|_| !self.job.request.hold) {
-            return stop(&format!("{user}, and would be switched without a word: use --hold, and switch"));
+        if let Some(user) = self.guest.restless_user(self.job.request.hold) {
+            return stop(&user);
         }
         let deadline = Instant::now() + limit;
         let mut syncs = held.sync().map_err(NotYet::GoOn)?;

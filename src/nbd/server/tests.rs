@@ -18,7 +18,7 @@ const PLAIN: Agreed = Agreed { structured: false, extended: false, base_allocati
 struct Bench {
     export: Arc<Export>,
     client: UnixStream,
-    server: JoinHandle<io::Result<()>>,
+    server: JoinHandle<io::Result<Goodbye>>,
     _dir: tempfile::TempDir,
 }
 
@@ -62,7 +62,7 @@ impl Bench {
 
     fn end(self) {
         drop(self.client);
-        self.server.join().expect("no panic").expect("no error");
+        assert_eq!(self.server.join().expect("no panic").expect("no error"), Goodbye::HungUp);
     }
 }
 

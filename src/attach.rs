@@ -310,12 +310,17 @@ impl Attachments {
         }
     }
 
-    /// W6: who keeps a device of a time when this host owned the guest: disk, and why it must go first.
+    /// W6: who keeps a device of a time when this host owned the guest: disk, and why it must go first. What is
+    /// attached now is no such device.
     #[must_use]
     pub fn kept(&self, guest: &Guest) -> Option<(String, String)> {
-        left_over(guest).into_iter().find_map(|(disk, device)| {
+        let list = self.list();
+        let left = left_over(guest).into_iter();
+        let mut left = left.filter(|(_, device)| list.iter().all(|attached| attached.device != *device));
+        left.find_map(|(disk, device)| {
             let user = device.user()?;
-            Some((disk, format!("was {device} when this host owned it, and is in use by {user}: end that first")))
+            let way_out = format!("end that first, or detach --force {device}");
+            Some((disk, format!("was {device} when this host owned it, and is in use by {user}: {way_out}")))
         })
     }
 
@@ -330,6 +335,10 @@ impl Attachments {
             self.rest(RETRY_PAUSE);
         }
         let left = left_over(guest);
+        if left.is_empty() {
+            // To ask the driver would load it.
+            return Ok(());
+        }
         let ended = Netlink::open()
             .and_then(|mut netlink| left.iter().try_for_each(|(_, device)| netlink.disconnect(device.index())));
         for (disk, device) in left {

@@ -316,6 +316,10 @@ impl Desk for ControlDesk {
         if let Some((why, _)) = guest.rejected().filter(|_| !discard_record) {
             return Err(refuse(&format_args!("the record here {why}; --discard-record shows it and throws it away")));
         }
+        // W6.
+        if let Some((disk, why)) = guest.attached.kept(guest) {
+            return Err(refuse(&format_args!("disk {disk} {why}")));
+        }
         let lineage = Lineage::random().map_err(|error| refuse(&error))?;
         let word = Word::random().map_err(|error| refuse(&error))?;
         let images = guest.images().map_err(|cause| refuse(&cause))?;

@@ -87,14 +87,20 @@ impl Device {
     pub(super) fn user(self) -> Option<User> {
         let parts = self.parts();
         let process = || process_with_one_of(&parts.iter().filter_map(Part::numbers).collect::<Vec<_>>());
-        let claimed = || parts.iter().any(Part::is_claimed).then(|| User::Kernel(format!("{self} is claimed")));
+        let claimed = || parts.iter().find(|part| part.is_claimed()).map(Part::claim);
         parts.iter().find_map(Part::stands_on_it).or_else(process).or_else(claimed)
     }
 
-    /// What stands on it or on a partition of it: that is a [`User::Kernel`].
+    /// What stands on it or on a partition of it, a [`User::Kernel`]: what is seen to, and who has claimed it and is no
+    /// process.
     #[must_use]
     pub(super) fn stands_on_it(self) -> Option<User> {
-        self.parts().iter().find_map(Part::stands_on_it)
+        let parts = self.parts();
+        parts.iter().find_map(Part::stands_on_it).or_else(|| {
+            let claimed = parts.iter().find(|part| part.is_claimed())?;
+            let numbers: Vec<String> = parts.iter().filter_map(Part::numbers).collect();
+            process_with_one_of(&numbers).is_none().then(|| claimed.claim())
+        })
     }
 
     /// The device as a whole, and its partitions: each has a page cache of its own.
@@ -209,6 +215,10 @@ impl Part {
         });
         let is_swap = || text("/proc/swaps").lines().any(|line| line.split([' ', '\t']).next() == source);
         (is_mounted || is_swap()).then(|| User::Kernel(format!("{shown} is mounted")))
+    }
+
+    fn claim(&self) -> User {
+        User::Kernel(format!("{} is claimed", self.path().display()))
     }
 
     /// Somebody has claimed it for himself: who stands on it, where that cannot be seen from here, or a program.

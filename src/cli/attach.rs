@@ -115,7 +115,15 @@ pub(super) fn detach(options: &DetachOptions, as_json: bool) -> Result<String, P
     let request = Request::Detach { device: text(&device.to_string()) };
     door.control.check_plaintext("detach", door.insecure_plaintext)?;
     match door.control.connect(CONNECT_TIMEOUT) {
-        Ok(socket) => Client::greet("detach", guest, socket)?.tell(&request)?,
+        Ok(socket) => {
+            let mut client = Client::greet("detach", guest, socket)?;
+            if options.force && !is_attached(&mut client, device)? {
+                // There is a process for the guest, and it has nothing to do with the device.
+                abandon(device).map_err(|cause| refuse(&cause))?;
+            } else {
+                client.tell(&request)?;
+            }
+        }
         // Somebody may be there, and busy.
         Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
             return Err(refuse(&format!("{}: {}", door.control, reason(&error))));
@@ -138,4 +146,12 @@ pub(super) fn detach(options: &DetachOptions, as_json: bool) -> Result<String, P
     } else {
         format!("{device}: detached\n")
     })
+}
+
+/// Whether the process that serves the guest serves this device, too.
+fn is_attached(client: &mut Client, device: Device) -> Result<bool, Problem> {
+    match client.ask(&Request::Status)? {
+        Reply::Status(status) => Ok(status.attached.iter().any(|attached| *attached.device == device.to_string())),
+        _ => Err(Problem::refused("detach", device, "the process gave an answer to another question")),
+    }
 }

@@ -34,6 +34,10 @@ pub fn recover(guest: &Guest, word: Word) -> Result<Recovered, Problem> {
     if let Some(event) = event(word, heard).map_err(|error| refused(&error))?
         && before == now
     {
+        // W6.
+        if let (Word::TakeOwnership, Some((disk, why))) = (word, guest.attached.kept(guest)) {
+            return Err(refused(&format_args!("disk {disk} {why}")));
+        }
         if let (Word::TakeOwnership, Some(record)) = (word, &now)
             && let Some(why) = guest.images_differ(record).map_err(|cause| refused(&cause))?
         {

@@ -69,6 +69,9 @@ fn move_over_a_bad_link<'a>(a: &mut Host<'a>, b: &mut Host<'a>) -> Result<String
     let early = b.tell(&format!("run /init migrate {GUEST} {} --hold --insecure-plaintext", a.door()))?;
     let kept = "vda: was /dev/nbd0 when this host owned it, and is in use by process";
     expect("a way back past the VMM of before", &(true, true), &(early.starts_with("exit=1"), early.contains(kept)))?;
+    // Nobody serves it, which the process that serves the guest knows.
+    let forced = a.tell("run /init detach /dev/nbd0 --force")?;
+    expect("detach --force", &true, &forced.contains("is disconnected, and somebody still has it open"))?;
     a.tell("stop")?;
     expect("the owner", &Some("destination"), &text(&done, "owner"))?;
     expect("who owns at the source", &"given".to_owned(), &a.state()?)?;

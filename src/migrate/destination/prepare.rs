@@ -78,6 +78,14 @@ impl Inner {
             return refused(problems);
         }
         self.give_up(guest, "another attempt has begun", Fate::Keep);
+        // W6. Not where the record refuses in any case: the kernel may keep writes there that this host will want.
+        if guest.rejected().is_none()
+            && let Err((disk, cause)) = guest.attached.clear(guest)
+        {
+            problems.add(&disk, &cause);
+            self.renew_ahead(guest);
+            return refused(problems);
+        }
         let mut reception = Reception {
             stamp,
             from: from.clone(),
@@ -104,10 +112,7 @@ impl Inner {
             return refused(problems);
         }
         let mut made = Made::default();
-        match guest.attached.clear(guest) {
-            Ok(()) => made.make(guest, targets, journal, &mut problems),
-            Err((disk, cause)) => problems.add(&disk, &cause),
-        }
+        made.make(guest, targets, journal, &mut problems);
         if problems.is_empty()
             && let Err(cause) = write_ahead(guest, stamp)
         {

@@ -1,11 +1,12 @@
-//! What an NBD server says about its exports, for those who show it to a user: size, flags, block sizes, contexts.
+//! What an NBD server says about its exports, for those who show it to a user: size, flags, block sizes, contexts, and
+//! what a context says about which part.
 //!
-//! Questions only: an export is opened where its server knows no other way to describe it, and nothing is read or
-//! written then. Texts come as the server has them; whoever prints one escapes it.
+//! Questions only: an export is opened for its map, and where its server knows no other way to describe it; nothing is
+//! read or written then. Texts come as the server has them; whoever prints one escapes it.
 
 use std::sync::Arc;
 
-use crate::error::{Problem, reason};
+use crate::error::{OneLine, Problem, reason};
 use crate::limits::{CONNECT_TIMEOUT, INFO_TEXT_MAX};
 use crate::nbd::client::{Client, ConnectError, Described, Questions, Wants};
 use crate::nbd::wire;
@@ -115,6 +116,66 @@ pub fn ask(uri: &NbdUri, insecure_plaintext: bool, each: &mut dyn FnMut(&Shown))
     let last = problems.pop();
     problems.iter().for_each(|problem| log::warn!("{problem}"));
     last.map_or(Ok(()), Err)
+}
+
+/// What a metadata context says about a part of an export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Where it stands, in bytes.
+    pub offset: u64,
+    /// Its length in bytes. What follows is told to be something else.
+    pub length: u64,
+    /// What the context says; [`state`] has words for it.
+    pub flags: u64,
+}
+
+/// Calls `each` for the extents of the export that `uri` names, in order, as the metadata context has them.
+///
+/// # Errors
+/// The server cannot be reached or asked, has no such context, or does not tell all; what was shown stands.
+pub fn map(uri: &NbdUri, context: &str, insecure_plaintext: bool, each: &mut dyn FnMut(Extent)) -> Result<(), Problem> {
+    let refuse = |cause: &dyn std::fmt::Display| Problem::refused("info", uri, cause);
+    uri.address.check_plaintext("info", insecure_plaintext)?;
+    let wants = Wants { contexts: &[context], ..Wants::READING };
+    let mut client = Client::connect(Arc::new(connect(uri)?), &uri.export, wants).map_err(|error| refuse(&error))?;
+    if client.info().contexts.iter().all(Option::is_none) {
+        return Err(refuse(&format_args!("the server has no metadata context '{}' for it", OneLine(context))));
+    }
+    let mut last: Option<Extent> = None;
+    let size = client.info().size;
+    let told = client.block_status(0, size, &mut |told| match &mut last {
+        // A server tells in as many pieces as it likes.
+        Some(last) if last.flags == told.flags => last.length += told.length,
+        _ => {
+            last.iter().for_each(|whole| each(*whole));
+            last = Some(Extent { offset: told.offset, length: told.length, flags: told.flags });
+        }
+    });
+    last.iter().for_each(|whole| each(*whole));
+    told.map_err(|error| refuse(&error))?;
+    client.disconnect();
+    Ok(())
+}
+
+/// What the flags of a context mean, where that is known.
+#[must_use]
+pub fn state(context: &str, flags: u64) -> Option<&'static str> {
+    const HOLE: u64 = wire::STATE_HOLE as u64;
+    const ZERO: u64 = wire::STATE_ZERO as u64;
+    const BOTH: u64 = HOLE | ZERO;
+    let is_bitmap = context.starts_with("qemu:dirty-bitmap:");
+    match (context, flags) {
+        (wire::BASE_ALLOCATION, 0) => Some("data"),
+        (wire::BASE_ALLOCATION, HOLE) => Some("hole"),
+        (wire::BASE_ALLOCATION, ZERO) => Some("zero"),
+        (wire::BASE_ALLOCATION, BOTH) => Some("hole,zero"),
+        (_, 0) if is_bitmap => Some("clean"),
+        (_, 1) if is_bitmap => Some("dirty"),
+        ("qemu:allocation-depth", 0) => Some("unallocated"),
+        ("qemu:allocation-depth", 1) => Some("local"),
+        ("qemu:allocation-depth", _) => Some("backing"),
+        _ => None,
+    }
 }
 
 fn shown(uri: NbdUri, mut described: Described, contexts: Vec<String>) -> Shown {

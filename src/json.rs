@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::control::wire::{Convergence, Done, Kept, Ownership, Progress, Recovered, Status, Verify};
 use crate::copy::{Copied, CopyOptions};
 use crate::error::{Exit, Problem};
-use crate::info::Shown;
+use crate::info::{Extent, Shown};
 use crate::limits::JSON_LINE_MAX;
 use crate::ready::Ready;
 
@@ -132,6 +132,31 @@ pub fn export(shown: &Shown) -> String {
         lines.push_str(&line(&ContextLine { r#type: "context", export, context }));
     }
     lines
+}
+
+#[derive(Serialize)]
+struct ExtentLine<'a> {
+    r#type: &'static str,
+    export: &'a str,
+    context: &'a str,
+    offset_bytes: u64,
+    length_bytes: u64,
+    flags: u64,
+    state: Option<&'a str>,
+}
+
+/// What a metadata context says about a part of an export.
+#[must_use]
+pub fn extent(export: &str, context: &str, extent: Extent, state: Option<&str>) -> String {
+    line(&ExtentLine {
+        r#type: "extent",
+        export,
+        context,
+        offset_bytes: extent.offset,
+        length_bytes: extent.length,
+        flags: extent.flags,
+        state,
+    })
 }
 
 #[derive(Serialize)]

@@ -15,6 +15,7 @@ use crate::copy::{nbdkit, path, serve};
 use crate::exported::Exported;
 use crate::harness::{DEADLINE, Program, blockferry, free_port, peer, scratch, until};
 use crate::host::{Finished, run};
+use crate::images::{disk_scratch, sparse_file};
 use crate::json::Json;
 
 const SIZE: u64 = 48 << 20;
@@ -96,7 +97,81 @@ fn shown_as_nbdinfo_does(uri: &str, options: &[&str]) -> Vec<Shown> {
     ours
 }
 
+/// What `info --map` shows of a context, once it is what nbdinfo shows: offset, length, flags, and our word for them.
+fn mapped_as_nbdinfo_does(uri: &str, context: &str) -> Vec<(u64, u64, u64, String)> {
+    let said = info(uri, &["--map", context, "--json"]).well();
+    let number = |line: &Json, key| line.get(key).number();
+    let ours: Vec<_> = said
+        .lines()
+        .map(|line| {
+            let line = Json::parse(line);
+            assert_eq!((line.get("type").text(), line.get("context").text()), ("extent", context));
+            let [offset, length] = ["offset_bytes", "length_bytes"].map(|key| number(&line, key));
+            (offset, length, number(&line, "flags"), line.get("state").text().to_owned())
+        })
+        .collect();
+    let texts: String = ours.iter().map(|(at, long, flags, state)| format!("{at} {long} {flags} {state}\n")).collect();
+    let text = info(uri, &["--map", context]).well();
+    let words = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(words(&text), words(&texts));
+    if let Some(program) = peer("nbdinfo") {
+        let said = run(Command::new(program).args(["--json", &format!("--map={context}"), uri]), DEADLINE).well();
+        let theirs: Vec<_> = Json::parse(&said)
+            .items()
+            .iter()
+            .map(|line| (number(line, "offset"), number(line, "length"), number(line, "type")))
+            .collect();
+        assert_eq!(ours.iter().map(|(at, long, flags, _)| (*at, *long, *flags)).collect::<Vec<_>>(), theirs);
+    }
+    ours
+}
+
 // ---- the servers of the field ------------------------------------------------------------------------------------
+
+#[test]
+fn maps_are_those_that_nbdinfo_shows() {
+    let folder = disk_scratch();
+    let image = folder.path().join("base");
+    sparse_file(&image, SIZE, 1);
+    let exported = Exported::start([format!("vda={}", image.display())]);
+    let map = mapped_as_nbdinfo_does(&exported.unix("vda"), wire::BASE_ALLOCATION);
+    assert_eq!(map[0], (0, 1 << 20, 0, "data".to_owned()));
+    assert_eq!(map[1], (1 << 20, 3 << 20, 3, "hole,zero".to_owned()));
+    assert_eq!((map.len(), map.last().map(|last| last.0 + last.1)), (24, Some(SIZE)));
+    for (context, code, cause) in [
+        ("qemu:dirty-bitmap:b0", 1, "the server has no metadata context 'qemu:dirty-bitmap:b0' for it"),
+        (&"x".repeat(4096), 1, "the server has no metadata context 'xxx"),
+        (&"x".repeat(4097), 2, "--map: a context's name has 1 to 4096 bytes"),
+        ("", 2, "--map: a context's name has 1 to 4096 bytes"),
+    ] {
+        let refused = info(&exported.unix("vda"), &["--map", context]);
+        assert!(refused.code == Some(code) && refused.stderr.contains(cause), "{refused:?}");
+    }
+    let refused = info(&exported.unix("vdb"), &["--map", wire::BASE_ALLOCATION]);
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+
+    drop(exported);
+    let (Some(img), Some(io), Some(nbd)) = (peer("qemu-img"), peer("qemu-io"), peer("qemu-nbd")) else { return };
+    let (top, listener) = (folder.path().join("top"), folder.path().join("sock"));
+    let of_top = |command: &mut Command| run(command.arg(&top), DEADLINE).well();
+    let backing = format!("{}", image.display());
+    of_top(Command::new(&img).args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", &backing]));
+    run(Command::new(&img).args(["bitmap", "--add"]).arg(&top).arg("b0"), DEADLINE).well();
+    of_top(Command::new(io).args(["-f", "qcow2", "-c", "write 1M 64k", "-c", "write -z 8M 1M"]));
+    let mut command = Command::new(nbd);
+    command.args(["--format=qcow2", "--read-only", "--persistent", "--shared=4", "--bitmap=b0", "--allocation-depth"]);
+    let mut server = Program::start(command.arg("--socket").arg(&listener).arg(&top));
+    drop(server.connect_unix(&listener));
+    let uri = format!("nbd+unix:///?socket={}", listener.display());
+    for (context, states) in [
+        ("qemu:dirty-bitmap:b0", ["clean", "dirty"]),
+        ("qemu:allocation-depth", ["backing", "local"]),
+        (wire::BASE_ALLOCATION, ["data", "hole,zero"]),
+    ] {
+        let map = mapped_as_nbdinfo_does(&uri, context);
+        assert_eq!((map[0].3.as_str(), map[1].3.as_str()), (states[0], states[1]), "{context}: {map:?}");
+    }
+}
 
 #[test]
 fn nbdkit_is_shown_as_nbdinfo_shows_it() {

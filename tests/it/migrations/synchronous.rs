@@ -33,7 +33,8 @@ fn d7_a_guest_that_is_faster_than_the_link_moves_in_auto_and_is_told_why() {
     let migration = pair.a.start_migrate(&relay.address, &["--synchronous", "auto", "--verify", "none"]);
     let line = migration.until_line("synchronous", is_synchronous);
     let rates = line.get("synchronous");
-    assert!(rates.get("dirty_rate_bytes").number() * 9 / 8 >= rates.get("rate_bytes").number(), "{line:?}");
+    // Of one moment each: a granule that is dirty already cannot become so again.
+    assert!(rates.get("dirty_rate_bytes").number() * 2 >= rates.get("rate_bytes").number(), "{line:?}");
     let ended = migration.wait();
     ended.well();
     let ledger = writer.finish();

@@ -56,7 +56,8 @@
 //! whoever names the same backend. The name is in `/sys/block/nbdN/backend`, so the memory of what is attached is the
 //! kernel's: it survives this process and not the host, exactly as the devices do. What was sent over the dead
 //! connection and not answered is sent again ([`NBD_LOOK`]); the writes of the dead process cannot come later than
-//! those, because the image's lock is free only when it is gone (D11).
+//! those, because the image's lock is free only when it is gone (D11). A disk on somebody's NBD server has no such
+//! lock: there the server's own patience decides, and `docs/operations.md` says what to do.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};

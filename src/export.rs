@@ -741,18 +741,11 @@ impl Quiesced {
         self.exports.iter().all(|export| export.gate() == Gate::Quiesced)
     }
 
-    /// Makes what the guest has written to its other disks durable: nobody copies them, and the next host looks at
-    /// them as soon as it owns.
-    ///
-    /// # Errors
-    /// The name of the disk, and its error.
-    pub fn flush(&self, but: impl Fn(&str) -> bool) -> Result<(), String> {
-        for export in self.exports.iter().filter(|export| !but(export.name())) {
-            if let Some(disk) = export.disk() {
-                disk.flush().map_err(|error| format!("flush: disk {}: {error}", export.name()))?;
-            }
-        }
-        Ok(())
+    /// The disks at rest that are not those `but` names, with their names.
+    #[must_use]
+    pub fn others(&self, but: impl Fn(&str) -> bool) -> Vec<(String, Arc<Disk>)> {
+        let others = self.exports.iter().filter(|export| !but(export.name()));
+        others.filter_map(|export| Some((export.name().to_owned(), export.disk()?))).collect()
     }
 
     /// When the first gate closed.

@@ -21,7 +21,7 @@ use crate::migrate::source::Source as Sending;
 use crate::options::ServeOptions;
 use crate::ownership::{
     Answer, Attempt, Content, Door, Event, Found, Host, How, ImageList, Images, Instance, Journal, KeepError, Keeper,
-    Kind, Moving, Order, Promise, Receipt, Record, Stamp, State, Store, show,
+    Kind, Moving, Order, Promise, Receipt, Record, Refusal, Stamp, State, Store, Why, show,
 };
 use crate::vmm::Vmm;
 
@@ -287,7 +287,23 @@ impl Guest {
     /// # Errors
     /// As [`Keeper::apply`]. After [`KeepError::Unknown`] the gates are closed (M4).
     pub fn apply(&self, event: &Event) -> Result<Answer, KeepError> {
-        let mut keeper = self.keeper();
+        self.apply_under(self.keeper(), event)
+    }
+
+    /// As [`Guest::apply`], unless the record is not the one any more from which the event was concluded.
+    ///
+    /// # Errors
+    /// [`Why::PeerDecides`] then.
+    pub fn apply_if(&self, event: &Event, expected: &Option<Record>) -> Result<Answer, KeepError> {
+        let keeper = self.keeper();
+        let record = keeper.known()?.cloned();
+        if record != *expected {
+            return Err(KeepError::Refused(Refusal { why: Why::PeerDecides, record: record.map(Box::new) }));
+        }
+        self.apply_under(keeper, event)
+    }
+
+    fn apply_under(&self, mut keeper: MutexGuard<'_, Keeper>, event: &Event) -> Result<Answer, KeepError> {
         let (before, gate) = (keeper.changes(), gate_of(&keeper));
         let result = keeper.apply(event);
         match &result {

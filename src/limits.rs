@@ -252,6 +252,8 @@ pub const SYNCHRONOUS_LOOK: Duration = Duration::from_micros(300);
 /// A data connection on which a request has not been answered for this long is given up, although the phase connection
 /// says that the destination is there: one silence is the flush of a slow disk, and a fence would wait for it too.
 pub const LANE_SILENCE_MAX: Duration = Duration::from_secs(60);
+/// How long what has been sent to a plain server is waited for when an attempt ends.
+pub const LAND_MAX: Duration = Duration::from_secs(5);
 /// Longest wait of a guest write for its copy in synchronous mode (D7), whatever the link does: after it the guest is
 /// answered, and the copy comes later. If nothing at all was acknowledged meanwhile, nobody waits any more until
 /// something is. Far below what guests take for a broken disk (30 s and more); long enough for [`OWED_MAX`] small
@@ -339,6 +341,8 @@ pub const DIGEST_TABLE_MAX: usize = 4 * MIB;
 pub const DIGESTS_MAX: usize = 32;
 /// Most bytes that one message asks to be hashed; or one region, if that is longer.
 pub const DIGEST_QUESTION_MAX: u64 = 2 * MIB as u64;
+/// The rate, in bytes a second, below which a destination that hashes counts as one that does not answer.
+pub const DIGEST_RATE_MIN: u64 = 10 * MIB as u64;
 /// Bytes read at once to be hashed: they stay in a core's own cache between the two, and a system call and what the
 /// kernel does for each is paid for many of them (64 KiB: 0.255, 256 KiB: 0.24, 1 MiB: 0.22 CPU seconds a GiB).
 pub const DIGEST_READ: usize = 512 * KIB;

@@ -449,10 +449,15 @@ impl Destination {
     ///
     /// # Errors
     /// As [`Guest::apply`].
-    pub(super) fn take_over(&self, guest: &Guest, event: &Event) -> Result<Answer, KeepError> {
+    pub(super) fn take_over(
+        &self,
+        guest: &Guest,
+        event: &Event,
+        expected: &Option<Record>,
+    ) -> Result<Answer, KeepError> {
         let _inner = self.lock();
         forget_shared(guest);
-        guest.apply(event)
+        guest.apply_if(event, expected)
     }
 
     /// Keeps the receipt of the attempt by which this host owns, if there is one. The switchover is over.

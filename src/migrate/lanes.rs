@@ -8,11 +8,12 @@
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use super::wire::{Epoch, Prepared, export_name};
 use crate::address::Address;
 use crate::error::reason;
-use crate::limits::{CONNECT_TIMEOUT, CONNECTION_STACK, LANE_SILENCE_MAX};
+use crate::limits::{CONNECT_TIMEOUT, CONNECTION_STACK, LAND_MAX, LANE_SILENCE_MAX, TICK};
 use crate::mirror::{Lost, Mirror, Sink};
 use crate::nbd::client::{Client, Wants};
 use crate::nbd::wire;
@@ -153,6 +154,16 @@ impl Lanes {
     /// Whether there are any.
     pub(super) fn are_open(&self) -> bool {
         !self.lanes.is_empty()
+    }
+
+    /// Has all lanes send nothing more and waits until what they have sent is answered, for a while.
+    pub(super) fn land(&self) {
+        self.lanes.iter().for_each(|lane| lane.mirror.stop());
+        let until = Instant::now() + LAND_MAX;
+        let runs = |lane: &Lane| lane.thread.as_ref().is_some_and(|thread| !thread.is_finished());
+        while self.lanes.iter().any(runs) && Instant::now() < until {
+            std::thread::sleep(TICK);
+        }
     }
 
     /// Ends all lanes and joins their threads. Returns what was in flight, with an unknown outcome: it stays in flight

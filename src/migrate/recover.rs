@@ -13,6 +13,12 @@ use crate::ownership::{
 };
 use crate::standing::{Standing, price, price_of_forgetting, ways_out};
 
+/// Whether the attempt that gave the guest away still runs here.
+fn is_being_given(guest: &Guest, record: &Record) -> bool {
+    let live = guest.source.live_attempt();
+    matches!(record.state, State::Given { attempt, .. } if live == Some(attempt))
+}
+
 /// Asks, and carries out `word` if the rules let it.
 ///
 /// # Errors
@@ -34,6 +40,10 @@ pub fn recover(guest: &Guest, word: Word) -> Result<Recovered, Problem> {
     if let Some(event) = event(word, heard).map_err(|error| refused(&error))?
         && before == now
     {
+        // Else it would go on telling the other host, and whoever follows it, that this one gave the guest away.
+        if word == Word::TakeOwnership && now.as_ref().is_some_and(|record| is_being_given(guest, record)) {
+            return Err(refused(&"the hand-over is going on here: again when it has ended, in half a minute at most"));
+        }
         // W6.
         if let (Word::TakeOwnership, Some((disk, why))) = (word, guest.attached.kept(guest)) {
             return Err(refused(&format_args!("disk {disk} {why}")));
@@ -51,8 +61,9 @@ pub fn recover(guest: &Guest, word: Word) -> Result<Recovered, Problem> {
                 Err(KeepError::Refused(Refusal { why: Why::PeerDecides, record: now.clone().map(Box::new) }))
             }
             Word::Forget => guest.destination.forget(guest, &event),
-            Word::TakeOwnership => guest.destination.take_over(guest, &event),
-            _ => guest.apply(&event),
+            // What the peer has said since decides, too.
+            Word::TakeOwnership => guest.destination.take_over(guest, &event, &now),
+            _ => guest.apply_if(&event, &now),
         };
         match spoken {
             Ok(_) => {}

@@ -17,8 +17,8 @@ use crate::digest::{Digest, Hasher, place, question_regions, region_bytes};
 use crate::dirty::Claim;
 use crate::guest::Guest;
 use crate::limits::{
-    DIGEST_CONNECTIONS_MAX, DIGEST_PAUSE, DIGESTS_MAX, DRIVER_STACK, LINK_LOOK, LINK_SILENCE_MAX, PING_PERIOD,
-    QUESTIONS_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REDIAL_MAX, REPLY_TIMEOUT, VERIFY_PERIOD,
+    DIGEST_CONNECTIONS_MAX, DIGEST_PAUSE, DIGEST_RATE_MIN, DIGESTS_MAX, DRIVER_STACK, LINK_LOOK, LINK_SILENCE_MAX,
+    PING_PERIOD, QUESTIONS_MAX, RECONNECT_MAX, RECONNECT_PAUSE, REDIAL_MAX, REPLY_TIMEOUT, VERIFY_PERIOD,
 };
 use crate::mirror::{Ask, Bell, Failure, Mirror};
 use crate::ownership::{Instance, Stamp};
@@ -291,7 +291,12 @@ impl Checker {
             }
             let wait = if asked || questions.is_empty() { Duration::ZERO } else { LINK_LOOK };
             self.listen(link, questions, Instant::now() + wait, &mut busy_since)?;
-            if !questions.is_empty() && self.heard.elapsed() > LINK_SILENCE_MAX {
+            // Regions of a large disk are large, and the other side is silent while it reads one.
+            let bytes = questions.front().map_or(0, |question| {
+                let size = self.disks[question.disk].mirror.size();
+                region_bytes(size) * question.claim.count() as u64
+            });
+            if bytes > 0 && self.heard.elapsed() > LINK_SILENCE_MAX + Duration::from_secs(bytes / DIGEST_RATE_MIN) {
                 return Err(End::Lost("the destination does not answer".to_owned()));
             }
         }

@@ -10,7 +10,9 @@ use super::{Failure, Mirror};
 use crate::dirty::Region;
 use crate::disk::AlignedBuffer;
 use crate::error::reason;
-use crate::limits::{LANE_LOOK, LANE_REGIONS_MAX, LANE_SILENCE_MAX, REGION_MAX, REGION_REQUESTS_MAX, WINDOW_MAX};
+use crate::limits::{
+    LAND_MAX, LANE_LOOK, LANE_REGIONS_MAX, LANE_SILENCE_MAX, LINK_LOOK, REGION_MAX, REGION_REQUESTS_MAX, WINDOW_MAX,
+};
 use crate::nbd::client::{Event, Lost, Submitted};
 
 /// What a lane does next.
@@ -116,7 +118,10 @@ impl<'a> Lane<'a> {
                 turns: self.turns,
             };
             let done = match self.mirror.orders(&load) {
-                Orders::Stop => return LaneEnd::Stopped,
+                Orders::Stop => {
+                    self.let_land(sink);
+                    return LaneEnd::Stopped;
+                }
                 Orders::Listen(time) => self.listen(sink, time),
                 Orders::Flush(number) => self.send_flush(sink, number),
                 Orders::Send(region, haste) => self
@@ -126,6 +131,17 @@ impl<'a> Lane<'a> {
             };
             if let Err(end) = done {
                 return end;
+            }
+        }
+    }
+
+    /// Nothing more is sent. What is on its way is waited for, for a while, as long as nobody ends the connection: a
+    /// server that nobody fences may else write it behind what somebody sends next (D4).
+    fn let_land(&mut self, sink: &mut Sink) {
+        let until = Instant::now() + LAND_MAX;
+        while (self.flying > 0 || self.flush.is_some()) && Instant::now() < until {
+            if self.listen(sink, LINK_LOOK).is_err() {
+                return;
             }
         }
     }

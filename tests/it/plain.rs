@@ -6,13 +6,16 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
+use std::time::Duration;
 
 use blockferry::nbd::client::{Client, Wants};
 use blockferry::socket::Socket;
 
 use crate::backend::{Backend, qemu_img};
-use crate::harness::{Program, peer, scratch};
+use crate::copy::nbdkit;
+use crate::harness::{Program, peer, scratch, until};
 use crate::host::Host;
+use crate::images::allocated;
 use crate::writer::{Ledger, Load, Mix, OnLoss, Writer};
 
 const MIB: u64 = 1 << 20;
@@ -160,4 +163,28 @@ fn a_server_that_dies_ends_the_migration_and_the_guest_stays() {
     assert_eq!(a.try_write("vda", 0), Ok(()));
     let mut sector = [0; 512];
     File::open(at("b.raw")).and_then(|file| file.read_exact_at(&mut sector, 0)).expect("half a copy");
+}
+
+#[test]
+fn d4_what_a_cancelled_attempt_has_sent_is_there_when_it_ends() {
+    let folder = scratch();
+    let (image, there) = (folder.path().join("a.raw"), folder.path().join("b.raw"));
+    std::fs::write(&image, vec![7; 64 << 20]).expect("written");
+    File::create(&there).and_then(|file| file.set_len(64 * MIB)).expect("made");
+    // Whoever only closes the connection leaves it what it has read, for a while.
+    let pread = format!("pread=dd if={} iflag=skip_bytes,count_bytes skip=$4 count=$3 2>/dev/null", text(&there));
+    let pwrite = format!("pwrite=sleep 0.5; dd of={} oflag=seek_bytes seek=$4 conv=notrunc 2>/dev/null", text(&there));
+    let (flush, parallel) = (["can_flush=exit 0", "flush=exit 0"], "thread_model=echo parallel");
+    let options = ["eval", "get_size=echo 64M", "can_write=exit 0", flush[0], flush[1], parallel, &pread, &pwrite];
+    let Some((_server, uri)) = nbdkit(folder.path(), &options) else { return };
+    let a = Host::owner(folder.path(), "a", &[&format!("vda,file={}", image.display())]);
+    let migration = a.start_migrate(&uri, &["--plain", "--verify", "none"]);
+    until("the first bytes", || (allocated(&there) > 0).then_some(()));
+    a.ask(&["cancel"]).well();
+    migration.wait().aborted();
+    let left = allocated(&there);
+    assert!(left < 64 * MIB, "it was cancelled");
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(allocated(&there), left, "something arrived behind the end of the attempt");
+    assert_eq!(a.state(), "owner");
 }

@@ -59,6 +59,12 @@ impl Reception {
                 (Found::Ours(_), Mode::CopyAll) => true,
                 _ => false,
             };
+            if let Some(disk) = export.disk().filter(|_| compare) {
+                // D9: a process that ended since may have failed to write back what the page cache has, and nobody
+                // would be told again. What is compared is what the medium has.
+                disk.flush()?;
+                disk.forget_cache();
+            }
             // As many as there are offers, which fit.
             let _ = ready.push(DiskReady { reads_as_zero, connections, compare });
             let writer = Arc::clone(export);
@@ -86,6 +92,10 @@ impl Reception {
         for export in &self.exports {
             let disk = export.disk().ok_or_else(|| format!("disk {}: has gone", export.name()))?;
             disk.flush().map_err(|error| format!("flush: disk {}: {error}", export.name()))?;
+            // Else all of it is gone when this process ends.
+            if disk.is_removed() {
+                return Err(format!("disk {}: its file was removed or replaced while it was received", export.name()));
+            }
         }
         Ok(())
     }

@@ -15,7 +15,7 @@ use crate::export::{Export, Fault, Patience, Visit, quiesce};
 use crate::migrate::wire::{DiskOffer, Mode, Prepare, Prepared, StayingDisk, Token, Verify, export_name};
 use crate::nbd::handshake::OpenError;
 use crate::options::ServeOptions;
-use crate::ownership::{Host, Lineage, Order, Word};
+use crate::ownership::{Host, Lineage, Order, Why, Word};
 
 struct Bench {
     dir: tempfile::TempDir,
@@ -317,6 +317,40 @@ fn m11_a_guest_write_before_the_hand_over_ends_the_attempt() {
     assert!(matches!(bench.seal(1), Message::Failed { .. }));
     left.join().expect("it was ended");
     assert_eq!(bench.export().gate(), Gate::Incoming);
+}
+
+#[test]
+fn a_file_that_was_removed_while_it_was_received_is_not_sealed() {
+    let bench = Bench::new(true);
+    bench.prepared(1);
+    std::fs::remove_file(bench.dir.path().join("vda")).expect("it was made");
+    let Message::Failed { cause, .. } = bench.seal(1) else { panic!("sealed") };
+    assert!(cause.contains("its file was removed or replaced while it was received"), "{cause}");
+    assert_eq!(bench.export().gate(), Gate::Incoming);
+}
+
+#[test]
+fn d9_what_is_compared_is_what_the_medium_has() {
+    let bench = Bench::new(true);
+    let path = bench.dir.path().join("vda");
+    std::fs::write(&path, vec![1; 1 << 20]).expect("written");
+    let offer = Prepare { mode: Mode::Incremental, ..bench.offer(1, &[("vda", 1 << 20)]) };
+    let Message::Prepared(prepared) = bench.say(Message::Prepare(offer)) else { panic!("not prepared") };
+    assert!(prepared.disks[0].compare);
+    if let Some(left) = crate::disk::tests::cached(&path) {
+        assert_eq!(left, 0, "a process before this one may have failed to write it back");
+    }
+}
+
+#[test]
+fn a_word_counts_only_for_the_record_that_it_was_spoken_to() {
+    let bench = Bench::new(true);
+    bench.prepared(1);
+    let before = bench.guest.record().expect("known");
+    assert!(matches!(bench.seal(1), Message::Sealed { .. }));
+    let event = Event::AbortReceiving { attempt: Attempt([1; 16]) };
+    let refused = bench.guest.apply_if(&event, &before);
+    assert!(matches!(refused, Err(KeepError::Refused(refusal)) if refusal.why == Why::PeerDecides));
 }
 
 #[test]

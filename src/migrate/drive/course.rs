@@ -4,7 +4,11 @@
 //! Called by `perform.rs`, `finish.rs` and `plain.rs`. Nothing here listens to anybody or waits for anything but the
 //! drain of a quiesce: how a lost connection or a cancel is noticed is the caller's business.
 
+use std::sync::mpsc::channel;
+
 use super::*;
+use crate::error::reason;
+use crate::limits::{ATTACHED_PROOF_MAX, CONNECTION_STACK};
 use crate::ownership::Host;
 
 /// How far the copy is.
@@ -171,10 +175,29 @@ pub(super) fn quiesce_guest(guest: &Guest, deadline: Instant) -> Result<Quiesced
     quiesce(&exports, deadline).map_err(|disk| NotYet::GoOn(format!("disk {disk}: requests in flight do not end")))
 }
 
-/// Flushes the disks that no mirror copies: the next host looks at them as soon as it owns.
-pub(super) fn flush_others(quiesced: &Quiesced, mirrors: &[Arc<Mirror>]) -> Result<(), NotYet> {
-    let copied = |name: &str| mirrors.iter().any(|mirror| mirror.name() == name);
-    quiesced.flush(copied).map_err(|cause| NotYet::Stop(cause.into()))
+/// Flushes the disks that no mirror copies: the next host looks at them as soon as it owns. The guest waits for it, so
+/// that it has little time (D6); it goes on aside, and the next final pass has less to wait for.
+pub(super) fn flush_others(quiesced: &Quiesced, mirrors: &[Arc<Mirror>], deadline: Instant) -> Result<(), NotYet> {
+    let others = quiesced.others(|name| mirrors.iter().any(|mirror| mirror.name() == name));
+    if others.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<String> = others.iter().map(|(name, _)| name.clone()).collect();
+    let (done, flushed) = channel();
+    let flush = move || {
+        let mut each = others.iter();
+        let all =
+            each.try_for_each(|(name, disk)| disk.flush().map_err(|error| format!("flush: disk {name}: {error}")));
+        // Nobody may be waiting any more.
+        let _ = done.send(all);
+    };
+    let thread = std::thread::Builder::new().name("flush others".to_owned()).stack_size(CONNECTION_STACK);
+    thread.spawn(flush).map_err(|error| NotYet::GoOn(reason(&error)))?;
+    let left = deadline.min(Instant::now() + ATTACHED_PROOF_MAX).saturating_duration_since(Instant::now());
+    match flushed.recv_timeout(left) {
+        Ok(all) => all.map_err(|cause| NotYet::Stop(cause.into())),
+        Err(_) => Err(NotYet::GoOn(format!("disk {}: does not move, and is not synced in time", names.join(", ")))),
+    }
 }
 
 /// Whether anything has been written since the final pass: nobody can have opened a gate meanwhile; were it so, a write

@@ -187,7 +187,7 @@ impl<'a> Drive<'a> {
             }
         }
         self.proof = Proof::of(&self.mirrors);
-        course::flush_others(quiesced, &self.mirrors)
+        course::flush_others(quiesced, &self.mirrors, deadline)
     }
 
     /// SEAL, said again over a new connection if need be, until SEALED.
@@ -242,7 +242,13 @@ impl<'a> Drive<'a> {
         loop {
             // A connection that has fallen silent must not keep the guest waiting for as long as there is patience.
             let patience = deadline.min(Instant::now() + GO_PATIENCE);
-            match settle::converse(self.guest, &mut self.link, patience) {
+            let answer = settle::converse(self.guest, &mut self.link, patience);
+            // M8: whoever gave the word here knows better than this attempt.
+            if self.guest.record().is_ok_and(|record| record.is_some_and(|record| record.word != self.stamp.word)) {
+                log::warn!("migration: the guest was taken back here by an operator's word");
+                return Handed::Unheard;
+            }
+            match answer {
                 Ok((_, heard)) if !settle::is_needed(self.guest) => return Handed::Over(heard.duration_since(since)),
                 _ if !settle::is_needed(self.guest) => return Handed::Over(since.elapsed()),
                 Ok((answer, _)) => log::info!("migration: GO is answered by {}", answer.name()),

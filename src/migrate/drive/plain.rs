@@ -305,7 +305,7 @@ impl Plain<'_> {
             }
         }
         self.proof = Proof::of(&self.mirrors);
-        course::flush_others(quiesced, &self.mirrors)
+        course::flush_others(quiesced, &self.mirrors, deadline)
     }
 
     /// Ends an attempt that is not given. Nobody is sealed there, so the offer is settled here and now (M5).
@@ -315,7 +315,14 @@ impl Plain<'_> {
         // Somebody may have cancelled already: that is what is happening.
         let _ = self.job.close_decision("the migration is being aborted");
         self.readers.stop();
-        drop(self.lanes.end());
+        self.lanes.land();
+        if !self.lanes.end().is_empty() {
+            let peer = &self.peer;
+            log::warn!(
+                "migration: writes are still on their way to {}: start that server anew before the next attempt",
+                peer.address
+            );
+        }
         self.mirrors.clear();
         let ended = self.record(&Event::End { attempt: self.stamp.attempt });
         let settled = ended.and_then(|()| {

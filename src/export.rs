@@ -741,13 +741,6 @@ impl Quiesced {
         self.exports.iter().all(|export| export.gate() == Gate::Quiesced)
     }
 
-    /// The disks at rest that are not those `but` names, with their names.
-    #[must_use]
-    pub fn others(&self, but: impl Fn(&str) -> bool) -> Vec<(String, Arc<Disk>)> {
-        let others = self.exports.iter().filter(|export| !but(export.name()));
-        others.filter_map(|export| Some((export.name().to_owned(), export.disk()?))).collect()
-    }
-
     /// When the first gate closed.
     #[must_use]
     pub fn since(&self) -> Instant {

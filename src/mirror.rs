@@ -33,7 +33,7 @@ mod sink;
 mod tests;
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -70,6 +70,8 @@ pub struct Mirror {
     checks: Checks,
     /// What is taken as equal on the user's word.
     base: OnceLock<Base>,
+    /// Lanes that end wait for what they have sent.
+    lands: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -245,6 +247,7 @@ impl Mirror {
             resent: Arc::default(),
             checks,
             base: OnceLock::new(),
+            lands: AtomicBool::new(false),
         }))
     }
 
@@ -382,6 +385,12 @@ impl Mirror {
         self.let_go(&mut state);
         drop(state);
         self.map.ring();
+    }
+
+    /// The same, but each lane waits, as long as its connection lives and for a while, until what it has sent is answered.
+    pub fn land(&self) {
+        self.lands.store(true, Ordering::Release);
+        self.stop();
     }
 
     /// From now on guest writes wait until they are copied (D7), if lanes run and none is lost; or no longer.

@@ -158,7 +158,7 @@ impl Lanes {
 
     /// Has all lanes send nothing more and waits until what they have sent is answered, for a while.
     pub(super) fn land(&self) {
-        self.lanes.iter().for_each(|lane| lane.mirror.stop());
+        self.lanes.iter().for_each(|lane| lane.mirror.land());
         let until = Instant::now() + LAND_MAX;
         let runs = |lane: &Lane| lane.thread.as_ref().is_some_and(|thread| !thread.is_finished());
         while self.lanes.iter().any(runs) && Instant::now() < until {

@@ -42,7 +42,7 @@ pub fn recover(guest: &Guest, word: Word) -> Result<Recovered, Problem> {
     {
         // Else it would go on telling the other host, and whoever follows it, that this one gave the guest away.
         if word == Word::TakeOwnership && now.as_ref().is_some_and(|record| is_being_given(guest, record)) {
-            return Err(refused(&"the hand-over is going on here: again when it has ended, in half a minute at most"));
+            return Err(refused(&"the hand-over is going on here: again when it has ended, in less than a minute"));
         }
         // W6.
         if let (Word::TakeOwnership, Some((disk, why))) = (word, guest.attached.kept(guest)) {

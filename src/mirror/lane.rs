@@ -109,6 +109,14 @@ impl<'a> Lane<'a> {
     }
 
     pub(super) fn run(&mut self, sink: &mut Sink) -> LaneEnd {
+        let end = self.copy(sink);
+        if matches!(end, LaneEnd::Stopped) && self.mirror.lands.load(Ordering::Acquire) {
+            self.let_land(sink);
+        }
+        end
+    }
+
+    fn copy(&mut self, sink: &mut Sink) -> LaneEnd {
         loop {
             let load = Load {
                 room: self.has_room(sink, 0),
@@ -118,10 +126,7 @@ impl<'a> Lane<'a> {
                 turns: self.turns,
             };
             let done = match self.mirror.orders(&load) {
-                Orders::Stop => {
-                    self.let_land(sink);
-                    return LaneEnd::Stopped;
-                }
+                Orders::Stop => return LaneEnd::Stopped,
                 Orders::Listen(time) => self.listen(sink, time),
                 Orders::Flush(number) => self.send_flush(sink, number),
                 Orders::Send(region, haste) => self

@@ -62,7 +62,8 @@ impl Reception {
             if let Some(disk) = export.disk().filter(|_| compare) {
                 // D9: a process that ended since may have failed to write back what the page cache has, and nobody
                 // would be told again. What is compared is what the medium has.
-                disk.flush()?;
+                disk.flush()
+                    .map_err(|error| std::io::Error::other(format!("flush: disk {}: {error}", export.name())))?;
                 disk.forget_cache();
             }
             // As many as there are offers, which fit.

@@ -4,11 +4,13 @@
 //! Called by `perform.rs`, `finish.rs` and `plain.rs`. Nothing here listens to anybody or waits for anything but the
 //! drain of a quiesce: how a lost connection or a cancel is noticed is the caller's business.
 
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, channel};
 
 use super::*;
+use crate::disk::Disk;
 use crate::error::reason;
-use crate::limits::{ATTACHED_PROOF_MAX, CONNECTION_STACK};
+use crate::export::Export;
+use crate::limits::{ATTACHED_PROOF_MAX, ATTACHED_SYNC_MAX, CONNECTION_STACK};
 use crate::ownership::Host;
 
 /// How far the copy is.
@@ -175,29 +177,74 @@ pub(super) fn quiesce_guest(guest: &Guest, deadline: Instant) -> Result<Quiesced
     quiesce(&exports, deadline).map_err(|disk| NotYet::GoOn(format!("disk {disk}: requests in flight do not end")))
 }
 
-/// Flushes the disks that no mirror copies: the next host looks at them as soon as it owns. The guest waits for it, so
-/// that it has little time (D6); it goes on aside, and the next final pass has less to wait for.
-pub(super) fn flush_others(quiesced: &Quiesced, mirrors: &[Arc<Mirror>], deadline: Instant) -> Result<(), NotYet> {
-    let others = quiesced.others(|name| mirrors.iter().any(|mirror| mirror.name() == name));
-    if others.is_empty() {
-        return Ok(());
+/// The syncs of the disks that no mirror copies: the next host looks at them as soon as it owns. They go on aside, for
+/// as long as they take.
+pub(super) struct OtherSyncs {
+    names: String,
+    ended: Receiver<Result<(), String>>,
+}
+
+impl OtherSyncs {
+    /// Begins them; `None`: every disk is copied.
+    pub(super) fn begin(guest: &Guest, mirrors: &[Arc<Mirror>]) -> Result<Option<Self>, NotYet> {
+        let stays = |export: &&Arc<Export>| !export.is_read_only() && mirrors.iter().all(|m| m.name() != export.name());
+        let stay = guest.exports().filter(stays).filter_map(|export| Some((export.name().to_owned(), export.disk()?)));
+        let others: Vec<(String, Arc<Disk>)> = stay.collect();
+        if others.is_empty() {
+            return Ok(None);
+        }
+        let names: Vec<&str> = others.iter().map(|(name, _)| name.as_str()).collect();
+        let names = names.join(", ");
+        let (done, ended) = channel();
+        let sync = move || {
+            let mut each = others.iter();
+            // Nobody may be waiting any more.
+            let _ = done.send(
+                each.try_for_each(|(name, disk)| disk.flush().map_err(|error| format!("flush: disk {name}: {error}"))),
+            );
+        };
+        let thread = std::thread::Builder::new().name("sync others".to_owned()).stack_size(CONNECTION_STACK);
+        thread.spawn(sync).map_err(|error| NotYet::GoOn(reason(&error)))?;
+        Ok(Some(Self { names, ended }))
     }
-    let names: Vec<String> = others.iter().map(|(name, _)| name.clone()).collect();
-    let (done, flushed) = channel();
-    let flush = move || {
-        let mut each = others.iter();
-        let all =
-            each.try_for_each(|(name, disk)| disk.flush().map_err(|error| format!("flush: disk {name}: {error}")));
-        // Nobody may be waiting any more.
-        let _ = done.send(all);
-    };
-    let thread = std::thread::Builder::new().name("flush others".to_owned()).stack_size(CONNECTION_STACK);
-    thread.spawn(flush).map_err(|error| NotYet::GoOn(reason(&error)))?;
-    let left = deadline.min(Instant::now() + ATTACHED_PROOF_MAX).saturating_duration_since(Instant::now());
-    match flushed.recv_timeout(left) {
-        Ok(all) => all.map_err(|cause| NotYet::Stop(cause.into())),
-        Err(_) => Err(NotYet::GoOn(format!("disk {}: does not move, and is not synced in time", names.join(", ")))),
+
+    /// Whether they have ended, after waiting for `time` at most.
+    pub(super) fn wait(&self, time: Duration) -> Result<bool, NotYet> {
+        match self.ended.recv_timeout(time) {
+            Ok(all) => all.map(|()| true).map_err(|cause| NotYet::Stop(cause.into())),
+            Err(_) => Ok(false),
+        }
     }
+
+    /// They take longer than somebody waits.
+    pub(super) fn late(&self) -> NotYet {
+        NotYet::GoOn(format!("disk {}: does not move, and is not synced in time", self.names))
+    }
+}
+
+/// Syncs the disks that no mirror copies while a guest waits for it at the gates: `runs`, and it has not been stopped,
+/// so that it must not wait long (D6).
+pub(super) fn flush_others(guest: &Guest, mirrors: &[Arc<Mirror>], runs: bool) -> Result<(), NotYet> {
+    let Some(syncs) = OtherSyncs::begin(guest, mirrors)? else { return Ok(()) };
+    let time = if runs { ATTACHED_PROOF_MAX } else { ATTACHED_SYNC_MAX };
+    if syncs.wait(time)? { Ok(()) } else { Err(syncs.late()) }
+}
+
+/// The same before, while it runs, so that little is left: `look` looks at everything else meanwhile.
+pub(super) fn flush_others_ahead(
+    guest: &Guest,
+    mirrors: &[Arc<Mirror>],
+    mut look: impl FnMut() -> Result<(), Stop>,
+) -> Result<(), NotYet> {
+    let Some(syncs) = OtherSyncs::begin(guest, mirrors)? else { return Ok(()) };
+    let deadline = Instant::now() + ATTACHED_SYNC_MAX;
+    while !syncs.wait(Duration::ZERO)? {
+        if Instant::now() >= deadline {
+            return Err(syncs.late());
+        }
+        look().map_err(NotYet::Stop)?;
+    }
+    Ok(())
 }
 
 /// Whether anything has been written since the final pass: nobody can have opened a gate meanwhile; were it so, a write

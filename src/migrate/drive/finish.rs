@@ -98,6 +98,10 @@ impl<'a> Drive<'a> {
             self.write_out(&held, if stands { STATE_DRAIN_MAX } else { ATTACHED_SYNC_MAX })?;
             if stands { self.drain_standing() } else { self.copy_until_converged() }.map_err(NotYet::Stop)?;
         }
+        if self.mends {
+            let mirrors = self.mirrors.clone();
+            course::flush_others_ahead(guest, &mirrors, || self.look())?;
+        }
         self.show_phase(Phase::Final);
         let deadline = Instant::now() + QUIESCE_MAX;
         let quiesced = course::quiesce_guest(self.guest, deadline)?;
@@ -187,7 +191,7 @@ impl<'a> Drive<'a> {
             }
         }
         self.proof = Proof::of(&self.mirrors);
-        course::flush_others(quiesced, &self.mirrors, deadline)
+        course::flush_others(self.guest, &self.mirrors, self.mends)
     }
 
     /// SEAL, said again over a new connection if need be, until SEALED.

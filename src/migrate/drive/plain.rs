@@ -279,6 +279,7 @@ impl Plain<'_> {
     }
 
     fn final_pass(&mut self) -> Result<Quiesced, NotYet> {
+        course::flush_others_ahead(self.guest, &self.mirrors, || self.look())?;
         self.show_phase(Phase::Final);
         let deadline = Instant::now() + QUIESCE_MAX;
         let quiesced = course::quiesce_guest(self.guest, deadline)?;
@@ -305,7 +306,7 @@ impl Plain<'_> {
             }
         }
         self.proof = Proof::of(&self.mirrors);
-        course::flush_others(quiesced, &self.mirrors, deadline)
+        course::flush_others(self.guest, &self.mirrors, true)
     }
 
     /// Ends an attempt that is not given. Nobody is sealed there, so the offer is settled here and now (M5).

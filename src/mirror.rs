@@ -387,7 +387,8 @@ impl Mirror {
         self.map.ring();
     }
 
-    /// The same, but each lane waits, as long as its connection lives and for a while, until what it has sent is answered.
+    /// The same, but each lane waits, as long as its connection lives and for a while, until what it has sent is
+    /// answered.
     pub fn land(&self) {
         self.lands.store(true, Ordering::Release);
         self.stop();

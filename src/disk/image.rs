@@ -742,9 +742,10 @@ fn directory_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Locks an image against a second blockferry (`flock`) and against QEMU (whose byte-range locks a whole-file one
-/// collides with). The kernel drops both when the process ends. They stay ours only as long as nobody else in this
-/// process opens and closes the same file; that is one reason why only this file opens images.
+/// Locks an image against a second blockferry (`flock`) and against QEMU, whose byte-range locks a whole-file one
+/// collides with; but they are read locks, so that a reader does not see a QEMU that writes already. The kernel drops
+/// both when the process ends. They stay ours only as long as nobody else in this process opens and closes the same
+/// file; that is one reason why only this file opens images.
 fn lock(file: &OwnedFd, access: Access) -> std::result::Result<(), OpenError> {
     let operation = match access {
         Access::ReadWrite => FlockOperation::NonBlockingLockExclusive,

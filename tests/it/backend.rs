@@ -226,8 +226,9 @@ fn a_server_that_takes_few_connections_is_no_error_for_anybody() {
     drop((exported, backend));
     // It says of itself that it takes one.
     let options = ["--shared=1", "--read-only"];
-    let Some(backend) = Backend::start_with(&at("disk.raw"), "raw", &at("r.sock"), &options) else { return };
+    // Before: it listens before it has looked how large the file is.
     std::fs::write(at("disk.raw"), vec![7; 2 << 20]).expect("written");
+    let Some(backend) = Backend::start_with(&at("disk.raw"), "raw", &at("r.sock"), &options) else { return };
     let exported = Exported::start([&format!("vda={}", backend.uri()), "--read-only"]);
     all_are_served(&exported, false);
     assert!(!exported.log().contains("connections must do"), "{}", exported.log());

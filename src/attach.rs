@@ -562,8 +562,8 @@ fn try_to_connect(attached: &Arc<Attached>) -> Result<Option<Visit>, String> {
 
 /// A process of this host that serves `guest`, though it may not answer; only its command line tells.
 #[must_use]
-pub fn server_of(guest: &str) -> Option<String> {
-    device::server_of(guest)
+pub fn process_that_serves(guest: &str) -> Option<String> {
+    device::process_that_serves(guest)
 }
 
 /// Disconnects a device that nobody serves, whatever is in its page cache, and waits until the kernel has it free.

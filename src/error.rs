@@ -175,6 +175,12 @@ impl fmt::Display for OneLine<'_> {
     }
 }
 
+/// Whether it says that nobody listens at an address: no process is there, rather than one that does not answer.
+#[must_use]
+pub fn is_nobody(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+}
+
 /// A system error in words, without the number that Rust appends.
 #[must_use]
 pub fn reason(error: &io::Error) -> String {

@@ -250,7 +250,7 @@ fn names_in(directory: &Path) -> Vec<String> {
 }
 
 /// A process of this host that serves `guest`, though it may not answer.
-pub(super) fn server_of(guest: &str) -> Option<String> {
+pub(super) fn process_that_serves(guest: &str) -> Option<String> {
     let me = std::process::id().to_string();
     names_in(Path::new("/proc")).into_iter().filter(|name| *name != me).find(|process| {
         let line = fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();

@@ -1,16 +1,14 @@
 //! `attach` and `detach`: a disk as a device of this host, for VMMs that do not speak NBD.
 
-use std::io::ErrorKind;
-
 use super::Command;
 use super::guest::{CONTROL, GuestDoor, PLAINTEXT, door, guest_door};
 use super::options::{Matches, Spec, Takes, opt};
 use crate::address::Address;
-use crate::attach::{Device, abandon, guest_and_disk, server_of};
+use crate::attach::{Device, abandon, guest_and_disk, process_that_serves};
 use crate::control::client::Client;
 use crate::control::wire::{AttachRequest, Reply, Request, text};
 use crate::domain::check_disk_name;
-use crate::error::{Problem, reason};
+use crate::error::{Problem, is_nobody, reason};
 use crate::json;
 use crate::limits::{ATTACH_WAIT_MAX_S, CONNECT_TIMEOUT};
 
@@ -125,12 +123,12 @@ pub(super) fn detach(options: &DetachOptions, as_json: bool) -> Result<String, P
             }
         }
         // Somebody may be there, and busy.
-        Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+        Err(error) if !is_nobody(&error) => {
             return Err(refuse(&format!("{}: {}", door.control, reason(&error))));
         }
         Err(error) => {
             let nobody = format!("nobody serves guest {guest} on this host ({}: {})", door.control, reason(&error));
-            if let Some(process) = server_of(guest) {
+            if let Some(process) = process_that_serves(guest) {
                 return Err(refuse(&format!("{nobody}, but process {process} does: --control says where to ask it")));
             }
             if !options.force {

@@ -1,7 +1,6 @@
 //! `who-owns` and `recover`: who owns a guest, and what to do when nobody can say.
 
 use std::fmt::Write as _;
-use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use super::Command;
@@ -9,7 +8,7 @@ use super::guest::{CONTROL, GuestDoor, PLAINTEXT, guest_door, state_directory};
 use super::options::{Matches, Spec, Takes, opt};
 use crate::control::client::Client;
 use crate::control::wire::{Owner, Ownership, Recovered, Reply, Request, Word};
-use crate::error::{Exit, OneLine, Problem, reason};
+use crate::error::{Exit, OneLine, Problem, is_nobody, reason};
 use crate::json;
 use crate::limits::CONNECT_TIMEOUT;
 use crate::ownership::{Change, Event, Found, Record, look, next};
@@ -106,16 +105,15 @@ pub(super) fn who_owns(options: &WhoOwnsOptions, as_json: bool) -> Result<(Strin
             .and_then(|mut client| ask(&mut client))
             // Whoever is there and gives no answer: it is not known.
             .map_err(|problem| Problem { exit: Exit::Unknown, ..problem })?,
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => read(options)
-            .map_err(|cause| {
-                let cause = format!(
-                    "nobody serves it on this host ({}: {}), and its record in {} cannot be read: {cause}",
-                    options.door.control,
-                    reason(&error),
-                    options.state.display()
-                );
-                Problem::unknown("who-owns", &options.door.guest, cause)
-            })?,
+        Err(error) if is_nobody(&error) => read(options).map_err(|cause| {
+            let cause = format!(
+                "nobody serves it on this host ({}: {}), and its record in {} cannot be read: {cause}",
+                options.door.control,
+                reason(&error),
+                options.state.display()
+            );
+            Problem::unknown("who-owns", &options.door.guest, cause)
+        })?,
         Err(error) => return Err(Problem::unknown("who-owns", &options.door.guest, reason(&error))),
     };
     let exit = ownership.owner.exit();

@@ -8,7 +8,7 @@ use std::time::Instant;
 use crate::address::Address;
 use crate::control::link::{Link, frame_error};
 use crate::control::wire::{GuestName, Reply, Request, VERSION};
-use crate::error::{Problem, reason};
+use crate::error::{Problem, is_nobody, reason};
 use crate::limits::{CONNECT_TIMEOUT, CONTROL_REPLY_TIMEOUT, CONTROL_SEND_TIMEOUT, HELLO_REPEAT, HELLO_TIMEOUT};
 use crate::socket::Socket;
 
@@ -29,12 +29,8 @@ impl Client {
     /// Nobody serves the guest there, or somebody else is.
     pub fn connect(operation: &'static str, guest: &str, door: &Address) -> Result<Self, Problem> {
         let socket = door.connect(CONNECT_TIMEOUT).map_err(|e| {
-            let cause = match e.kind() {
-                ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
-                    format!("nobody serves it on this host ({door}: {})", reason(&e))
-                }
-                _ => format!("{door}: {}", reason(&e)),
-            };
+            let cause = format!("{door}: {}", reason(&e));
+            let cause = if is_nobody(&e) { format!("nobody serves it on this host ({cause})") } else { cause };
             Problem::refused(operation, guest, cause)
         })?;
         Self::greet(operation, guest, socket)

@@ -146,6 +146,13 @@ struct Question {
     read: u64,
 }
 
+impl Question {
+    /// Bytes that it is about, of the disk that it asks for.
+    fn bytes(&self, asked: &Disk) -> u64 {
+        region_bytes(asked.mirror.size()) * self.claim.count() as u64
+    }
+}
+
 /// How a connection came to its end.
 enum End {
     /// It is dead, or the peer says something that is no answer.
@@ -291,13 +298,12 @@ impl Checker {
             }
             let wait = if asked || questions.is_empty() { Duration::ZERO } else { LINK_LOOK };
             self.listen(link, questions, Instant::now() + wait, &mut busy_since)?;
-            // Regions of a large disk are large, and the other side is silent while it reads one.
-            let bytes = questions.front().map_or(0, |question| {
-                let size = self.disks[question.disk].mirror.size();
-                region_bytes(size) * question.claim.count() as u64
-            });
-            if bytes > 0 && self.heard.elapsed() > LINK_SILENCE_MAX + Duration::from_secs(bytes / DIGEST_RATE_MIN) {
-                return Err(End::Lost("the destination does not answer".to_owned()));
+            if let Some(question) = questions.front() {
+                // Regions of a large disk are large, and the other side is silent while it reads one.
+                let reading = Duration::from_secs(question.bytes(&self.disks[question.disk]) / DIGEST_RATE_MIN);
+                if self.heard.elapsed() > LINK_SILENCE_MAX + reading {
+                    return Err(End::Lost("the destination does not answer".to_owned()));
+                }
             }
         }
         Ok(())
@@ -382,7 +388,7 @@ impl Checker {
                     // Between two answers of which the second was waiting already, it did nothing but hash.
                     let full = question.claim.count() as u64 >= question_regions(asked.mirror.size());
                     if let Some(since) = busy_since.take().filter(|_| full) {
-                        let hashed = region_bytes(asked.mirror.size()) * question.claim.count() as u64;
+                        let hashed = question.bytes(asked);
                         if question.read >= hashed {
                             asked.mirror.measured(hashed, self.heard.duration_since(since));
                         }

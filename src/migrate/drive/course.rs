@@ -1,8 +1,9 @@
 //! What a migration to another blockferry and one to a plain NBD server have in common: when the copy has come far
 //! enough, what is verified of it, and the records and the quiesce of a hand-over.
 //!
-//! Called by `perform.rs`, `finish.rs` and `plain.rs`. Nothing here listens to anybody or waits for anything but the
-//! drain of a quiesce: how a lost connection or a cancel is noticed is the caller's business.
+//! Called by `perform.rs`, `finish.rs` and `plain.rs`. Nothing here listens to anybody; what waits is the drain of a
+//! quiesce and the syncs of disks that stay, while a guest waits too. How a lost connection or a cancel is noticed is
+//! the caller's business.
 
 use std::sync::mpsc::{Receiver, channel};
 

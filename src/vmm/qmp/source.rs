@@ -4,7 +4,6 @@
 //! is copied, `migrate-continue`, `completed`, and then `postmigrate`, in which QEMU writes nothing any more. That QEMU
 //! says `completed` proves nothing about the destination.
 
-use std::io::ErrorKind;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::{Event, Qmp, Status, soon, state_path, uri};
 use crate::address::Address;
-use crate::error::reason;
+use crate::error::{is_nobody, reason};
 use crate::limits::{QMP_BANDWIDTH, QMP_DOWNTIME_FIRST, QMP_LOOK, QMP_PATIENCE, QMP_TIMEOUT};
 use crate::socket::{self, Socket};
 use crate::vmm::Going;
@@ -33,7 +32,7 @@ pub struct Leaving {
 pub(in crate::vmm) fn resume_again(path: &Path, ran: bool, deadline: Instant) -> Result<bool, String> {
     let qmp = match Address::Unix(path.to_owned()).connect(QMP_TIMEOUT) {
         Ok(socket) => Qmp::over(path, socket, deadline)?,
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => return Ok(false),
+        Err(error) if is_nobody(&error) => return Ok(false),
         Err(error) => return Err(format!("the VMM at {}: {}", path.display(), reason(&error))),
     };
     let mut leaving = Leaving { qmp, path: path.to_owned(), ran, going: Going::Active, patience: None };
